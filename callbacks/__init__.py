@@ -1,0 +1,14 @@
+"""Callbacks of the self-play loop."""
+
+if __name__ != "sppo_lightning.callbacks":
+    raise ImportError(
+        f"this folder is the package sppo_lightning.callbacks, not {__name__}: import it under that name"
+    )
+
+from sppo_lightning.callbacks.difficulty import DifficultyReestimation
+from sppo_lightning.callbacks.export import PolicyExport
+from sppo_lightning.callbacks.progress import SelfPlayProgress
+from sppo_lightning.callbacks.samples import SampleTable
+from sppo_lightning.callbacks.summary import RunSummary
+
+__all__ = ["DifficultyReestimation", "PolicyExport", "RunSummary", "SampleTable", "SelfPlayProgress"]

@@ -1,0 +1,85 @@
+"""Decides which prompts' difficulty to estimate again before the next iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+
+from sppo_lightning.datamodule import SelfPlayDataModule
+from sppo_lightning.difficulty import Reestimation
+from sppo_lightning.seeding import random_keys
+from sppo_lightning.types import UserError
+
+
+class DifficultyReestimation(pl.Callback):
+    """Records, at an iteration's end, which prompts are due and how old and new estimates merge.
+
+    The samples are taken by the data module at the next iteration's start, from the weights that the
+    checkpoint holds. Prompts without an estimate are probed whatever this says.
+
+    Args:
+        every_n_iterations: self-play iterations between two re-estimations.
+        prompts: ``all`` prompts with an estimate, or those ``selected`` in the iteration that ends.
+        share: random share of them, in (0, 1].
+        samples: responses for each; ``None``: ``data.probe_samples``.
+        smoothing: weight of the old estimate, in [0, 1); 0 replaces it.
+    """
+
+    def __init__(
+        self,
+        every_n_iterations: int = 1,
+        prompts: Literal["all", "selected"] = "all",
+        share: float = 1.0,
+        samples: int | None = None,
+        smoothing: float = 0.0,
+    ) -> None:
+        if every_n_iterations < 1:
+            raise ValueError(
+                f"DifficultyReestimation.every_n_iterations={every_n_iterations} must be at least 1"
+            )
+        if not 0 < share <= 1:
+            raise ValueError(f"DifficultyReestimation.share={share} must lie in (0, 1]")
+        if samples is not None and samples < 1:
+            raise ValueError(f"DifficultyReestimation.samples={samples} must be at least 1")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"DifficultyReestimation.smoothing={smoothing} must lie in [0, 1)")
+        self.every_n_iterations = every_n_iterations
+        self.prompts = prompts
+        self.share = share
+        self.samples = samples
+        self.smoothing = smoothing
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Require the data module that owns the difficulty table."""
+        if stage == "fit" and not isinstance(_datamodule(trainer), SelfPlayDataModule):
+            raise UserError("DifficultyReestimation works with SelfPlayDataModule only")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Hand the decision to the data module once the iteration is over."""
+        datamodule = _datamodule(trainer)
+        if not datamodule.iteration_ends:
+            return
+        iteration = datamodule.current_iteration
+        store = datamodule.folder.iteration(iteration)
+        table, selected = store.read_difficulty()
+        datamodule.reestimation = self.decide(
+            table.prompt_ids, selected, iteration=iteration, datamodule_rules=datamodule.rules
+        )
+
+    def decide(
+        self, known: Sequence[str], selected: set[str], *, iteration: int, datamodule_rules: Any
+    ) -> Reestimation:
+        """Return the decision for iteration ``iteration + 1``."""
+        samples = self.samples or datamodule_rules.probe_samples
+        if (iteration + 1) % self.every_n_iterations:
+            return Reestimation((), samples, self.smoothing)
+        pool = [prompt_id for prompt_id in known if self.prompts == "all" or prompt_id in selected]
+        keys = random_keys(pool, datamodule_rules.seed, iteration, "reestimation").tolist()
+        due = tuple(prompt_id for prompt_id, key in zip(pool, keys, strict=True) if key < self.share)
+        return Reestimation(due, samples, self.smoothing)
+
+
+def _datamodule(trainer: pl.Trainer) -> SelfPlayDataModule:
+    return trainer.datamodule  # type: ignore[attr-defined, no-any-return]

@@ -1,0 +1,55 @@
+"""Writes the policy as a Hugging Face folder at each iteration's end."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_only
+
+from sppo_lightning.datamodule import SelfPlayDataModule
+from sppo_lightning.module import PreferenceModule
+
+
+class PolicyExport(pl.Callback):
+    """Keeps ``policy/`` at the latest finished iteration: model, tokenizer, chat template, generation config.
+
+    A policy with an adapter is written in PEFT's layout. The folder is replaced as a whole.
+
+    Args:
+        keep_every_iteration: also keep ``policies/000``, ``policies/001``, … one for each iteration.
+    """
+
+    def __init__(self, keep_every_iteration: bool = False) -> None:
+        self.keep_every_iteration = keep_every_iteration
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Export once the iteration is over."""
+        datamodule = cast(SelfPlayDataModule, cast(Any, trainer).datamodule)
+        if datamodule.iteration_ends and not trainer.fast_dev_run:
+            root = datamodule.folder.root
+            self.export(cast(PreferenceModule, pl_module), root / "policy")
+            if self.keep_every_iteration:
+                self.export(
+                    cast(PreferenceModule, pl_module),
+                    root / "policies" / f"{datamodule.current_iteration:03d}",
+                )
+
+    @rank_zero_only
+    def export(self, module: PreferenceModule, folder: Path) -> None:
+        """Write the policy into ``folder``, replacing what is there in one step."""
+        fresh = folder.with_name(f".{folder.name}.new")
+        stale = folder.with_name(f".{folder.name}.old")
+        for leftover in (fresh, stale):
+            shutil.rmtree(leftover, ignore_errors=True)
+        model = cast(Any, module.policy)
+        model.config.use_cache = True
+        model.save_pretrained(fresh, safe_serialization=True)
+        model.config.use_cache = False
+        module.tokenizer.save_pretrained(fresh)
+        if folder.exists():
+            folder.rename(stale)
+        fresh.rename(folder)
+        shutil.rmtree(stale, ignore_errors=True)

@@ -1,0 +1,115 @@
+"""Shows what a run is doing: phase, prompts done, tokens a second, time left."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm import tqdm
+
+from sppo_lightning.batching import PairBatch
+from sppo_lightning.datamodule import SelfPlayDataModule
+from sppo_lightning.types import PhaseProgress
+
+SECONDS_BETWEEN_LINES = 10.0  # where the output is a file
+
+
+class SelfPlayProgress(ProgressBar):
+    """One bar a phase: evaluating, probing, generating, scoring, reference, training.
+
+    On a terminal the bar moves in place; in a file a line is written every few seconds.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._bar: Any = None
+        self._shown = 0
+
+    def disable(self) -> None:
+        """Stay silent (all ranks but the first)."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Show bars again."""
+        self._enabled = True
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Start to follow the data module's phases."""
+        super().setup(trainer, pl_module, stage)
+        datamodule = cast(Any, trainer).datamodule
+        if trainer.is_global_zero and isinstance(datamodule, SelfPlayDataModule):
+            datamodule.observers = [*datamodule.observers, self]
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Close the last bar."""
+        self._close()
+        datamodule = cast(Any, trainer).datamodule
+        if isinstance(datamodule, SelfPlayDataModule):
+            datamodule.observers = [other for other in datamodule.observers if other is not self]
+
+    def on_phase_progress(self, progress: PhaseProgress) -> None:
+        """Show a phase of the data module."""
+        if progress.done == 0:
+            unit = "pair" if progress.phase == "reference" else "prompt"
+            self._open(f"iteration {progress.iteration} {progress.phase}", progress.total, unit)
+        self._advance(progress.done, progress.tokens)
+        if progress.done == progress.total:
+            self._close()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the bar of a training epoch."""
+        datamodule = cast(SelfPlayDataModule, cast(Any, trainer).datamodule)
+        epoch = trainer.current_epoch % datamodule.epochs_per_iteration
+        name = f"iteration {datamodule.current_iteration} training"
+        if datamodule.epochs_per_iteration > 1:
+            name += f" (epoch {epoch})"
+        self._open(name, len(datamodule.pairs), "pair")
+        self._trained = self._tokens = 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
+    ) -> None:
+        """Advance the training bar."""
+        self._trained += int(batch.weights.shape[0]) * trainer.world_size
+        self._tokens += batch.input_ids.numel() * trainer.world_size
+        self._advance(self._trained, self._tokens)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the training bar."""
+        self._close()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the training bar before an evaluation."""
+        self._close()
+
+    def _open(self, name: str, total: int, unit: str) -> None:
+        self._close()
+        if self._enabled:
+            live = sys.stderr.isatty()
+            self._bar = tqdm(
+                total=total,
+                desc=f"{name:<24}",
+                unit=unit,
+                file=sys.stderr,
+                dynamic_ncols=live,
+                ncols=None if live else 110,
+                mininterval=0.2 if live else SECONDS_BETWEEN_LINES,
+                leave=True,
+            )
+            self._shown = 0
+
+    def _advance(self, done: int, tokens: int) -> None:
+        if self._bar is not None:
+            done = min(done, self._bar.total)
+            elapsed = max(self._bar.format_dict["elapsed"], 1e-3)
+            self._bar.set_postfix_str(f"{tokens / elapsed:,.0f} tokens/s", refresh=False)
+            self._bar.update(done - self._shown)
+            self._shown = done
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,27 @@
+"""Writes the resolved config beside a run's data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_only
+
+from sppo_lightning.rollouts import write_atomically
+
+
+class RunConfigFile(pl.Callback):
+    """Writes ``config.yaml`` once everything that can be checked has been, before the first sample.
+
+    Args:
+        content: the resolved config, YAML.
+    """
+
+    def __init__(self, content: str) -> None:
+        self.content = content
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the file, unless nothing is to be kept."""
+        if not trainer.fast_dev_run:
+            write_atomically(Path(trainer.default_root_dir) / "config.yaml", self.content.encode())

@@ -1,0 +1,111 @@
+"""The closing summary on the terminal."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_only
+
+from sppo_lightning.datamodule import SelfPlayDataModule
+from sppo_lightning.evaluation import load_evaluation, measure, paired_difference
+from sppo_lightning.metrics import MeanWithError
+from sppo_lightning.rollouts import RunFolder
+from sppo_lightning.types import Rollout
+
+
+class RunSummary(pl.Callback):
+    """Prints, when ``fit`` ends, what each iteration did, some answers, and where everything lies.
+
+    Args:
+        prompts: held-out prompts whose answers are shown before and after.
+    """
+
+    def __init__(self, prompts: int = 4) -> None:
+        if prompts < 0:
+            raise ValueError(f"RunSummary.prompts={prompts} must be 0 or more")
+        self.prompts = prompts
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the summary."""
+        datamodule = cast(SelfPlayDataModule, cast(Any, trainer).datamodule)
+        print("\n" + self.render(datamodule.folder, datamodule.rules.iterations), flush=True)
+
+    def render(self, folder: RunFolder, iterations: int) -> str:
+        """Return the summary of a run folder."""
+        lines = ["Iterations"]
+        lines.append(
+            f"  {'k':>2} {'reward':>8} {'difficulty q25 / q50 / q75':>27} {'selected':>9} {'pairs':>6}  dropped"
+        )
+        for number in range(iterations):
+            manifest = folder.iteration(number).read_manifest()
+            if manifest is None or not manifest["complete"]:
+                continue
+            metrics, counts = manifest["metrics"], manifest["counts"]
+            quartiles = " / ".join(f"{metrics[f'iteration/difficulty/q{q}']:.3f}" for q in (25, 50, 75))
+            dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(manifest["dropped"].items()))
+            lines.append(
+                f"  {number:>2} {metrics['iteration/reward/mean']:>8.3f} {quartiles:>27} "
+                f"{counts['selected']:>9} {counts['pairs']:>6}  {dropped or 'none'}"
+            )
+        lines += self._evaluations(folder, iterations)
+        lines += [
+            "",
+            "Where everything lies",
+            f"  {folder.root}/policy        the trained policy, a Hugging Face folder",
+            f"  {folder.root}/metrics.csv   every metric; curves: "
+            f"tensorboard --logdir {shlex.quote(str(folder.root))}",
+            f"  {folder.root}/samples.md    held-out answers before and after",
+            f"  {folder.root}/iterations    every response, reward, difficulty and pair, as Parquet",
+            "What to do next",
+            f"  answer prompts of your own:  sppo-lightning predict --config {folder.root}/config.yaml "
+            "--data.predict_prompts FILE \\",
+            f"                                 --ckpt_path {folder.root}/checkpoints/last.ckpt",
+            "  another rule, seed or model: add e.g. --data.selection.init_args.fraction 0.5 "
+            "--trainer.default_root_dir runs/other",
+        ]
+        return "\n".join(lines)
+
+    def _evaluations(self, folder: RunFolder, iterations: int) -> list[str]:
+        initial = load_evaluation(folder.evaluation("000"))
+        if initial is None:
+            return []
+        lines = ["", "Held-out prompts (greedy answers)"]
+        lines.append(
+            f"  {'after':>16} {'reward':>16} {'gain over initial':>20} {'win rate':>9} {'tokens':>7}"
+        )
+        last: list[Rollout] = initial
+        for finished in range(iterations + 1):
+            rows = load_evaluation(folder.evaluation(f"{finished:03d}"))
+            if rows is None:
+                continue
+            last = rows
+            batch = measure(rows, initial)
+            reward = MeanWithError()
+            reward.update(batch.reward)
+            mean, stderr, _ = reward.compute().tolist()
+            gain = paired_difference(rows, initial)
+            name = "initial policy" if finished == 0 else f"{finished} iteration(s)"
+            against = "" if finished == 0 else f"{gain.mean:+.3f} ± {gain.stderr:.3f}"
+            wins = "" if finished == 0 else f"{batch.win.nanmean():.1%}"
+            lines.append(
+                f"  {name:>16} {f'{mean:.3f} ± {stderr:.3f}':>16} {against:>20} {wins:>9} "
+                f"{batch.length.mean():>7.1f}"
+            )
+        if last is not initial and self.prompts:
+            lines += ["", "Some answers, before and after"]
+            now = {row.prompt_id: row for row in last}
+            for row in initial[: self.prompts]:
+                lines += [
+                    f"  {_line(row.prompt)}",
+                    f"    before ({row.reward:.2f})  {_line(row.response)}",
+                    f"    after  ({now[row.prompt_id].reward:.2f})  {_line(now[row.prompt_id].response)}",
+                ]
+        return lines
+
+
+def _line(text: str, width: int = 96) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: width - 1] + "…"

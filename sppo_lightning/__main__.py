@@ -1,0 +1,22 @@
+"""The ``sppo-lightning`` command."""
+
+from __future__ import annotations
+
+import sys
+
+from sppo_lightning.types import UserError
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; bad input ends in one line and exit status 2."""
+    from sppo_lightning.cli import run
+
+    try:
+        run(args)
+    except UserError as error:
+        print(f"sppo-lightning: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

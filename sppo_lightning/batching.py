@@ -1,0 +1,174 @@
+"""Optimizer steps, micro-batches and padding.
+
+Shapes: B pairs of a micro-batch; its rows are the B chosen sequences, then the B rejected ones. T tokens of
+the longest sequence, R tokens of the longest response. Sequences are padded on the left, so that every
+response ends in the last column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from sppo_lightning.losses import PairLogps
+from sppo_lightning.types import PreferencePair, UserError
+
+
+class PairBatch(NamedTuple):
+    """One micro-batch of preference pairs."""
+
+    input_ids: Tensor  # [2B, T] long
+    attention_mask: Tensor  # [2B, T] long, 1 where a token is real
+    position_ids: Tensor  # [2B, T] long
+    targets: Tensor  # [2B, R] long, response tokens, aligned right
+    target_mask: Tensor  # [2B, R] bool
+    reference: PairLogps  # [B] each, float64, nats
+    reward_margins: Tensor  # [B] float64, chosen reward less rejected reward
+    weights: Tensor  # [B] float32, 1 for a real pair, 0 for a filler
+    slot: StepSlot
+
+
+class StepSlot(NamedTuple):
+    """Where a micro-batch stands in its iteration."""
+
+    step: int  # optimizer step in the iteration
+    steps: int  # optimizer steps of the iteration
+    step_pairs: int  # real pairs of the step, all ranks together
+    last_in_step: bool  # whether the optimizer steps after this micro-batch
+
+
+class MicroBatch(NamedTuple):
+    """Rows of one micro-batch on one rank; rows from ``real`` on are fillers of weight 0."""
+
+    rows: list[int]
+    real: int
+    slot: StepSlot
+
+
+def accumulation_steps(*, pairs_per_step: int, batch_size: int, world_size: int) -> int:
+    """Return how many micro-batches a rank runs for one optimizer step.
+
+    Raises:
+        UserError: if the sizes do not divide.
+    """
+    per_pass = batch_size * world_size
+    if pairs_per_step % per_pass:
+        raise UserError(
+            f"data.pairs_per_step={pairs_per_step} is no multiple of data.batch_size={batch_size} x "
+            f"{world_size} process(es) = {per_pass}: change one of them"
+        )
+    return pairs_per_step // per_pass
+
+
+class StepSampler(Sampler[MicroBatch]):
+    """Cuts one global order of pairs into optimizer steps, and each step into this rank's micro-batches.
+
+    Step s takes ``pairs_per_step`` pairs of the order, rank r the r-th slice of them. The last step may be
+    partial; ranks that get fewer of its pairs run fillers of weight 0, so that all run equally many passes.
+
+    Args:
+        order: row numbers of all pairs, in training order.
+        pairs_per_step: pairs of one optimizer step, all ranks together.
+        batch_size: pairs of one micro-batch on one rank.
+        rank: this process.
+        world_size: all processes.
+        epoch: epoch inside the iteration.
+        epochs: epochs of the iteration.
+    """
+
+    def __init__(
+        self,
+        order: Sequence[int],
+        *,
+        pairs_per_step: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        epoch: int = 0,
+        epochs: int = 1,
+    ) -> None:
+        self.order = list(order)
+        self.pairs_per_step = pairs_per_step
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = epoch
+        self.epochs = epochs
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch."""
+        return -(-len(self.order) // self.pairs_per_step)
+
+    def __len__(self) -> int:
+        return sum(self._passes(step) for step in range(self.steps_per_epoch))
+
+    def _step_rows(self, step: int) -> list[int]:
+        return self.order[step * self.pairs_per_step : (step + 1) * self.pairs_per_step]
+
+    def _passes(self, step: int) -> int:
+        per_pass = self.batch_size * self.world_size
+        return -(-len(self._step_rows(step)) // per_pass)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for step in range(self.steps_per_epoch):
+            rows = self._step_rows(step)
+            share = -(-len(rows) // self.world_size)
+            mine = rows[self.rank * share : (self.rank + 1) * share]
+            passes = self._passes(step)
+            for index in range(passes):
+                part = mine[index * self.batch_size : (index + 1) * self.batch_size]
+                slot = StepSlot(
+                    step=self.epoch * self.steps_per_epoch + step,
+                    steps=self.epochs * self.steps_per_epoch,
+                    step_pairs=len(rows),
+                    last_in_step=index == passes - 1,
+                )
+                yield MicroBatch(part or rows[:1], len(part), slot)
+
+
+def collate(pairs: Sequence[PreferencePair], *, real: int, slot: StepSlot, pad_token_id: int) -> PairBatch:
+    """Pad pairs into one micro-batch.
+
+    Args:
+        pairs: the pairs, fillers last.
+        real: how many of them count.
+        slot: where the micro-batch stands in its iteration.
+        pad_token_id: fills the left; masked everywhere.
+    """
+    prompts = [pair.prompt_token_ids for pair in pairs] * 2
+    responses = [pair.chosen_token_ids for pair in pairs] + [pair.rejected_token_ids for pair in pairs]
+    width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    longest = max(len(r) for r in responses)
+    input_ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    targets = torch.full((len(prompts), longest), pad_token_id, dtype=torch.long)
+    target_mask = torch.zeros_like(targets, dtype=torch.bool)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        tokens = torch.tensor((*prompt, *response))
+        input_ids[row, -len(tokens) :] = tokens
+        attention_mask[row, -len(tokens) :] = 1
+        targets[row, -len(response) :] = tokens[-len(response) :]
+        target_mask[row, -len(response) :] = True
+    weights = torch.zeros(len(pairs))
+    weights[:real] = 1.0
+    return PairBatch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(-1) - 1).clamp_(min=0),
+        targets=targets,
+        target_mask=target_mask,
+        reference=PairLogps(
+            torch.tensor([pair.reference_chosen_logp for pair in pairs], dtype=torch.float64),
+            torch.tensor([pair.reference_rejected_logp for pair in pairs], dtype=torch.float64),
+        ),
+        reward_margins=torch.tensor(
+            [pair.chosen_reward - pair.rejected_reward for pair in pairs], dtype=torch.float64
+        ),
+        weights=weights,
+        slot=slot,
+    )

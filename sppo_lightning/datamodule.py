@@ -1,0 +1,505 @@
+"""The LightningDataModule: makes each self-play iteration's data and owns the difficulty table."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from sppo_lightning.batching import (
+    MicroBatch,
+    PairBatch,
+    StepSampler,
+    accumulation_steps,
+    collate,
+)
+from sppo_lightning.collect import Collector, by_prompt
+from sppo_lightning.difficulty import (
+    DIFFICULTY_COLUMNS,
+    Reestimation,
+    StatisticsTable,
+    empty_difficulty_table,
+)
+from sppo_lightning.evaluation import EvaluationBatch, ensure_evaluation, load_evaluation, measure
+from sppo_lightning.generation import Generator
+from sppo_lightning.iteration import IterationBuilder, IterationRules, difficulty_after
+from sppo_lightning.module import PreferenceModule
+from sppo_lightning.pairing import PAIR_COLUMNS, BestWorst, Pairing
+from sppo_lightning.prompts import check_disjoint, encode_prompts, read_prompts
+from sppo_lightning.ranks import TrainerRanks
+from sppo_lightning.rewards import Reward
+from sppo_lightning.rollouts import RunFolder, ShardStore, write_atomically
+from sppo_lightning.seeding import random_keys
+from sppo_lightning.selection import (
+    AllPairs,
+    AllPrompts,
+    Curriculum,
+    RandomOrder,
+    Schedule,
+    Selection,
+)
+from sppo_lightning.types import EncodedPrompt, PhaseObserver, PreferencePair, Prompt, UserError
+
+Sources = str | list[str]
+EVALUATION_BATCH = 256  # stored answers aggregated at once
+
+
+class PairDataset(Dataset[PairBatch]):
+    """An iteration's pairs, handed out as padded micro-batches."""
+
+    def __init__(self, pairs: Sequence[PreferencePair], pad_token_id: int) -> None:
+        self.pairs = pairs
+        self.pad_token_id = pad_token_id
+
+    def __getitem__(self, micro: MicroBatch) -> PairBatch:
+        pairs = [self.pairs[row] for row in micro.rows]
+        return collate(pairs, real=micro.real, slot=micro.slot, pad_token_id=self.pad_token_id)
+
+
+class SelfPlayDataModule(pl.LightningDataModule):
+    """Samples, scores, selects and pairs, once an iteration, inside ``train_dataloader``.
+
+    Args:
+        prompts: training prompts: file(s), glob, folder or hub dataset; jsonl, json, csv or parquet.
+        iterations: self-play iterations.
+        samples_per_prompt: responses that a pair is chosen from, at least 2.
+        generator: answers prompts.
+        reward: scores answers.
+        selection: which prompts to train on, given their difficulty.
+        pairs_per_step: pairs of one optimizer step, all devices together.
+        batch_size: pairs of one micro-batch on one device.
+        epochs_per_iteration: passes over an iteration's pairs.
+        probe_samples: responses that a difficulty is estimated from; ``None``: ``samples_per_prompt``.
+        schedule: candidate prompts of each iteration; default ``AllPrompts``.
+        curriculum: order of the pairs; default ``RandomOrder``.
+        pairing: chosen and rejected response; default ``BestWorst``.
+        pair_selection: which pairs to keep, given their statistics; default ``AllPairs``.
+        eval_prompts: held-out prompts, evaluated before the first and after each iteration.
+        test_prompts: held-out prompts of ``test``.
+        predict_prompts: prompts of ``predict``.
+        max_prompt_tokens: longer prompts are dropped and counted, never truncated.
+        prompts_per_shard: prompts of one rollout file, the unit of work and of recovery.
+        seed: decides every random choice of the loop; linked to ``seed_everything`` by the CLI.
+    """
+
+    def __init__(
+        self,
+        prompts: Sources,
+        iterations: int,
+        samples_per_prompt: int,
+        generator: Generator,
+        reward: Reward,
+        selection: Selection,
+        pairs_per_step: int,
+        batch_size: int,
+        epochs_per_iteration: int = 1,
+        probe_samples: int | None = None,
+        schedule: Schedule | None = None,
+        curriculum: Curriculum | None = None,
+        pairing: Pairing | None = None,
+        pair_selection: Selection | None = None,
+        eval_prompts: Sources | None = None,
+        test_prompts: Sources | None = None,
+        predict_prompts: Sources | None = None,
+        max_prompt_tokens: int = 1024,
+        prompts_per_shard: int = 32,
+        seed: int = 42,
+    ) -> None:
+        super().__init__()
+        if samples_per_prompt < 2:
+            raise ValueError(
+                f"data.samples_per_prompt={samples_per_prompt}: a pair needs at least 2 responses"
+            )
+        counts = {
+            "iterations": iterations,
+            "epochs_per_iteration": epochs_per_iteration,
+            "pairs_per_step": pairs_per_step,
+            "batch_size": batch_size,
+            "max_prompt_tokens": max_prompt_tokens,
+            "prompts_per_shard": prompts_per_shard,
+            "probe_samples": samples_per_prompt if probe_samples is None else probe_samples,
+        }
+        for name, value in counts.items():
+            if value < 1:
+                raise ValueError(f"data.{name}={value} must be at least 1")
+        self.rules = IterationRules(
+            iterations=iterations,
+            samples_per_prompt=samples_per_prompt,
+            probe_samples=counts["probe_samples"],
+            pairs_per_step=pairs_per_step,
+            batch_size=batch_size,
+            schedule=schedule or AllPrompts(),
+            selection=selection,
+            pairing=pairing or BestWorst(),
+            pair_selection=pair_selection or AllPairs(),
+            seed=seed,
+        )
+        self._check_columns()
+        self.curriculum = curriculum or RandomOrder()
+        self.generator = generator
+        self.reward = reward
+        self.epochs_per_iteration = epochs_per_iteration
+        self.max_prompt_tokens = max_prompt_tokens
+        self.prompts_per_shard = prompts_per_shard
+        self.prompts = prompts
+        self.eval_prompts = eval_prompts
+        self.test_prompts = test_prompts
+        self.predict_prompts = predict_prompts
+        self.observers: list[PhaseObserver] = []
+        self.reestimation: Reestimation | None = None  # set by DifficultyReestimation, for the next iteration
+        self._read: dict[str, list[Prompt]] = {}
+        self._encoded: dict[str, dict[str, EncodedPrompt]] = {}
+        self._too_long: dict[str, list[str]] = {}
+        self._iteration = -1  # whose data was made last
+        self._table = empty_difficulty_table()  # known before that iteration
+        self.pairs: list[PreferencePair] = []  # of that iteration, in pair order
+        self._finished = 0  # iterations that the loaded checkpoint has finished
+
+    def _check_columns(self) -> None:
+        slots = (
+            ("selection", self.rules.selection, DIFFICULTY_COLUMNS),
+            ("pair_selection", self.rules.pair_selection, PAIR_COLUMNS),
+        )
+        for slot, rule, columns in slots:
+            missing = [name for name in rule.requires if name not in columns]
+            if missing:
+                raise ValueError(
+                    f"data.{slot}: {type(rule).__name__} needs the column {missing[0]!r}, which is not there; "
+                    f"this slot has {', '.join(columns)}"
+                )
+
+    # ------------------------------------------------------------------ set-up
+
+    def setup(self, stage: str) -> None:
+        """Read and check the prompts, before any model loads."""
+        assert self.trainer is not None
+        root = tempfile.mkdtemp() if self.trainer.fast_dev_run else self.trainer.default_root_dir
+        self.folder = RunFolder(Path(root))
+        self.ranks = TrainerRanks(self.trainer)
+        wanted = {"fit": ("prompts", "eval_prompts"), "validate": ("eval_prompts",)}.get(
+            stage, (f"{stage}_prompts",)
+        )
+        for name in wanted:
+            source = getattr(self, name)
+            if source is None and stage != "fit":
+                raise UserError(f"{stage} needs data.{name}: name a prompt file")
+            if source is not None and name not in self._read:
+                self._read[name] = read_prompts(source, key=f"data.{name}")
+                if stage != "predict":
+                    self.reward.check_prompts(self._read[name])
+        if stage != "predict":
+            self.reward.check()
+        if stage == "fit":
+            self._setup_fit()
+
+    def _setup_fit(self) -> None:
+        assert self.trainer is not None
+        trainer, rules = self.trainer, self.rules
+        if trainer.fast_dev_run:
+            self._shrink()
+        else:
+            wanted = {
+                "max_epochs": rules.iterations * self.epochs_per_iteration,
+                "reload_dataloaders_every_n_epochs": 1,
+            }
+            for name, value in wanted.items():
+                if getattr(trainer, name) != value:
+                    raise UserError(f"the Trainer needs {name}={value}, got {getattr(trainer, name)}")
+        if "eval_prompts" in self._read:
+            check_disjoint(self._read["prompts"], self._read["eval_prompts"], key="data.eval_prompts")
+        trainer.accumulate_grad_batches = accumulation_steps(
+            pairs_per_step=rules.pairs_per_step,
+            batch_size=rules.batch_size,
+            world_size=trainer.world_size,
+        )
+        ids = [prompt.id for prompt in self._read["prompts"]]
+        for iteration in range(rules.iterations):
+            candidates = rules.schedule.candidates(
+                ids, iteration=iteration, iterations=rules.iterations, seed=rules.seed
+            )
+            size = rules.selection.size(len(candidates), iteration=iteration)
+            if size is not None and size < rules.pairs_per_step:
+                raise UserError(
+                    f"data.selection keeps {size} of {len(candidates)} candidate prompts in iteration "
+                    f"{iteration}, fewer than one optimizer step of data.pairs_per_step={rules.pairs_per_step}: "
+                    "raise the fraction, add prompts or lower pairs_per_step"
+                )
+
+    def _shrink(self) -> None:
+        """Keep one optimizer step's worth of prompts, with room for ties."""
+        rules, prompts = self.rules, self._read["prompts"]
+        for count in range(2 * rules.pairs_per_step, len(prompts)):
+            size = rules.selection.size(count, iteration=0)
+            if size is None or size >= 2 * rules.pairs_per_step:
+                self._read["prompts"] = prompts[:count]
+                break
+        if "eval_prompts" in self._read:
+            self._read["eval_prompts"] = self._read["eval_prompts"][: rules.pairs_per_step]
+
+    @property
+    def module(self) -> PreferenceModule:
+        """The module that is being trained."""
+        assert self.trainer is not None
+        module = self.trainer.lightning_module
+        assert isinstance(module, PreferenceModule)
+        return module
+
+    def encoded(self, name: str) -> dict[str, EncodedPrompt]:
+        """Return the encoded prompts of ``name`` (``prompts``, ``eval_prompts``, …) by id."""
+        if name not in self._encoded:
+            result = encode_prompts(
+                self.module.tokenizer, self._read[name], max_tokens=self.max_prompt_tokens
+            )
+            self._encoded[name] = {item.prompt.id: item for item in result.kept}
+            self._too_long[name] = result.too_long
+            if result.too_long:
+                rank_zero_info(
+                    f"data.{name}: {len(result.too_long)} of {len(self._read[name])} prompts are over "
+                    f"data.max_prompt_tokens={self.max_prompt_tokens} and left out: "
+                    f"{', '.join(result.too_long[:10])}{' …' if len(result.too_long) > 10 else ''}"
+                )
+            if not result.kept:
+                raise UserError(
+                    f"every prompt of data.{name} is over data.max_prompt_tokens={self.max_prompt_tokens}: raise it"
+                )
+        return self._encoded[name]
+
+    def _collector(self) -> Collector:
+        return Collector(
+            generator=self.generator,
+            reward=self.reward,
+            policy=self.module,
+            device=self.module.device,
+            seed=self.rules.seed,
+            prompts_per_shard=self.prompts_per_shard,
+            ranks=self.ranks,
+            observers=self.observers,
+        )
+
+    # ---------------------------------------------------------------- training
+
+    def train_dataloader(self) -> DataLoader[PairBatch]:
+        """Ensure the current iteration's data, and return its pairs in training order.
+
+        After a resume at an epoch's end Lightning asks for the finished epoch once more, with the new
+        weights: a finished iteration returns its stored pairs.
+        """
+        assert self.trainer is not None
+        epoch = self.trainer.current_epoch
+        iteration, epoch_in_iteration = divmod(epoch, self.epochs_per_iteration)
+        finished = self.trainer.fit_loop.epoch_progress.current.processed > epoch
+        if iteration != self._iteration and not finished:
+            if iteration == 0 and self.eval_prompts is not None:
+                self._evaluation_rows("eval_prompts", 0)
+            self._enter(iteration)
+        elif not self.pairs:
+            self.pairs = self._finished_pairs(iteration)
+        difficulty, _ = self.folder.iteration(iteration).read_difficulty()
+        ids = [pair.prompt_id for pair in self.pairs]
+        keys = random_keys(ids, self.rules.seed, iteration, epoch_in_iteration, "order")
+        sampler = StepSampler(
+            self.curriculum.order(difficulty.rows(ids)["difficulty"], keys).tolist(),
+            pairs_per_step=self.rules.pairs_per_step,
+            batch_size=self.rules.batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            epoch=epoch_in_iteration,
+            epochs=self.epochs_per_iteration,
+        )
+        dataset = PairDataset(self.pairs, self._pad_token_id)
+        return DataLoader(dataset, sampler=sampler, batch_size=None)
+
+    @property
+    def _pad_token_id(self) -> int:
+        pad = self.module.tokenizer.pad_token_id
+        assert isinstance(pad, int)
+        return pad
+
+    def _enter(self, iteration: int) -> None:
+        """Make the data of an iteration that no optimizer step has been taken in."""
+        if iteration > 0:
+            self._table = self.difficulty_after(iteration - 1)
+        store = self.folder.iteration(iteration)
+        fingerprint = self.module.fingerprint()
+        manifest = store.read_manifest()
+        if manifest is not None and manifest["policy_fingerprint"] != fingerprint:
+            raise UserError(
+                f"{store.folder} was sampled from another policy than the one that enters iteration {iteration}: "
+                "delete the run folder to start anew, or continue from its checkpoints/last.ckpt"
+            )
+        if not store.complete:
+            self._builder().build(
+                store,
+                iteration=iteration,
+                previous=self._table,
+                reestimation=self.reestimation,
+                policy_fingerprint=fingerprint,
+            )
+        self._iteration = iteration
+        self.pairs = store.read_pairs()
+
+    def _builder(self) -> IterationBuilder:
+        return IterationBuilder(
+            rules=self.rules,
+            prompts=self.encoded("prompts"),
+            too_long=self._too_long["prompts"],
+            collector=self._collector(),
+            reference=self.module,
+            pad_token_id=self._pad_token_id,
+        )
+
+    def _finished_pairs(self, iteration: int) -> list[PreferencePair]:
+        store = self.folder.iteration(iteration)
+        if not store.complete:
+            raise UserError(
+                f"{store.folder} is gone or incomplete although the checkpoint was trained on it: restore it, or "
+                "start anew in another trainer.default_root_dir"
+            )
+        return store.read_pairs()
+
+    def difficulty_after(self, iteration: int) -> StatisticsTable:
+        """Return the difficulties known once ``iteration``, the one made last, has all its rollouts."""
+        assert iteration == self._iteration
+        store = self.folder.iteration(iteration)
+        manifest = store.read_manifest()
+        assert manifest is not None
+        rollouts = by_prompt(list(store.shards.read_all()))
+        return difficulty_after(
+            rollouts, self._table, iteration=iteration, smoothing=float(manifest["smoothing"])
+        )
+
+    @property
+    def current_iteration(self) -> int:
+        """The iteration whose data was made last; -1 before the first."""
+        return self._iteration
+
+    @property
+    def iteration_ends(self) -> bool:
+        """Whether the trainer stands at the end of an iteration's last epoch."""
+        assert self.trainer is not None
+        progress = self.trainer.fit_loop.epoch_progress.current
+        over = progress.processed > progress.completed
+        return over and progress.processed % self.epochs_per_iteration == 0
+
+    @property
+    def iteration_metrics(self) -> dict[str, float]:
+        """What the loggers get at the current iteration's start."""
+        manifest = self.folder.iteration(self._iteration).read_manifest()
+        assert manifest is not None
+        dropped = {f"iteration/dropped/{reason}": float(n) for reason, n in manifest["dropped"].items()}
+        return {"iteration/number": float(self._iteration), **manifest["metrics"], **dropped}
+
+    # -------------------------------------------------------------- evaluation
+
+    def val_dataloader(self) -> Any:
+        """Ensure and return the held-out evaluation of the current policy."""
+        if self.eval_prompts is None:
+            return []
+        return self._evaluation_loader("eval_prompts", self._finished_iterations())
+
+    def test_dataloader(self) -> Any:
+        """Ensure and return the evaluation on ``test_prompts``."""
+        return self._evaluation_loader("test_prompts", self._finished_iterations())
+
+    def _finished_iterations(self) -> int:
+        assert self.trainer is not None
+        if self.trainer.state.fn != "fit":
+            return self._finished
+        progress = self.trainer.fit_loop.epoch_progress.current
+        inside = progress.started > progress.processed
+        return (progress.processed + inside) // self.epochs_per_iteration
+
+    def _evaluation_folder(self, name: str, finished: int) -> Path:
+        prefix = "" if name == "eval_prompts" else f"{name.removesuffix('_prompts')}-"
+        return self.folder.evaluation(f"{prefix}{finished:03d}")
+
+    def _evaluation_rows(self, name: str, finished: int) -> list[Any]:
+        return ensure_evaluation(
+            self._evaluation_folder(name, finished),
+            list(self.encoded(name).values()),
+            self._collector(),
+            iteration=finished,
+            policy_fingerprint=self.module.fingerprint(),
+        )
+
+    def _evaluation_loader(self, name: str, finished: int) -> DataLoader[Any]:
+        baseline_folder = self._evaluation_folder(name, 0)
+        if finished > 0 and load_evaluation(baseline_folder) is None:
+            with self.module.sampling_initial_policy():
+                ensure_evaluation(
+                    baseline_folder,
+                    list(self.encoded(name).values()),
+                    self._collector(),
+                    iteration=0,
+                    policy_fingerprint="initial",
+                )
+        rows = self._evaluation_rows(name, finished)
+        batch = measure(rows, load_evaluation(baseline_folder))
+        mine = Subset(TensorDataset(*batch), range(self.ranks.rank, len(rows), self.ranks.world_size))
+        return DataLoader(mine, batch_size=EVALUATION_BATCH, collate_fn=_stack)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Answer ``predict_prompts`` greedily into ``predictions.jsonl``."""
+        prompts = list(self.encoded("predict_prompts").values())
+        with tempfile.TemporaryDirectory(dir=self.folder.root, prefix=".predict-") as parts:
+            store = ShardStore(self.ranks.same(Path(parts)))
+            rows = self._collector().collect_greedy(
+                store, "greedy", prompts, iteration=self._finished, phase="predicting", score=False
+            )
+            self.ranks.barrier("predictions read")
+        lines = [
+            json.dumps(
+                {
+                    "id": row.prompt_id,
+                    "prompt": row.prompt,
+                    "response": row.response,
+                    "finish_reason": row.finish_reason,
+                },
+                ensure_ascii=False,
+            )
+            for row in rows
+        ]
+        path = self.folder.root / "predictions.jsonl"
+        if self.ranks.rank == 0:
+            write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+        rank_zero_info(f"{len(lines)} answers written to {path}")
+        return DataLoader(lines, batch_size=EVALUATION_BATCH)  # type: ignore[arg-type]
+
+    # ------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs beside the store."""
+        due = self.reestimation
+        return {
+            "iteration": self._iteration,
+            "finished": self._finished_iterations(),
+            "table": {
+                "prompt_ids": list(self._table.prompt_ids),
+                "columns": {name: column.clone() for name, column in self._table.columns.items()},
+            },
+            "reestimation": None
+            if due is None
+            else {"prompt_ids": list(due.prompt_ids), "samples": due.samples, "smoothing": due.smoothing},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a checkpoint stood."""
+        self._iteration = state_dict["iteration"]
+        self._finished = state_dict["finished"]
+        table = state_dict["table"]
+        self._table = StatisticsTable(tuple(table["prompt_ids"]), table["columns"])
+        due = state_dict["reestimation"]
+        self.reestimation = due and Reestimation(
+            tuple(due["prompt_ids"]), due["samples"], due["smoothing"]
+        )
+
+
+def _stack(rows: list[tuple[torch.Tensor, ...]]) -> EvaluationBatch:
+    return EvaluationBatch(*(torch.stack(column) for column in zip(*rows, strict=True)))

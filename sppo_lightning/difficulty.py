@@ -1,0 +1,119 @@
+"""Prompt difficulty: the mean reward of a prompt's on-policy responses. A low mean is a difficult prompt.
+
+``D(x) = (1/N) sum_j r(x, y_j)``, y_j sampled from the policy (arXiv 2510.05534).
+Shapes: P prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+REWARD_COLUMNS = ("mean_reward", "std_reward", "min_reward", "max_reward", "samples")
+DIFFICULTY_COLUMNS = ("difficulty", "estimated_iteration", *REWARD_COLUMNS)
+"""Columns of the table that ``data.selection`` sees."""
+
+
+@dataclass(frozen=True)
+class StatisticsTable:
+    """Named columns with one row a prompt."""
+
+    prompt_ids: tuple[str, ...]
+    columns: Mapping[str, Tensor]  # each [P], float64
+
+    def __post_init__(self) -> None:
+        assert all(len(column) == len(self.prompt_ids) for column in self.columns.values())
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.columns[name]
+
+    def rows(self, prompt_ids: Sequence[str]) -> StatisticsTable:
+        """Return the rows of ``prompt_ids``, in that order."""
+        position = {prompt_id: row for row, prompt_id in enumerate(self.prompt_ids)}
+        index = torch.tensor([position[prompt_id] for prompt_id in prompt_ids], dtype=torch.long)
+        return StatisticsTable(
+            tuple(prompt_ids), {name: column[index] for name, column in self.columns.items()}
+        )
+
+    def updated(self, newer: StatisticsTable) -> StatisticsTable:
+        """Return this table with the rows of ``newer`` put in place of, or after, its own."""
+        replaced = set(newer.prompt_ids)
+        kept = [prompt_id for prompt_id in self.prompt_ids if prompt_id not in replaced]
+        old = self.rows(kept)
+        return StatisticsTable(
+            (*old.prompt_ids, *newer.prompt_ids),
+            {name: torch.cat([old[name], newer[name]]) for name in newer.columns},
+        )
+
+
+def empty_difficulty_table() -> StatisticsTable:
+    """Return a difficulty table without rows."""
+    return StatisticsTable((), {name: torch.zeros(0, dtype=torch.float64) for name in DIFFICULTY_COLUMNS})
+
+
+def reward_statistics(rewards: Mapping[str, Sequence[float]]) -> StatisticsTable:
+    """Summarise the finite rewards of each prompt.
+
+    Args:
+        rewards: prompt id to its rewards, at least one each, all finite.
+
+    Returns:
+        The :data:`REWARD_COLUMNS`; the standard deviation is the population's (0 for one sample).
+    """
+    values = [torch.tensor(row, dtype=torch.float64) for row in rewards.values()]
+    columns = {
+        "mean_reward": [row.mean() for row in values],
+        "std_reward": [row.std(correction=0) for row in values],
+        "min_reward": [row.min() for row in values],
+        "max_reward": [row.max() for row in values],
+        "samples": [torch.tensor(float(len(row)), dtype=torch.float64) for row in values],
+    }
+    empty = torch.zeros(0, dtype=torch.float64)
+    return StatisticsTable(
+        tuple(rewards), {name: torch.stack(column) if column else empty for name, column in columns.items()}
+    )
+
+
+def estimate_difficulty(
+    statistics: StatisticsTable, previous: StatisticsTable, *, iteration: int, smoothing: float
+) -> StatisticsTable:
+    """Turn this iteration's reward statistics into difficulties, smoothed with the previous estimates.
+
+    ``difficulty = smoothing * previous + (1 - smoothing) * mean_reward``; without a previous estimate it is
+    the mean reward.
+
+    Args:
+        statistics: rewards of this iteration's samples.
+        previous: difficulty table of the iteration before; prompts that it lacks are new.
+        iteration: self-play iteration that the samples come from.
+        smoothing: weight of the previous estimate, in [0, 1).
+    """
+    mean = statistics["mean_reward"]
+    known = dict(zip(previous.prompt_ids, previous["difficulty"].tolist(), strict=True))
+    old = torch.tensor(
+        [known.get(key, float("nan")) for key in statistics.prompt_ids], dtype=torch.float64
+    ).reshape(mean.shape)
+    difficulty = torch.where(old.isnan(), mean, smoothing * old + (1 - smoothing) * mean)
+    return StatisticsTable(
+        statistics.prompt_ids,
+        {
+            "difficulty": difficulty,
+            "estimated_iteration": torch.full_like(mean, float(iteration)),
+            **statistics.columns,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Reestimation:
+    """Which prompts to probe again at the start of the next iteration, and how to merge the estimates."""
+
+    prompt_ids: tuple[str, ...]
+    samples: int  # responses for each prompt
+    smoothing: float  # weight of the old estimate, in [0, 1)

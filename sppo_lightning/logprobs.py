@@ -1,0 +1,67 @@
+"""Log-probabilities of given tokens, without a float32 copy of the logits.
+
+Shapes: N positions, V vocabulary, S sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 4096  # positions whose logits are held in float32 at once
+
+
+class _TokenLogps(torch.autograd.Function):
+    """``log_softmax(logits)[target]`` in float32, chunk by chunk; the softmax is recomputed in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        # logits [N, V], targets [N]
+        out_dtype = torch.promote_types(logits.dtype, torch.float32)
+        normalizer = torch.empty(len(logits), dtype=out_dtype, device=logits.device)
+        for part in torch.arange(len(logits), device="cpu").split(chunk):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            normalizer[rows] = torch.logsumexp(logits[rows].to(out_dtype), dim=-1)
+        picked = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1).to(out_dtype)
+        ctx.save_for_backward(logits, targets, normalizer)
+        ctx.chunk = chunk
+        return picked - normalizer
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grad_outputs  # [N]
+        logits, targets, normalizer = ctx.saved_tensors
+        grad_logits = torch.empty_like(logits)
+        for part in torch.arange(len(logits), device="cpu").split(ctx.chunk):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            softmax = (logits[rows].to(normalizer.dtype) - normalizer[rows, None]).exp_()
+            softmax.mul_(-grad[rows, None])
+            softmax.scatter_add_(-1, targets[rows, None], grad[rows, None].to(softmax.dtype))
+            grad_logits[rows] = softmax.to(logits.dtype)
+        return grad_logits, None, None
+
+
+def token_logps(logits: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
+    """Return the log-probability of each target token, in float32 (float64 for float64 logits).
+
+    Args:
+        logits: ``[N, V]``, any floating dtype.
+        targets: ``[N]`` token ids.
+        chunk: positions whose logits are held in float32 at once.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1")
+    return _TokenLogps.apply(logits, targets, chunk)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def sequence_logps(logps: Tensor, mask: Tensor) -> Tensor:
+    """Sum token log-probs over each sequence, in float64 where the device has it.
+
+    Args:
+        logps: ``[S, T]`` token log-probs, nats.
+        mask: ``[S, T]`` bool, true where a token counts.
+    """
+    dtype = torch.float32 if logps.device.type == "mps" else torch.float64
+    return logps.to(dtype).masked_fill(~mask, 0.0).sum(-1)

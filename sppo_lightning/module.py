@@ -1,0 +1,396 @@
+"""The LightningModule: a policy, its frozen reference, a preference loss. Formulas live elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric
+
+from sppo_lightning import policy as policies
+from sppo_lightning.batching import PairBatch
+from sppo_lightning.losses import PairLogps, PreferenceLoss, PreferenceTerms
+from sppo_lightning.metrics import MeanWithError
+from sppo_lightning.policy import PolicyConfig
+from sppo_lightning.schedules import LearningRateSchedule, Linear
+from sppo_lightning.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sppo_lightning.datamodule import EvaluationBatch
+
+COMPUTE_DTYPES = {
+    "32-true": torch.float32,
+    "64-true": torch.float64,
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+}
+# largest |log-ratio| per token at an iteration's start, where the reference equals the policy
+RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.02}
+STEP_METRICS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margin",
+    "rewards/accuracy",
+    "logps/chosen",
+    "logps/rejected",
+    "logratios/chosen",
+    "logratios/rejected",
+)
+MOVED_SAMPLE = 1 << 20  # weights watched through the first optimizer step
+
+
+class PreferenceModule(pl.LightningModule):
+    """Trains a policy on preference pairs against a frozen reference.
+
+    Args:
+        policy: which model, and how to hold it.
+        loss: preference loss.
+        learning_rate: peak rate of each iteration.
+        reference: ``previous_iteration``: the policy as it was when the iteration started; ``initial``: the
+            policy that the run started from.
+        lr_schedule: the rate within an iteration, as a share of the peak; default: linear, warm-up 0.1.
+        optimizer: optimizer class; default AdamW. Its own ``lr`` and ``weight_decay`` are not used.
+        weight_decay: decoupled decay of matrices (not of norms and biases), per step and unit of rate.
+        carry_optimizer: keep the optimizer's state from one iteration to the next, instead of clearing it.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        loss: PreferenceLoss,
+        learning_rate: float,
+        reference: Literal["previous_iteration", "initial"],
+        lr_schedule: LearningRateSchedule | None = None,
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
+        weight_decay: float = 0.0,
+        carry_optimizer: bool = False,
+    ) -> None:
+        super().__init__()
+        if not learning_rate > 0:
+            raise ValueError(f"model.learning_rate={learning_rate} must be greater than 0")
+        if weight_decay < 0:
+            raise ValueError(f"model.weight_decay={weight_decay} must be 0 or more")
+        self.policy_config = policy
+        self.loss = loss
+        self.learning_rate = learning_rate
+        self.reference = reference
+        self.lr_schedule = lr_schedule or Linear()
+        self.optimizer_factory = optimizer or torch.optim.AdamW
+        self.weight_decay = weight_decay
+        self.carry_optimizer = carry_optimizer
+        self.strict_loading = False  # checkpoints hold what was trained; on_load_checkpoint compares the names
+        self.policy: nn.Module | None = None
+        self.step_metrics = nn.ModuleDict({name: MeanMetric() for name in STEP_METRICS})
+        self.evaluation_metrics = nn.ModuleDict(
+            {name: MeanWithError() for name in ("reward", "win", "length", "failed")}
+        )
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._reference_model: nn.Module | None = None
+        self._sampled_instead: nn.Module | None = None
+        self._watched: tuple[nn.Parameter, Tensor] | None = None
+
+    # ------------------------------------------------------------------ set-up
+
+    def setup(self, stage: str) -> None:
+        """Check everything that can be checked before weights are loaded."""
+        precision = str(self.trainer.precision)
+        if precision not in COMPUTE_DTYPES:
+            raise UserError(
+                f"trainer.precision={precision} holds the trained weights in 16 bits, where small updates round to "
+                "nothing: use bf16-mixed (float32 weights, bfloat16 products) or 32-true"
+            )
+        config = self.policy_config
+        policies.load_model_config(
+            config.pretrained,
+            key="model.policy.pretrained",
+            trust_remote_code=config.trust_remote_code,
+            expect="causal-lm",
+        )
+        self.load_tokenizer()
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the policy's tokenizer; needs no weights."""
+        if self._tokenizer is None:
+            config = self.policy_config
+            self._tokenizer = policies.load_tokenizer(
+                config.pretrained, trust_remote_code=config.trust_remote_code
+            )
+        return self._tokenizer
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the trainer's matrix products."""
+        return COMPUTE_DTYPES[str(self.trainer.precision)]
+
+    def configure_model(self) -> None:
+        """Load the policy, once."""
+        if self.policy is not None:
+            return
+        self.policy = policies.load_policy(self.policy_config, compute_dtype=self.compute_dtype)
+        policies.disable_dropout(self.policy)
+        self.policy.train()
+        policies.check_updates_survive(self._trainable(), self.learning_rate)
+
+    def _trainable(self) -> list[nn.Parameter]:
+        assert self.policy is not None
+        return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+
+    def configure_optimizers(self) -> Optimizer:
+        """Build the optimizer; the rate is set at every batch."""
+        parameters = self._trainable()
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = self.optimizer_factory([group for group in groups if group["params"]])
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        return optimizer
+
+    # ---------------------------------------------------------------- training
+
+    def on_train_start(self) -> None:
+        """Log the initial policy's evaluation, and start to watch some weights."""
+        if self.trainer.global_step == 0:
+            datamodule = cast(Any, self.trainer).datamodule
+            if datamodule is not None and datamodule.eval_prompts is not None:
+                for batch in datamodule.val_dataloader():
+                    self._evaluate(move_data_to_device(batch, self.device))
+                self._log_now(self._evaluation_result("val"))
+            largest = max(self._trainable(), key=lambda parameter: parameter.numel())
+            self._watched = (largest, largest.detach().flatten()[:MOVED_SAMPLE].clone())
+
+    def on_train_epoch_start(self) -> None:
+        """Begin an iteration: log its data, clear the optimizer."""
+        assert self.policy is not None
+        self.policy.train()
+        datamodule = cast(Any, self.trainer).datamodule
+        if self.trainer.current_epoch % datamodule.epochs_per_iteration == 0:
+            self._log_now(datamodule.iteration_metrics)
+            if not self.carry_optimizer:
+                for optimizer in self.trainer.optimizers:
+                    optimizer.state.clear()
+
+    def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
+        """Set the learning rate, a function of the step in the iteration."""
+        rate = self.learning_rate * self.lr_schedule.factor(batch.slot.step, batch.slot.steps)
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        """Return the micro-batch's share of the step's mean loss, scaled for Lightning's accumulation."""
+        assert self.policy is not None
+        policy = policies.pair_logps(self.policy, batch)
+        if batch_idx == 0 and batch.slot.step == 0:
+            self._check_reference(policy, batch)
+        terms = self.loss(policy, batch.reference)
+        self._record(policy, batch, terms)
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.slot.step_pairs
+        return (terms.loss * batch.weights).sum() * scale
+
+    def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
+        """After the first optimizer step, say how many weights it moved."""
+        if self._watched is not None and batch.slot.last_in_step:
+            parameter, before = self._watched
+            moved = (parameter.detach().flatten()[:MOVED_SAMPLE] != before).float().mean()
+            self._watched = None
+            self._log_now({"train/weights_moved": float(moved)})
+            rank_zero_info(f"The first optimizer step moved {float(moved):.1%} of the weights watched.")
+
+    def _check_reference(self, policy: PairLogps, batch: PairBatch) -> None:
+        """Raise if the policy's log-probs differ from the reference's although the two are the same."""
+        if self.reference == "initial" and self.trainer.current_epoch > 0:
+            return
+        lengths = batch.target_mask.sum(-1).chunk(2)
+        drift = torch.maximum(
+            ((policy.chosen - batch.reference.chosen).abs() / lengths[0]).max(),
+            ((policy.rejected - batch.reference.rejected).abs() / lengths[1]).max(),
+        ).item()
+        tolerance = RATIO_TOLERANCE[self.compute_dtype]
+        if not drift <= tolerance:
+            raise RuntimeError(
+                f"at the start of an iteration policy and reference are the same, but their log-probs differ by "
+                f"{drift:.2g} nat per token (tolerance {tolerance:g}): the reference is not the policy's own"
+            )
+
+    def _record(self, policy: PairLogps, batch: PairBatch, terms: PreferenceTerms) -> None:
+        margin = terms.chosen_reward - terms.rejected_reward
+        values = {
+            "loss": terms.loss,
+            "rewards/chosen": terms.chosen_reward,
+            "rewards/rejected": terms.rejected_reward,
+            "rewards/margin": margin,
+            "rewards/accuracy": (margin > 0).to(margin.dtype),
+            "logps/chosen": policy.chosen,
+            "logps/rejected": policy.rejected,
+            "logratios/chosen": policy.chosen - batch.reference.chosen,
+            "logratios/rejected": policy.rejected - batch.reference.rejected,
+        }
+        for name, value in values.items():
+            cast(MeanMetric, self.step_metrics[name]).update(value.detach(), batch.weights)
+        if batch.slot.last_in_step:
+            metrics = {name: cast(MeanMetric, metric) for name, metric in self.step_metrics.items()}
+            result = {f"train/{name}": metric.compute() for name, metric in metrics.items()}
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            self.log_dict({**result, "train/lr": rate}, batch_size=1)
+            for metric in metrics.values():
+                metric.reset()
+
+    def _log_now(self, metrics: dict[str, float]) -> None:
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.trainer.global_step)
+
+    # --------------------------------------------------------------- reference
+
+    @contextmanager
+    def reference_pass(self) -> Iterator[None]:
+        """Hold the reference in memory while the context lasts."""
+        assert self.policy is not None
+        held = nullcontext(self.policy) if self.reference == "previous_iteration" else self._initial_model()
+        with held as model:
+            self._reference_model = model.eval()
+            try:
+                yield
+            finally:
+                self._reference_model = None
+
+    @contextmanager
+    def _initial_model(self) -> Iterator[nn.Module]:
+        """Yield the policy that the run started from: the adapter switched off, or the weights read again."""
+        assert self.policy is not None
+        if self.policy_config.lora is not None:
+            with cast(Any, self.policy).disable_adapter():
+                yield self.policy
+        else:
+            model = policies.load_base_model(self.policy_config, compute_dtype=self.compute_dtype)
+            policies.disable_dropout(model)
+            yield model.to(self.device)
+
+    def reference_logps(self, batch: PairBatch) -> PairLogps:
+        """Return the reference's log-probs through the training forward, ``[B]`` each, float64, on the CPU."""
+        assert self._reference_model is not None
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            logps = policies.pair_logps(self._reference_model, move_data_to_device(batch, self.device))
+        return PairLogps(logps.chosen.cpu(), logps.rejected.cpu())
+
+    # ---------------------------------------------------------------- sampling
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's tokenizer."""
+        return self.load_tokenizer()
+
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """Token ids that end a response."""
+        model = cast(Any, self.policy)
+        generation = getattr(model, "generation_config", None)
+        return frozenset(policies.end_token_ids(model.config, self.tokenizer, generation))
+
+    def sampling_model(self) -> nn.Module:
+        """Return the current policy to sample from.
+
+        The policy itself where it is already in the compute dtype or carries an adapter; else a copy in the
+        compute dtype, so that nothing is cast at every token.
+        """
+        assert self.policy is not None
+        model = self._sampled_instead or self.policy
+        dtype = next(model.parameters()).dtype
+        if self.policy_config.lora is not None or dtype == self.compute_dtype:
+            return model.eval()
+        return policies.sampling_copy(model, self.compute_dtype)
+
+    @contextmanager
+    def sampling_initial_policy(self) -> Iterator[None]:
+        """Let :meth:`sampling_model` return the policy that the run started from while the context lasts."""
+        with self._initial_model() as model:
+            self._sampled_instead = model
+            try:
+                yield
+            finally:
+                self._sampled_instead = None
+
+    def fingerprint(self) -> str:
+        """Return a digest of the current policy."""
+        assert self.policy is not None
+        return policies.fingerprint(self.policy, self.policy_config.pretrained)
+
+    # -------------------------------------------------------------- evaluation
+
+    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """Aggregate stored, scored answers."""
+        self._evaluate(batch)
+
+    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """Aggregate stored, scored answers."""
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the evaluation."""
+        self.log_dict(self._evaluation_result("val"), rank_zero_only=False)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the evaluation."""
+        self.log_dict(self._evaluation_result("test"), rank_zero_only=False)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """Return stored answers."""
+        return batch
+
+    def _evaluate(self, batch: EvaluationBatch) -> None:
+        for name, values in batch._asdict().items():
+            cast(MeanWithError, self.evaluation_metrics[name]).update(values)
+
+    def _evaluation_result(self, prefix: str) -> dict[str, float]:
+        found = {}
+        for name, metric in self.evaluation_metrics.items():
+            found[name] = cast(Tensor, cast(MeanWithError, metric).compute()).tolist()
+            cast(MeanWithError, metric).reset()
+        result = {
+            f"{prefix}/reward/mean": found["reward"][0],
+            f"{prefix}/reward/stderr": found["reward"][1],
+            f"{prefix}/response_length/mean": found["length"][0],
+            f"{prefix}/failed/share": found["failed"][0],
+        }
+        if found["win"][2]:
+            result[f"{prefix}/win_rate"] = found["win"][0]
+        if found["failed"][0] > 0:
+            rank_zero_warn(f"{found['failed'][0]:.1%} of the {prefix} answers have a non-finite reward.")
+        return result
+
+    # ------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the trained weights only, and no optimizer state that the next iteration would clear."""
+        trained = {f"policy.{name}" for name, p in cast(nn.Module, self.policy).named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {
+            name: value for name, value in checkpoint["state_dict"].items() if name in trained
+        }
+        datamodule = cast(Any, self.trainer).datamodule
+        iteration_ends = datamodule is not None and datamodule.iteration_ends
+        if iteration_ends and not self.carry_optimizer:
+            for state in checkpoint.get("optimizer_states", ()):
+                state["state"] = {}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another policy."""
+        assert self.policy is not None
+        expected = {f"policy.{name}" for name, p in self.policy.named_parameters() if p.requires_grad}
+        found = set(checkpoint["state_dict"])
+        if found != expected:
+            some = sorted(expected ^ found)[0]
+            raise UserError(
+                f"the checkpoint does not fit model.policy ({len(expected ^ found)} weights differ, e.g. {some}): "
+                "use the model.policy settings that it was trained with"
+            )

@@ -1,0 +1,299 @@
+"""Load a policy, copy it for sampling, fingerprint it, and read log-probs from it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sppo_lightning.batching import PairBatch
+from sppo_lightning.logprobs import sequence_logps, token_logps
+from sppo_lightning.losses import PairLogps
+from sppo_lightning.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank adapters (arXiv 2106.09685) through PEFT; the adapter trains in float32.
+
+    Args:
+        rank: rank of the update.
+        alpha: the update is scaled by alpha / rank.
+        dropout: dropout on the adapter's input while training; off for log-prob passes of the reference.
+        target_modules: names of the layers to adapt; ``all-linear`` or a list.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+
+@dataclass
+class PolicyConfig:
+    """Which model to train and how to hold it.
+
+    Args:
+        pretrained: a HF folder, a hub id, or a ``.gguf`` file.
+        dtype: dtype of the weights. ``auto``: float32 for full fine-tuning (updates of 1e-7 vanish in
+            bfloat16), the trainer's compute dtype for the frozen base of an adapter.
+        attn_implementation: attention kernel, as in transformers; ``None`` leaves the choice to it.
+        quantization: 4-bit NF4 or 8-bit weights through bitsandbytes, for the frozen base of an adapter.
+        lora: train a low-rank adapter instead of all weights.
+        gradient_checkpointing: recompute activations in the backward pass.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    pretrained: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attn_implementation: str | None = None
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    lora: LoRAConfig | None = None
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.quantization != "none" and self.lora is None:
+            raise UserError(
+                f"model.policy.quantization={self.quantization} freezes the weights, so that there is nothing "
+                "to train: set model.policy.lora too, or quantization: none"
+            )
+        if self.lora is not None and self.lora.rank < 1:
+            raise UserError(f"model.policy.lora.rank={self.lora.rank} must be at least 1")
+
+
+def hub_location(pretrained: str) -> tuple[str, dict[str, str]]:
+    """Split ``pretrained`` into what ``from_pretrained`` takes: folder or hub id, and GGUF arguments."""
+    path = Path(pretrained)
+    if path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    return pretrained, {}
+
+
+def load_model_config(
+    pretrained: str, *, key: str, trust_remote_code: bool, expect: Literal["causal-lm", "reward"]
+) -> PretrainedConfig:
+    """Read a model's configuration, without its weights.
+
+    Raises:
+        UserError: naming ``key``, if there is no model there.
+    """
+    from transformers import AutoConfig
+
+    path = Path(pretrained)
+    looks_local = path.is_absolute() or pretrained.startswith((".", "~")) or path.suffix == ".gguf"
+    if not path.exists() and (looks_local or pretrained.count("/") != 1):
+        raise UserError(f"{key}={pretrained!r}: no such model; give a model folder, a hub id or a .gguf file")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise UserError(f"{key}={pretrained!r}: the folder has no config.json, so it holds no model")
+    if path.is_file() and path.suffix != ".gguf":
+        raise UserError(f"{key}={pretrained!r} is a file but not .gguf: give the model's folder")
+    location, extra = hub_location(pretrained)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            location, trust_remote_code=trust_remote_code, **extra
+        )
+    except Exception as error:
+        raise UserError(f"{key}={pretrained!r} cannot be read as a model: {_first_line(error)}") from error
+    names = getattr(config, "architectures", None) or []
+    if expect == "reward" and names and not any("SequenceClassification" in name for name in names):
+        raise UserError(f"{key}={pretrained!r} is a {names[0]}, not a sequence-classification model")
+    if expect == "causal-lm" and any("SequenceClassification" in name for name in names):
+        raise UserError(f"{key}={pretrained!r} is a {names[0]}, not a language model that can answer")
+    return config
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_tokenizer(pretrained: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model; a missing pad token becomes the end token."""
+    from transformers import AutoTokenizer
+
+    location, extra = hub_location(pretrained)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        location, trust_remote_code=trust_remote_code, **extra
+    )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base_model(config: PolicyConfig, *, compute_dtype: torch.dtype) -> PreTrainedModel:
+    """Load the causal language model without an adapter.
+
+    Args:
+        config: what to load.
+        compute_dtype: dtype of the trainer's matrix products; the frozen base of an adapter is held in it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    location, extra = hub_location(config.pretrained)
+    default = torch.float32 if config.lora is None else compute_dtype
+    options: dict[str, Any] = {**extra, "dtype": DTYPES.get(config.dtype, default)}
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    if config.quantization != "none":
+        options["quantization_config"] = quantization_options(config.quantization, compute_dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        location, trust_remote_code=config.trust_remote_code, **options
+    )
+    if "gguf_file" in extra:
+        forget_gguf(model)
+    return model
+
+
+def quantization_options(kind: Literal["nf4", "int8"], compute_dtype: torch.dtype) -> Any:
+    """Return transformers' settings for bitsandbytes (QLoRA, arXiv 2305.14314, for ``nf4``)."""
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def forget_gguf(model: PreTrainedModel) -> None:
+    """Drop the record that a model came from GGUF: its weights are plain tensors, and can be saved again."""
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized = False
+
+
+def load_policy(config: PolicyConfig, *, compute_dtype: torch.dtype) -> nn.Module:
+    """Load the policy to train: all weights trainable, or a fresh adapter on a frozen base.
+
+    Raises:
+        UserError: if ``target_modules`` match nothing.
+    """
+    model = load_base_model(config, compute_dtype=compute_dtype)
+    model.config.use_cache = False
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.lora is None:
+        return model
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if config.quantization != "none":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    elif config.gradient_checkpointing:
+        model.enable_input_require_grads()
+    try:
+        adapted: nn.Module = get_peft_model(
+            model,
+            PeftLoraConfig(
+                r=config.lora.rank,
+                lora_alpha=config.lora.alpha,
+                lora_dropout=config.lora.dropout,
+                target_modules=config.lora.target_modules,
+                task_type="CAUSAL_LM",
+            ),
+            autocast_adapter_dtype=True,
+        )
+    except ValueError as error:
+        raise UserError(f"model.policy.lora.target_modules: {_first_line(error)}") from error
+    return adapted
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Switch dropout off, except an adapter's own: policy and reference must see the same network.
+
+    TRL's ``disable_dropout`` does the same. Attention modules of transformers read a float attribute.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def end_token_ids(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, generation: Any) -> set[int]:
+    """Return every token id that ends a response: the generation config's, else the model's, else the tokenizer's."""
+    for value in (
+        getattr(generation, "eos_token_id", None),
+        getattr(model_config, "eos_token_id", None),
+        tokenizer.eos_token_id,
+    ):
+        if value is not None:
+            return set(value) if isinstance(value, list) else {value}
+    raise UserError("the policy names no end-of-sequence token: set eos_token_id in its generation config")
+
+
+def check_updates_survive(parameters: Iterable[nn.Parameter], learning_rate: float) -> None:
+    """Refuse a learning rate whose updates round to nothing in the dtype of the weights.
+
+    An Adam step moves a weight by about the learning rate; it is lost where that is under half the spacing of
+    the dtype at the weight's size.
+
+    Raises:
+        UserError: if most trainable weights could not move.
+    """
+    lost = total = 0
+    for parameter in parameters:
+        spacing = parameter.detach().abs().float() * torch.finfo(parameter.dtype).eps
+        lost += int((spacing > 2 * learning_rate).sum())
+        total += parameter.numel()
+    if total and lost > total / 2:
+        raise UserError(
+            f"model.learning_rate={learning_rate:g} is lost to rounding in {lost / total:.0%} of the trainable "
+            "weights: hold them in float32 (model.policy.dtype: auto, trainer.precision: bf16-mixed) or use lora"
+        )
+
+
+def fingerprint(model: nn.Module, pretrained: str) -> str:
+    """Return a digest of what decides a policy's outputs: its base and the exact trainable weights."""
+    digest = hashlib.blake2b(pretrained.encode(), digest_size=16)
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().contiguous().view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
+
+
+def sampling_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a frozen copy in ``dtype`` that shares nothing with ``model`` and is in eval mode.
+
+    Parameters are converted one by one, so that no second full-precision copy ever exists.
+    """
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, memo).eval()
+
+
+def pair_logps(model: nn.Module, batch: PairBatch) -> PairLogps:
+    """Return the log-prob of each response given its prompt, ``[B]`` each, float64, nats.
+
+    The model's own head is applied to the positions that predict response tokens only: with padding on the
+    left these are the last columns.
+    """
+    keep = batch.targets.shape[1] + 1
+    logits: Tensor = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        logits_to_keep=keep,
+    ).logits[:, :-1]
+    logps = token_logps(logits.flatten(0, 1), batch.targets.flatten()).view_as(batch.targets)
+    chosen, rejected = sequence_logps(logps, batch.target_mask).chunk(2)
+    return PairLogps(chosen, rejected)

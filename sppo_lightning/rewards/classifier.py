@@ -1,0 +1,116 @@
+"""A reward model: any sequence-classification model with one logit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from sppo_lightning.policy import DTYPES, load_model_config, load_tokenizer
+from sppo_lightning.prompts import template_token_ids
+from sppo_lightning.rewards.protocol import Reward
+from sppo_lightning.types import Message, Prompt, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class SequenceClassificationReward(Reward):
+    """Scores with the logit of a ``…ForSequenceClassification`` model.
+
+    The conversation goes through the model's own chat template; a model without one gets the text pair
+    (prompt, response). A response whose conversation exceeds ``max_tokens`` scores NaN, and is dropped under
+    a named reason: a truncated answer has no honest score.
+
+    Args:
+        pretrained: a HF folder or hub id.
+        batch_size: conversations scored at once.
+        max_tokens: longest conversation, in the reward model's tokens; ``None``: what the model allows.
+        dtype: dtype of the weights; ``auto``: bfloat16 on CUDA, float32 on CPU.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        batch_size: int = 16,
+        max_tokens: int | None = None,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        trust_remote_code: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"SequenceClassificationReward.batch_size={batch_size} must be at least 1")
+        self.pretrained = pretrained
+        self.batch_size = batch_size
+        self.max_tokens = max_tokens
+        self.dtype = dtype
+        self.trust_remote_code = trust_remote_code
+        self._model: PreTrainedModel | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def check(self) -> None:
+        """Read the model's configuration and require a single logit."""
+        config = load_model_config(
+            self.pretrained,
+            key="data.reward.init_args.pretrained",
+            trust_remote_code=self.trust_remote_code,
+            expect="reward",
+        )
+        if config.num_labels != 1:
+            raise UserError(
+                f"data.reward.init_args.pretrained={self.pretrained!r} has {config.num_labels} logits; a reward "
+                "model has one"
+            )
+
+    def load(self, device: torch.device) -> None:
+        """Load model and tokenizer onto ``device``."""
+        from transformers import AutoModelForSequenceClassification
+
+        default = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self._tokenizer = load_tokenizer(self.pretrained, trust_remote_code=self.trust_remote_code)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            self.pretrained,
+            dtype=DTYPES.get(self.dtype, default),
+            trust_remote_code=self.trust_remote_code,
+        )
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self._tokenizer.pad_token_id
+        self._model = model.to(device).eval()
+
+    def unload(self) -> None:
+        """Free the model."""
+        self._model = None
+        self._tokenizer = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        """Return the model's logit for each conversation."""
+        assert self._model is not None
+        assert self._tokenizer is not None
+        encoded = [self._encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        scores = [float("nan")] * len(encoded)
+        limit = self.max_tokens or self._position_limit()
+        fitting = [row for row, tokens in enumerate(encoded) if len(tokens["input_ids"]) <= limit]
+        fitting.sort(key=lambda row: len(encoded[row]["input_ids"]))
+        for start in range(0, len(fitting), self.batch_size):
+            rows = fitting[start : start + self.batch_size]
+            batch = self._tokenizer.pad([encoded[row] for row in rows], return_tensors="pt")
+            logits = self._model(**batch.to(self._model.device)).logits[:, 0]
+            for row, score in zip(rows, logits.float().tolist(), strict=True):
+                scores[row] = score
+        return scores
+
+    def _position_limit(self) -> int:
+        assert self._model is not None
+        return int(getattr(self._model.config, "max_position_embeddings", None) or 2**31)
+
+    def _encode(self, prompt: Prompt, response: str) -> dict[str, list[int]]:
+        assert self._tokenizer is not None
+        if self._tokenizer.chat_template is None:
+            return dict(self._tokenizer(prompt.text, response))
+        answer = Message(role="assistant", content=response)
+        ids = template_token_ids(self._tokenizer, (*prompt.messages, answer), add_generation_prompt=False)
+        return {"input_ids": ids, "attention_mask": [1] * len(ids)}

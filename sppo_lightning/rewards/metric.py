@@ -1,0 +1,93 @@
+"""A torchmetrics text metric of the response against the prompt's reference answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torchmetrics.text
+from torchmetrics import Metric
+
+from sppo_lightning.rewards.protocol import Reward
+from sppo_lightning.types import Prompt, UserError
+
+
+def _squad(response: str, answer: str) -> tuple[Any, Any]:
+    target = {"answers": {"answer_start": [0], "text": [answer]}, "id": "0"}
+    return [{"prediction_text": response, "id": "0"}], [target]
+
+
+def _several_references(response: str, answer: str) -> tuple[Any, Any]:
+    return [response], [[answer]]
+
+
+def _one_reference(response: str, answer: str) -> tuple[Any, Any]:
+    return [response], [answer]
+
+
+_FORMATS: list[tuple[tuple[type, ...], Callable[[str, str], tuple[Any, Any]]]] = [
+    ((torchmetrics.text.SQuAD,), _squad),
+    (
+        (
+            torchmetrics.text.BLEUScore,
+            torchmetrics.text.CHRFScore,
+            torchmetrics.text.TranslationEditRate,
+            torchmetrics.text.ExtendedEditDistance,
+        ),
+        _several_references,
+    ),
+]
+
+
+class TorchmetricsReward(Reward):
+    """Scores a response with a torchmetrics text metric against the prompt's ``answer``.
+
+    A metric where lower is better counts negatively.
+
+    Args:
+        metric: a text metric, e.g. ``torchmetrics.text.SQuAD``.
+        output: which of the metric's outputs to take, e.g. ``f1``; needed where it has several.
+        scale: multiplies the metric; 0.01 turns per cent into a share.
+    """
+
+    def __init__(self, metric: Metric, output: str | None = None, scale: float = 1.0) -> None:
+        self.metric = metric
+        self.output = output
+        self.scale = scale
+        self._format = next(
+            (form for classes, form in _FORMATS if isinstance(metric, classes)), _one_reference
+        )
+
+    def check(self) -> None:
+        """Try the metric on one answer, so that a wrong ``output`` is found before anything is sampled."""
+        self._measure("a", "a")
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Require a reference answer of every prompt."""
+        missing = [prompt.id for prompt in prompts if prompt.answer is None]
+        if missing:
+            raise UserError(
+                f"{len(missing)} of {len(prompts)} prompts have no 'answer' (first: {missing[0]!r}), which "
+                "TorchmetricsReward compares with: add the column, or use another data.reward"
+            )
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        """Return the scaled metric of each response on its own."""
+        return [
+            self._measure(response, prompt.answer or "")
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+
+    def _measure(self, response: str, answer: str) -> float:
+        self.metric.reset()
+        self.metric.update(*self._format(response, answer))
+        value = self.metric.compute()
+        if isinstance(value, dict):
+            if self.output not in value:
+                raise UserError(
+                    f"TorchmetricsReward.output={self.output!r}: {type(self.metric).__name__} gives "
+                    f"{', '.join(value)}: choose one"
+                )
+            value = value[self.output]
+        sign = -1.0 if self.metric.higher_is_better is False else 1.0
+        return sign * self.scale * float(value)

@@ -1,0 +1,84 @@
+"""Compares a config with the one that a run folder was made with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sppo_lightning.types import UserError
+
+# what may change between two starts of the same run: it decides speed, place or display, not results
+FREE_KEYS = {
+    "data.batch_size",
+    "data.generator.init_args.batch_size",
+    "data.reward.init_args.batch_size",
+    "data.test_prompts",
+    "data.predict_prompts",
+    "model.policy.gradient_checkpointing",
+}
+TRAINER_KEYS = ("precision", "gradient_clip_val", "gradient_clip_algorithm")
+RULE_CALLBACK = "DifficultyReestimation"
+
+
+def check_writable(root: Path) -> None:
+    """Refuse a run folder that cannot be written.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"trainer.default_root_dir={str(root)!r} cannot be written ({error.strerror}): choose another folder"
+        ) from error
+
+
+def check_same_run(root: Path, config: Mapping[str, Any]) -> None:
+    """Refuse to mix two configs in one run folder.
+
+    Raises:
+        UserError: naming the first key that differs, with both values.
+    """
+    path = root / "config.yaml"
+    if not path.exists():
+        return
+    try:
+        before = dict(_decisive(yaml.safe_load(path.read_bytes())))
+    except (yaml.YAMLError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: delete it to go on, or choose another folder") from error
+    now = dict(_decisive(config))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise UserError(
+                f"{root} holds a run with {key}={before.get(key)!r}, but this config has {now.get(key)!r}: "
+                "use another trainer.default_root_dir, or delete that folder"
+            )
+
+
+def _decisive(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys that decide a run's results."""
+    trainer = config["trainer"]
+    yield from _flat("", {"seed_everything": config["seed_everything"]})
+    for part in ("model", "data"):
+        yield from ((key, value) for key, value in _flat(part, config[part]) if key not in FREE_KEYS)
+    yield from _flat("trainer", {name: trainer.get(name) for name in TRAINER_KEYS})
+    callbacks = trainer.get("callbacks") or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if str(callback["class_path"]).endswith(RULE_CALLBACK):
+            yield from _flat(f"trainer.callbacks.{RULE_CALLBACK}", callback.get("init_args") or {})
+
+
+def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _flat(f"{prefix}.{name}" if prefix else str(name), item)
+    else:
+        yield prefix, value

@@ -1,0 +1,111 @@
+"""Frozen records that flow through the self-play loop, and the error that users see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict
+
+FinishReason = Literal["stop", "length"]
+"""``stop``: the model sampled an end-of-sequence token; ``length``: cut by ``max_new_tokens``."""
+
+Phase = Literal["evaluating", "probing", "generating", "predicting", "scoring", "reference"]
+"""What a run is doing between two training phases."""
+
+
+class UserError(ValueError):
+    """Bad input from a user: printed as one line, without a traceback, by the command line."""
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as read from a file; ``text`` is for people, ``messages`` is what gets templated."""
+
+    id: str
+    text: str
+    messages: tuple[Message, ...]
+    answer: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt and the token ids that the policy sees, generation header included."""
+
+    prompt: Prompt
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled answer; ``token_ids`` holds exactly what was sampled, its end token included."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response to one prompt; ``reward`` is ``None`` until scored, and may be non-finite after."""
+
+    prompt_id: str
+    sample_index: int
+    prompt: str
+    response: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    reward: float | None
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """A chosen and a rejected response to one prompt; reference log-probs are sums in nats."""
+
+    prompt_id: str
+    prompt_token_ids: tuple[int, ...]
+    chosen_token_ids: tuple[int, ...]
+    rejected_token_ids: tuple[int, ...]
+    chosen: str
+    rejected: str
+    chosen_reward: float
+    rejected_reward: float
+    reference_chosen_logp: float = float("nan")
+    reference_rejected_logp: float = float("nan")
+
+
+class PhaseProgress(NamedTuple):
+    """Progress inside one phase: prompts (pairs, when ``reference``) and tokens done so far."""
+
+    phase: Phase
+    iteration: int
+    done: int
+    total: int
+    tokens: int
+
+
+class PhaseObserver(Protocol):
+    """Whoever wants to follow a run's phases."""
+
+    def on_phase_progress(self, progress: PhaseProgress) -> None:
+        """Called when a phase starts (``done == 0``), advances and ends (``done == total``)."""
+
+
+class Ranks(Protocol):
+    """The processes that share a run."""
+
+    rank: int
+    world_size: int
+
+    def barrier(self, name: str) -> None:
+        """Return once every rank has called it."""
+
+    def gather(self, values: list[Any]) -> list[list[Any]]:
+        """Return every rank's values, in rank order, on every rank."""
