@@ -96,7 +96,7 @@ class SelfPlayCLI(LightningCLI):
         if isinstance(config.seed_everything, bool):
             raise UserError("seed_everything must be a number: every random choice of the run derives from it")
         self.root = Path(config.trainer.default_root_dir)
-        self.run_config = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+        self.run_config = yaml.safe_load(self._parser(self.subcommand).dump(config))
         for name in ("ckpt_path", "weights_only", "verbose", "return_predictions", "config"):
             self.run_config.pop(name, None)
         if not config.trainer.fast_dev_run:
@@ -158,6 +158,9 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")
 
 
 def run(args: list[str] | None = None) -> None:
