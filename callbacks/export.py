@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.module import PreferenceModule
+from sppo_lightning.trainer import is_dev_run
 
 
 class PolicyExport(pl.Callback):
@@ -28,7 +29,7 @@ class PolicyExport(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export once the iteration is over."""
         datamodule = cast(SelfPlayDataModule, cast(Any, trainer).datamodule)
-        if datamodule.iteration_ends and not trainer.fast_dev_run:
+        if datamodule.iteration_ends and not is_dev_run(trainer):
             root = datamodule.folder.root
             self.export(cast(PreferenceModule, pl_module), root / "policy")
             if self.keep_every_iteration:

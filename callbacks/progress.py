@@ -70,7 +70,12 @@ class SelfPlayProgress(ProgressBar):
         self._trained = self._tokens = 0
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: PairBatch,
+        batch_idx: int,
     ) -> None:
         """Advance the training bar."""
         self._trained += int(batch.weights.shape[0]) * trainer.world_size

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
 from sppo_lightning.rollouts import write_atomically
+from sppo_lightning.trainer import is_dev_run
 
 
 class RunConfigFile(pl.Callback):
@@ -23,5 +24,5 @@ class RunConfigFile(pl.Callback):
     @rank_zero_only
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file, unless nothing is to be kept."""
-        if not trainer.fast_dev_run:
+        if not is_dev_run(trainer):
             write_atomically(Path(trainer.default_root_dir) / "config.yaml", self.content.encode())

@@ -35,7 +35,7 @@ class SampleTable(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the table once the iteration is over."""
         datamodule = cast(SelfPlayDataModule, cast(Any, trainer).datamodule)
-        if datamodule.eval_prompts is None or not datamodule.iteration_ends:
+        if not datamodule.prompt_sets.named("eval_prompts") or not datamodule.iteration_ends:
             return
         finished = datamodule.current_iteration + 1
         before = load_evaluation(datamodule.folder.evaluation("000"))

@@ -92,9 +92,13 @@ class SelfPlayCLI(LightningCLI):
         for name, (value, instead) in FIXED_FLAGS.items():
             given = config.trainer.get(name)
             if given not in (value, None):
-                raise UserError(f"trainer.{name}={given} would break the self-play loop: set {instead} instead")
+                raise UserError(
+                    f"trainer.{name}={given} would break the self-play loop: set {instead} instead"
+                )
         if isinstance(config.seed_everything, bool):
-            raise UserError("seed_everything must be a number: every random choice of the run derives from it")
+            raise UserError(
+                "seed_everything must be a number: every random choice of the run derives from it"
+            )
         self.root = Path(config.trainer.default_root_dir)
         self.run_config = yaml.safe_load(self._parser(self.subcommand).dump(config))
         for name in ("ckpt_path", "weights_only", "verbose", "return_predictions", "config"):

@@ -134,9 +134,7 @@ class Collector:
         seeds = tuple(derive_seed(self.seed, iteration, prompt_id, index) for index in item.sample_indices)
         return SampleRequest(item.prompt.token_ids, seeds)
 
-    def _score(
-        self, store: ShardStore, name: str, shards: list[Sequence[Wanted]], *, iteration: int
-    ) -> None:
+    def _score(self, store: ShardStore, name: str, shards: list[Sequence[Wanted]], *, iteration: int) -> None:
         pending: list[tuple[int, list[Rollout]]] = []
         for number in self._mine(shards):
             rows = store.read(name, number)

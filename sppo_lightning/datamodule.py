@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 from sppo_lightning.batching import (
     MicroBatch,
@@ -27,13 +26,13 @@ from sppo_lightning.difficulty import (
     StatisticsTable,
     empty_difficulty_table,
 )
-from sppo_lightning.evaluation import EvaluationBatch, ensure_evaluation, load_evaluation, measure
+from sppo_lightning.evaluation import EvaluationLoader, HeldOut
 from sppo_lightning.generation import Generator
 from sppo_lightning.iteration import IterationBuilder, IterationRules, difficulty_after
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.pairing import PAIR_COLUMNS, BestWorst, Pairing
-from sppo_lightning.prompts import check_disjoint, encode_prompts, read_prompts
-from sppo_lightning.ranks import TrainerRanks
+from sppo_lightning.prompt_sets import PromptSets
+from sppo_lightning.prompts import check_disjoint
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rollouts import RunFolder, ShardStore, write_atomically
 from sppo_lightning.seeding import random_keys
@@ -45,10 +44,10 @@ from sppo_lightning.selection import (
     Schedule,
     Selection,
 )
-from sppo_lightning.types import EncodedPrompt, PhaseObserver, PreferencePair, Prompt, UserError
+from sppo_lightning.trainer import TrainerRanks, fit_position, is_dev_run
+from sppo_lightning.types import EncodedPrompt, PhaseObserver, PreferencePair, UserError
 
 Sources = str | list[str]
-EVALUATION_BATCH = 256  # stored answers aggregated at once
 
 
 class PairDataset(Dataset[PairBatch]):
@@ -146,17 +145,18 @@ class SelfPlayDataModule(pl.LightningDataModule):
         self.generator = generator
         self.reward = reward
         self.epochs_per_iteration = epochs_per_iteration
-        self.max_prompt_tokens = max_prompt_tokens
         self.prompts_per_shard = prompts_per_shard
-        self.prompts = prompts
-        self.eval_prompts = eval_prompts
-        self.test_prompts = test_prompts
-        self.predict_prompts = predict_prompts
+        self.prompt_sets = PromptSets(
+            {
+                "prompts": prompts,
+                "eval_prompts": eval_prompts,
+                "test_prompts": test_prompts,
+                "predict_prompts": predict_prompts,
+            },
+            max_prompt_tokens,
+        )
         self.observers: list[PhaseObserver] = []
         self.reestimation: Reestimation | None = None  # set by DifficultyReestimation, for the next iteration
-        self._read: dict[str, list[Prompt]] = {}
-        self._encoded: dict[str, dict[str, EncodedPrompt]] = {}
-        self._too_long: dict[str, list[str]] = {}
         self._iteration = -1  # whose data was made last
         self._table = empty_difficulty_table()  # known before that iteration
         self.pairs: list[PreferencePair] = []  # of that iteration, in pair order
@@ -180,29 +180,25 @@ class SelfPlayDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read and check the prompts, before any model loads."""
         assert self.trainer is not None
-        root = tempfile.mkdtemp() if self.trainer.fast_dev_run else self.trainer.default_root_dir
+        root = tempfile.mkdtemp() if is_dev_run(self.trainer) else self.trainer.default_root_dir
         self.folder = RunFolder(Path(root))
         self.ranks = TrainerRanks(self.trainer)
-        wanted = {"fit": ("prompts", "eval_prompts"), "validate": ("eval_prompts",)}.get(
-            stage, (f"{stage}_prompts",)
-        )
-        for name in wanted:
-            source = getattr(self, name)
-            if source is None and stage != "fit":
-                raise UserError(f"{stage} needs data.{name}: name a prompt file")
-            if source is not None and name not in self._read:
-                self._read[name] = read_prompts(source, key=f"data.{name}")
-                if stage != "predict":
-                    self.reward.check_prompts(self._read[name])
-        if stage != "predict":
-            self.reward.check()
+        if stage == "predict":
+            self.prompt_sets.read("predict_prompts")
+            return
+        keys = {"fit": ["prompts", "eval_prompts"], "validate": ["eval_prompts"], "test": ["test_prompts"]}[
+            stage
+        ]
+        for key in keys:
+            if stage != "fit" or self.prompt_sets.named(key):
+                self.reward.check_prompts(self.prompt_sets.read(key))
+        self.reward.check()
         if stage == "fit":
-            self._setup_fit()
+            self._setup_fit(self.trainer)
 
-    def _setup_fit(self) -> None:
-        assert self.trainer is not None
-        trainer, rules = self.trainer, self.rules
-        if trainer.fast_dev_run:
+    def _setup_fit(self, trainer: pl.Trainer) -> None:
+        rules, sets = self.rules, self.prompt_sets
+        if is_dev_run(trainer):
             self._shrink()
         else:
             wanted = {
@@ -212,14 +208,14 @@ class SelfPlayDataModule(pl.LightningDataModule):
             for name, value in wanted.items():
                 if getattr(trainer, name) != value:
                     raise UserError(f"the Trainer needs {name}={value}, got {getattr(trainer, name)}")
-        if "eval_prompts" in self._read:
-            check_disjoint(self._read["prompts"], self._read["eval_prompts"], key="data.eval_prompts")
+        if sets.named("eval_prompts"):
+            check_disjoint(sets.read("prompts"), sets.read("eval_prompts"), key="data.eval_prompts")
         trainer.accumulate_grad_batches = accumulation_steps(
             pairs_per_step=rules.pairs_per_step,
             batch_size=rules.batch_size,
             world_size=trainer.world_size,
         )
-        ids = [prompt.id for prompt in self._read["prompts"]]
+        ids = [prompt.id for prompt in sets.read("prompts")]
         for iteration in range(rules.iterations):
             candidates = rules.schedule.candidates(
                 ids, iteration=iteration, iterations=rules.iterations, seed=rules.seed
@@ -234,14 +230,14 @@ class SelfPlayDataModule(pl.LightningDataModule):
 
     def _shrink(self) -> None:
         """Keep one optimizer step's worth of prompts, with room for ties."""
-        rules, prompts = self.rules, self._read["prompts"]
-        for count in range(2 * rules.pairs_per_step, len(prompts)):
+        rules, sets = self.rules, self.prompt_sets
+        for count in range(2 * rules.pairs_per_step, len(sets.read("prompts"))):
             size = rules.selection.size(count, iteration=0)
             if size is None or size >= 2 * rules.pairs_per_step:
-                self._read["prompts"] = prompts[:count]
+                sets.keep_first("prompts", count)
                 break
-        if "eval_prompts" in self._read:
-            self._read["eval_prompts"] = self._read["eval_prompts"][: rules.pairs_per_step]
+        if sets.named("eval_prompts"):
+            sets.keep_first("eval_prompts", rules.pairs_per_step)
 
     @property
     def module(self) -> PreferenceModule:
@@ -251,25 +247,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
         assert isinstance(module, PreferenceModule)
         return module
 
-    def encoded(self, name: str) -> dict[str, EncodedPrompt]:
-        """Return the encoded prompts of ``name`` (``prompts``, ``eval_prompts``, …) by id."""
-        if name not in self._encoded:
-            result = encode_prompts(
-                self.module.tokenizer, self._read[name], max_tokens=self.max_prompt_tokens
-            )
-            self._encoded[name] = {item.prompt.id: item for item in result.kept}
-            self._too_long[name] = result.too_long
-            if result.too_long:
-                rank_zero_info(
-                    f"data.{name}: {len(result.too_long)} of {len(self._read[name])} prompts are over "
-                    f"data.max_prompt_tokens={self.max_prompt_tokens} and left out: "
-                    f"{', '.join(result.too_long[:10])}{' …' if len(result.too_long) > 10 else ''}"
-                )
-            if not result.kept:
-                raise UserError(
-                    f"every prompt of data.{name} is over data.max_prompt_tokens={self.max_prompt_tokens}: raise it"
-                )
-        return self._encoded[name]
+    def _encoded(self, key: str) -> dict[str, EncodedPrompt]:
+        return self.prompt_sets.encode(key, self.module.tokenizer)
 
     def _collector(self) -> Collector:
         return Collector(
@@ -292,12 +271,11 @@ class SelfPlayDataModule(pl.LightningDataModule):
         weights: a finished iteration returns its stored pairs.
         """
         assert self.trainer is not None
-        epoch = self.trainer.current_epoch
-        iteration, epoch_in_iteration = divmod(epoch, self.epochs_per_iteration)
-        finished = self.trainer.fit_loop.epoch_progress.current.processed > epoch
-        if iteration != self._iteration and not finished:
-            if iteration == 0 and self.eval_prompts is not None:
-                self._evaluation_rows("eval_prompts", 0)
+        position = fit_position(self.trainer)
+        iteration, epoch_in_iteration = divmod(position.epoch, self.epochs_per_iteration)
+        if iteration != self._iteration and not position.epoch_is_over:
+            if iteration == 0 and self.prompt_sets.named("eval_prompts"):
+                self._held_out("eval_prompts").measure(0)
             self._enter(iteration)
         elif not self.pairs:
             self.pairs = self._finished_pairs(iteration)
@@ -348,8 +326,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
     def _builder(self) -> IterationBuilder:
         return IterationBuilder(
             rules=self.rules,
-            prompts=self.encoded("prompts"),
-            too_long=self._too_long["prompts"],
+            prompts=self._encoded("prompts"),
+            too_long=self.prompt_sets.too_long("prompts"),
             collector=self._collector(),
             reference=self.module,
             pad_token_id=self._pad_token_id,
@@ -384,9 +362,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
     def iteration_ends(self) -> bool:
         """Whether the trainer stands at the end of an iteration's last epoch."""
         assert self.trainer is not None
-        progress = self.trainer.fit_loop.epoch_progress.current
-        over = progress.processed > progress.completed
-        return over and progress.processed % self.epochs_per_iteration == 0
+        position = fit_position(self.trainer)
+        return position.epoch_is_over and position.trained % self.epochs_per_iteration == 0
 
     @property
     def iteration_metrics(self) -> dict[str, float]:
@@ -398,56 +375,35 @@ class SelfPlayDataModule(pl.LightningDataModule):
 
     # -------------------------------------------------------------- evaluation
 
+    def _held_out(self, key: str) -> HeldOut:
+        prefix = "" if key == "eval_prompts" else f"{key.removesuffix('_prompts')}-"
+        prompts = list(self._encoded(key).values())
+        return HeldOut(self.folder, prefix, prompts, self._collector(), self.module)
+
+    def _evaluation_loader(self, key: str) -> EvaluationLoader:
+        held_out = self._held_out(key)
+        return EvaluationLoader(
+            lambda: held_out.measure(self._finished_iterations()), len(held_out.prompts), self.ranks
+        )
+
     def val_dataloader(self) -> Any:
-        """Ensure and return the held-out evaluation of the current policy."""
-        if self.eval_prompts is None:
-            return []
-        return self._evaluation_loader("eval_prompts", self._finished_iterations())
+        """Return the held-out evaluation of the policy as it is when the loader is read."""
+        return self._evaluation_loader("eval_prompts") if self.prompt_sets.named("eval_prompts") else []
 
     def test_dataloader(self) -> Any:
-        """Ensure and return the evaluation on ``test_prompts``."""
-        return self._evaluation_loader("test_prompts", self._finished_iterations())
+        """Return the evaluation on ``test_prompts``."""
+        return self._evaluation_loader("test_prompts")
 
     def _finished_iterations(self) -> int:
         assert self.trainer is not None
         if self.trainer.state.fn != "fit":
             return self._finished
-        progress = self.trainer.fit_loop.epoch_progress.current
-        inside = progress.started > progress.processed
-        return (progress.processed + inside) // self.epochs_per_iteration
-
-    def _evaluation_folder(self, name: str, finished: int) -> Path:
-        prefix = "" if name == "eval_prompts" else f"{name.removesuffix('_prompts')}-"
-        return self.folder.evaluation(f"{prefix}{finished:03d}")
-
-    def _evaluation_rows(self, name: str, finished: int) -> list[Any]:
-        return ensure_evaluation(
-            self._evaluation_folder(name, finished),
-            list(self.encoded(name).values()),
-            self._collector(),
-            iteration=finished,
-            policy_fingerprint=self.module.fingerprint(),
-        )
-
-    def _evaluation_loader(self, name: str, finished: int) -> DataLoader[Any]:
-        baseline_folder = self._evaluation_folder(name, 0)
-        if finished > 0 and load_evaluation(baseline_folder) is None:
-            with self.module.sampling_initial_policy():
-                ensure_evaluation(
-                    baseline_folder,
-                    list(self.encoded(name).values()),
-                    self._collector(),
-                    iteration=0,
-                    policy_fingerprint="initial",
-                )
-        rows = self._evaluation_rows(name, finished)
-        batch = measure(rows, load_evaluation(baseline_folder))
-        mine = Subset(TensorDataset(*batch), range(self.ranks.rank, len(rows), self.ranks.world_size))
-        return DataLoader(mine, batch_size=EVALUATION_BATCH, collate_fn=_stack)
+        position = fit_position(self.trainer)
+        return (position.trained + position.inside) // self.epochs_per_iteration
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Answer ``predict_prompts`` greedily into ``predictions.jsonl``."""
-        prompts = list(self.encoded("predict_prompts").values())
+        prompts = list(self._encoded("predict_prompts").values())
         with tempfile.TemporaryDirectory(dir=self.folder.root, prefix=".predict-") as parts:
             store = ShardStore(self.ranks.same(Path(parts)))
             rows = self._collector().collect_greedy(
@@ -470,7 +426,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         if self.ranks.rank == 0:
             write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
         rank_zero_info(f"{len(lines)} answers written to {path}")
-        return DataLoader(lines, batch_size=EVALUATION_BATCH)  # type: ignore[arg-type]
+        return DataLoader(lines, batch_size=None)  # type: ignore[arg-type]
 
     # ------------------------------------------------------------- checkpoints
 
@@ -496,10 +452,4 @@ class SelfPlayDataModule(pl.LightningDataModule):
         table = state_dict["table"]
         self._table = StatisticsTable(tuple(table["prompt_ids"]), table["columns"])
         due = state_dict["reestimation"]
-        self.reestimation = due and Reestimation(
-            tuple(due["prompt_ids"]), due["samples"], due["smoothing"]
-        )
-
-
-def _stack(rows: list[tuple[torch.Tensor, ...]]) -> EvaluationBatch:
-    return EvaluationBatch(*(torch.stack(column) for column in zip(*rows, strict=True)))
+        self.reestimation = due and Reestimation(tuple(due["prompt_ids"]), due["samples"], due["smoothing"])

@@ -5,16 +5,26 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from sppo_lightning.collect import Collector
-from sppo_lightning.rollouts import ShardStore, read_rollouts, write_atomically, write_rollouts
-from sppo_lightning.types import EncodedPrompt, Rollout, UserError
+from sppo_lightning.rollouts import (
+    RunFolder,
+    ShardStore,
+    read_rollouts,
+    write_atomically,
+    write_rollouts,
+)
+from sppo_lightning.types import EncodedPrompt, Ranks, Rollout, UserError
+
+BATCH = 256  # stored answers aggregated at once
 
 
 class EvaluationBatch(NamedTuple):
@@ -26,40 +36,98 @@ class EvaluationBatch(NamedTuple):
     failed: Tensor  # [P] float32, 1 where the reward is non-finite
 
 
-def ensure_evaluation(
-    folder: Path,
-    prompts: Sequence[EncodedPrompt],
-    collector: Collector,
-    *,
-    iteration: int,
-    policy_fingerprint: str,
-) -> list[Rollout]:
-    """Answer and score held-out prompts greedily, once a policy; return the stored rows.
+class InitialPolicy(Protocol):
+    """A policy that can stand aside for the one that the run started from."""
+
+    def sampling_initial_policy(self) -> AbstractContextManager[None]:
+        """Let samples come from the initial policy while the context lasts."""
+
+    def fingerprint(self) -> str:
+        """Return a digest of the current policy."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Evaluations of one set of held-out prompts, one folder for each number of finished iterations.
 
     Args:
-        folder: where ``rollouts.parquet`` and ``manifest.json`` go.
-        prompts: held-out prompts.
+        folder: the run.
+        prefix: tells the folders of several sets apart, e.g. ``test-``; empty for ``eval_prompts``.
+        prompts: the held-out prompts.
         collector: samples and scores.
-        iteration: finished self-play iterations, for the progress display.
-        policy_fingerprint: of the policy that answers; answers of another policy are made anew.
+        policy: who answers.
     """
-    final, manifest = folder / "rollouts.parquet", folder / "manifest.json"
-    ids = [prompt.prompt.id for prompt in prompts]
-    made_by = {"policy_fingerprint": policy_fingerprint, "prompts": ids}
-    if final.exists() and manifest.exists() and json.loads(manifest.read_bytes()) == made_by:
-        return read_rollouts(final)
-    ranks = collector.ranks
-    parts = folder / f"parts-{policy_fingerprint[:12]}"
-    rows = collector.collect_greedy(
-        ShardStore(parts), "greedy", prompts, iteration=iteration, phase="evaluating"
-    )
-    ranks.barrier("evaluation read")
-    if ranks.rank == 0:
-        write_rollouts(final, rows)
-        write_atomically(manifest, json.dumps(made_by).encode())
-        shutil.rmtree(parts)
-    ranks.barrier("evaluation written")
-    return rows
+
+    folder: RunFolder
+    prefix: str
+    prompts: Sequence[EncodedPrompt]
+    collector: Collector
+    policy: InitialPolicy
+
+    def place(self, finished: int) -> Path:
+        """Return the folder of the evaluation after ``finished`` iterations."""
+        return self.folder.evaluation(f"{self.prefix}{finished:03d}")
+
+    def measure(self, finished: int) -> EvaluationBatch:
+        """Ensure the current policy's answers, and the initial policy's to compare with, and measure them."""
+        initial = self.place(0)
+        if finished > 0 and load_evaluation(initial) is None:
+            with self.policy.sampling_initial_policy():
+                self.answer(0, policy_fingerprint="initial")
+        rows = self.answer(finished, policy_fingerprint=self.policy.fingerprint())
+        return measure(rows, load_evaluation(initial))
+
+    def answer(self, finished: int, *, policy_fingerprint: str) -> list[Rollout]:
+        """Answer and score the prompts greedily, once a policy; return the stored rows.
+
+        Args:
+            finished: self-play iterations behind the policy.
+            policy_fingerprint: of the policy; stored answers of another one are made anew.
+        """
+        place = self.place(finished)
+        final, manifest = place / "rollouts.parquet", place / "manifest.json"
+        ids = [prompt.prompt.id for prompt in self.prompts]
+        made_by = {"policy_fingerprint": policy_fingerprint, "prompts": ids}
+        if final.exists() and manifest.exists() and json.loads(manifest.read_bytes()) == made_by:
+            return read_rollouts(final)
+        ranks = self.collector.ranks
+        parts = place / f"parts-{policy_fingerprint[:12]}"
+        rows = self.collector.collect_greedy(
+            ShardStore(parts), "greedy", self.prompts, iteration=finished, phase="evaluating"
+        )
+        ranks.barrier("evaluation read")
+        if ranks.rank == 0:
+            write_rollouts(final, rows)
+            write_atomically(manifest, json.dumps(made_by).encode())
+            shutil.rmtree(parts)
+        ranks.barrier("evaluation written")
+        return rows
+
+
+class EvaluationLoader:
+    """Measured answers in batches, made when the loop asks for the first one.
+
+    Lightning sets a validation loader up before training and keeps it through the first epoch, when the policy
+    to evaluate is not there yet.
+
+    Args:
+        make: returns the measurements of all answers.
+        prompts: how many answers there are.
+        ranks: the processes; each yields its share.
+    """
+
+    def __init__(self, make: Callable[[], EvaluationBatch], prompts: int, ranks: Ranks) -> None:
+        self._make = make
+        self._mine = range(ranks.rank, prompts, ranks.world_size)
+
+    def __len__(self) -> int:
+        return -(-len(self._mine) // BATCH)
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        measured = self._make()
+        for start in range(0, len(self._mine), BATCH):
+            rows = torch.tensor(self._mine[start : start + BATCH])
+            yield EvaluationBatch(*(column[rows] for column in measured))
 
 
 def load_evaluation(folder: Path) -> list[Rollout] | None:

@@ -196,9 +196,7 @@ class IterationBuilder:
             for prompt_id in candidates
             if prompt_id not in known or prompt_id in due
         ]
-        rows = self.collector.collect(
-            store.shards, "probe", wanted, iteration=iteration, phase="probing"
-        )
+        rows = self.collector.collect(store.shards, "probe", wanted, iteration=iteration, phase="probing")
         return dict(by_prompt(rows))
 
     def _top_up(
@@ -217,9 +215,7 @@ class IterationBuilder:
         ]
         rows = self.collector.collect(store.shards, "topup", wanted, iteration=iteration, phase="generating")
         more = by_prompt(rows)
-        return {
-            prompt_id: [*probed.get(prompt_id, ()), *more.get(prompt_id, ())] for prompt_id in selected
-        }
+        return {prompt_id: [*probed.get(prompt_id, ()), *more.get(prompt_id, ())] for prompt_id in selected}
 
     def _reference_pass(self, pairs: Sequence[PreferencePair], iteration: int) -> list[PreferencePair]:
         """Fill in the reference's log-probs, pairs of similar length together."""
@@ -244,9 +240,7 @@ class IterationBuilder:
                 self._notify(iteration, done, total, tokens)
         filled = list(pairs)
         for row, chosen, rejected in (item for part in ranks.gather(found) for item in part):
-            filled[row] = replace(
-                filled[row], reference_chosen_logp=chosen, reference_rejected_logp=rejected
-            )
+            filled[row] = replace(filled[row], reference_chosen_logp=chosen, reference_rejected_logp=rejected)
         return filled
 
     def _notify(self, iteration: int, done: int, total: int, tokens: int) -> None:

@@ -21,8 +21,8 @@ class _TokenLogps(torch.autograd.Function):
         # logits [N, V], targets [N]
         out_dtype = torch.promote_types(logits.dtype, torch.float32)
         normalizer = torch.empty(len(logits), dtype=out_dtype, device=logits.device)
-        for part in torch.arange(len(logits), device="cpu").split(chunk):
-            rows = slice(int(part[0]), int(part[-1]) + 1)
+        for start in range(0, len(logits), chunk):
+            rows = slice(start, start + chunk)
             normalizer[rows] = torch.logsumexp(logits[rows].to(out_dtype), dim=-1)
         picked = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1).to(out_dtype)
         ctx.save_for_backward(logits, targets, normalizer)
@@ -34,8 +34,8 @@ class _TokenLogps(torch.autograd.Function):
         (grad,) = grad_outputs  # [N]
         logits, targets, normalizer = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
-        for part in torch.arange(len(logits), device="cpu").split(ctx.chunk):
-            rows = slice(int(part[0]), int(part[-1]) + 1)
+        for start in range(0, len(logits), ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
             softmax = (logits[rows].to(normalizer.dtype) - normalizer[rows, None]).exp_()
             softmax.mul_(-grad[rows, None])
             softmax.scatter_add_(-1, targets[rows, None], grad[rows, None].to(softmax.dtype))

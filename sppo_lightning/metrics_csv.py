@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from sppo_lightning.rollouts import write_atomically
@@ -59,12 +60,13 @@ class MetricsCSV(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append a row."""
         row = {"step": str(step or 0), **{name: repr(float(value)) for name, value in metrics.items()}}
+        earlier = len(self._earlier)
         rewrite = self._give_way(int(row["step"]), set(row))
         fresh = [name for name in row if name not in self._columns]
         if fresh or rewrite or not self.path.exists():
             self._columns += sorted(fresh)
-            rows = self._earlier if rewrite else self._rows()
-            write_atomically(self.path, self._text([*rows, row], header=True))
+            rows = [*self._earlier, *self._rows()[earlier:], row]
+            write_atomically(self.path, self._text(rows, header=True))
         else:
             with self.path.open("ab") as file:
                 file.write(self._text([row], header=False))

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from sppo_lightning import policy as policies
+from sppo_lightning import pretrained
 from sppo_lightning.batching import PairBatch
 from sppo_lightning.losses import PairLogps, PreferenceLoss, PreferenceTerms
 from sppo_lightning.metrics import MeanWithError
@@ -25,7 +26,7 @@ from sppo_lightning.types import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sppo_lightning.datamodule import EvaluationBatch
+    from sppo_lightning.evaluation import EvaluationBatch
 
 COMPUTE_DTYPES = {
     "32-true": torch.float32,
@@ -88,7 +89,9 @@ class PreferenceModule(pl.LightningModule):
         self.optimizer_factory = optimizer or torch.optim.AdamW
         self.weight_decay = weight_decay
         self.carry_optimizer = carry_optimizer
-        self.strict_loading = False  # checkpoints hold what was trained; on_load_checkpoint compares the names
+        self.strict_loading = (
+            False  # checkpoints hold what was trained; on_load_checkpoint compares the names
+        )
         self.policy: nn.Module | None = None
         self.step_metrics = nn.ModuleDict({name: MeanMetric() for name in STEP_METRICS})
         self.evaluation_metrics = nn.ModuleDict(
@@ -110,7 +113,7 @@ class PreferenceModule(pl.LightningModule):
                 "nothing: use bf16-mixed (float32 weights, bfloat16 products) or 32-true"
             )
         config = self.policy_config
-        policies.load_model_config(
+        pretrained.load_model_config(
             config.pretrained,
             key="model.policy.pretrained",
             trust_remote_code=config.trust_remote_code,
@@ -122,7 +125,7 @@ class PreferenceModule(pl.LightningModule):
         """Return the policy's tokenizer; needs no weights."""
         if self._tokenizer is None:
             config = self.policy_config
-            self._tokenizer = policies.load_tokenizer(
+            self._tokenizer = pretrained.load_tokenizer(
                 config.pretrained, trust_remote_code=config.trust_remote_code
             )
         return self._tokenizer
@@ -163,9 +166,10 @@ class PreferenceModule(pl.LightningModule):
         """Log the initial policy's evaluation, and start to watch some weights."""
         if self.trainer.global_step == 0:
             datamodule = cast(Any, self.trainer).datamodule
-            if datamodule is not None and datamodule.eval_prompts is not None:
-                for batch in datamodule.val_dataloader():
-                    self._evaluate(move_data_to_device(batch, self.device))
+            batches = list(datamodule.val_dataloader())
+            for batch in batches:
+                self._evaluate(move_data_to_device(batch, self.device))
+            if batches:
                 self._log_now(self._evaluation_result("val"))
             largest = max(self._trainable(), key=lambda parameter: parameter.numel())
             self._watched = (largest, largest.detach().flatten()[:MOVED_SAMPLE].clone())
@@ -275,7 +279,7 @@ class PreferenceModule(pl.LightningModule):
         else:
             model = policies.load_base_model(self.policy_config, compute_dtype=self.compute_dtype)
             policies.disable_dropout(model)
-            yield model.to(self.device)
+            yield cast(nn.Module, model).to(self.device)
 
     def reference_logps(self, batch: PairBatch) -> PairLogps:
         """Return the reference's log-probs through the training forward, ``[B]`` each, float64, on the CPU."""
@@ -355,7 +359,7 @@ class PreferenceModule(pl.LightningModule):
     def _evaluation_result(self, prefix: str) -> dict[str, float]:
         found = {}
         for name, metric in self.evaluation_metrics.items():
-            found[name] = cast(Tensor, cast(MeanWithError, metric).compute()).tolist()
+            found[name] = cast(MeanWithError, metric).compute().tolist()
             cast(MeanWithError, metric).reset()
         result = {
             f"{prefix}/reward/mean": found["reward"][0],
@@ -373,13 +377,14 @@ class PreferenceModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained weights only, and no optimizer state that the next iteration would clear."""
-        trained = {f"policy.{name}" for name, p in cast(nn.Module, self.policy).named_parameters() if p.requires_grad}
+        trained = {
+            f"policy.{name}" for name, p in cast(nn.Module, self.policy).named_parameters() if p.requires_grad
+        }
         checkpoint["state_dict"] = {
             name: value for name, value in checkpoint["state_dict"].items() if name in trained
         }
         datamodule = cast(Any, self.trainer).datamodule
-        iteration_ends = datamodule is not None and datamodule.iteration_ends
-        if iteration_ends and not self.carry_optimizer:
+        if datamodule.iteration_ends and not self.carry_optimizer:
             for state in checkpoint.get("optimizer_states", ()):
                 state["state"] = {}
 

@@ -6,7 +6,6 @@ import copy
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,12 +14,17 @@ from torch import Tensor, nn
 from sppo_lightning.batching import PairBatch
 from sppo_lightning.logprobs import sequence_logps, token_logps
 from sppo_lightning.losses import PairLogps
+from sppo_lightning.pretrained import (
+    DTYPES,
+    first_line,
+    forget_gguf,
+    hub_location,
+    quantization_options,
+)
 from sppo_lightning.types import UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -35,7 +39,7 @@ class LoRAConfig:
     """
 
     rank: int
-    alpha: float
+    alpha: int
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
 
@@ -73,64 +77,6 @@ class PolicyConfig:
             raise UserError(f"model.policy.lora.rank={self.lora.rank} must be at least 1")
 
 
-def hub_location(pretrained: str) -> tuple[str, dict[str, str]]:
-    """Split ``pretrained`` into what ``from_pretrained`` takes: folder or hub id, and GGUF arguments."""
-    path = Path(pretrained)
-    if path.suffix == ".gguf":
-        return str(path.parent), {"gguf_file": path.name}
-    return pretrained, {}
-
-
-def load_model_config(
-    pretrained: str, *, key: str, trust_remote_code: bool, expect: Literal["causal-lm", "reward"]
-) -> PretrainedConfig:
-    """Read a model's configuration, without its weights.
-
-    Raises:
-        UserError: naming ``key``, if there is no model there.
-    """
-    from transformers import AutoConfig
-
-    path = Path(pretrained)
-    looks_local = path.is_absolute() or pretrained.startswith((".", "~")) or path.suffix == ".gguf"
-    if not path.exists() and (looks_local or pretrained.count("/") != 1):
-        raise UserError(f"{key}={pretrained!r}: no such model; give a model folder, a hub id or a .gguf file")
-    if path.is_dir() and not (path / "config.json").exists():
-        raise UserError(f"{key}={pretrained!r}: the folder has no config.json, so it holds no model")
-    if path.is_file() and path.suffix != ".gguf":
-        raise UserError(f"{key}={pretrained!r} is a file but not .gguf: give the model's folder")
-    location, extra = hub_location(pretrained)
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            location, trust_remote_code=trust_remote_code, **extra
-        )
-    except Exception as error:
-        raise UserError(f"{key}={pretrained!r} cannot be read as a model: {_first_line(error)}") from error
-    names = getattr(config, "architectures", None) or []
-    if expect == "reward" and names and not any("SequenceClassification" in name for name in names):
-        raise UserError(f"{key}={pretrained!r} is a {names[0]}, not a sequence-classification model")
-    if expect == "causal-lm" and any("SequenceClassification" in name for name in names):
-        raise UserError(f"{key}={pretrained!r} is a {names[0]}, not a language model that can answer")
-    return config
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def load_tokenizer(pretrained: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a model; a missing pad token becomes the end token."""
-    from transformers import AutoTokenizer
-
-    location, extra = hub_location(pretrained)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        location, trust_remote_code=trust_remote_code, **extra
-    )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def load_base_model(config: PolicyConfig, *, compute_dtype: torch.dtype) -> PreTrainedModel:
     """Load the causal language model without an adapter.
 
@@ -152,29 +98,17 @@ def load_base_model(config: PolicyConfig, *, compute_dtype: torch.dtype) -> PreT
     )
     if "gguf_file" in extra:
         forget_gguf(model)
+    model.get_output_embeddings().register_forward_pre_hook(_contiguous_input)
     return model
 
 
-def quantization_options(kind: Literal["nf4", "int8"], compute_dtype: torch.dtype) -> Any:
-    """Return transformers' settings for bitsandbytes (QLoRA, arXiv 2305.14314, for ``nf4``)."""
-    from transformers import BitsAndBytesConfig
+def _contiguous_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Keep a frozen head from being copied once per sequence.
 
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
-
-
-def forget_gguf(model: PreTrainedModel) -> None:
-    """Drop the record that a model came from GGUF: its weights are plain tensors, and can be saved again."""
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.is_quantized = False
+    ``logits_to_keep`` hands the head a strided slice; torch (2.13) then multiplies in batches, with the weight
+    copied for each sequence, unless the weight requires a gradient.
+    """
+    return (args[0].contiguous(), *args[1:])
 
 
 def load_policy(config: PolicyConfig, *, compute_dtype: torch.dtype) -> nn.Module:
@@ -209,7 +143,7 @@ def load_policy(config: PolicyConfig, *, compute_dtype: torch.dtype) -> nn.Modul
             autocast_adapter_dtype=True,
         )
     except ValueError as error:
-        raise UserError(f"model.policy.lora.target_modules: {_first_line(error)}") from error
+        raise UserError(f"model.policy.lora.target_modules: {first_line(error)}") from error
     return adapted
 
 
@@ -222,10 +156,12 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+            module.attention_dropout = 0.0
 
 
-def end_token_ids(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, generation: Any) -> set[int]:
+def end_token_ids(
+    model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, generation: Any
+) -> set[int]:
     """Return every token id that ends a response: the generation config's, else the model's, else the tokenizer's."""
     for value in (
         getattr(generation, "eos_token_id", None),

@@ -65,14 +65,15 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def _write_table(path: Path, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     write_atomically(path, sink.getvalue().to_pybytes())
 
 
 def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
     try:
-        return pq.read_table(path, schema=schema, partitioning=None)
-    except (pa.ArrowInvalid, OSError) as error:
+        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
+        return table.select(schema.names).cast(schema)
+    except (pa.ArrowException, OSError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it and run again") from error
 
 
@@ -158,9 +159,7 @@ class IterationStore:
         columns = {
             name: torch.tensor(table[name].to_pylist(), dtype=torch.float64) for name in DIFFICULTY_COLUMNS
         }
-        selected = {
-            key for key, keep in zip(prompt_ids, table["selected"].to_pylist(), strict=True) if keep
-        }
+        selected = {key for key, keep in zip(prompt_ids, table["selected"].to_pylist(), strict=True) if keep}
         return StatisticsTable(tuple(prompt_ids), columns), selected
 
     def write_pairs(self, pairs: Sequence[PreferencePair]) -> None:
@@ -201,7 +200,7 @@ def describe(component: object) -> dict[str, Any]:
         if isinstance(value, list | tuple):
             return [plain(item) for item in value]
         named = value if callable(value) and hasattr(value, "__qualname__") else type(value)
-        return f"{named.__module__}.{named.__qualname__}"  # type: ignore[union-attr]
+        return f"{named.__module__}.{named.__qualname__}"
 
     settings = {name: plain(value) for name, value in vars(component).items() if not name.startswith("_")}
     return {"class_path": plain(component), "init_args": settings}

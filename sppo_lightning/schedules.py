@@ -25,7 +25,7 @@ def _checked_warmup(owner: str, warmup: float) -> float:
 
 def _after_warmup(step: int, steps: int, warmup: float) -> tuple[float, float]:
     """Return (warm-up factor, progress of the decay in [0, 1))."""
-    warm = math.ceil(warmup * steps)
+    warm = math.ceil(warmup * steps - 1e-9)  # 0.07 * 100 = 7.000000000000001
     if step < warm:
         return (step + 1) / (warm + 1), 0.0
     return 1.0, (step - warm) / (steps - warm)

@@ -6,6 +6,7 @@ Shapes: P prompts of a batch, B rows (responses still growing), V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -99,9 +100,7 @@ class HFGenerator(Generator):
     def _response(self, tokens: list[int], ends: frozenset[int]) -> Response:
         assert self._policy is not None
         finished = tokens[-1] in ends
-        text = self._policy.tokenizer.decode(
-            tokens[:-1] if finished else tokens, skip_special_tokens=True
-        )
+        text = self._policy.tokenizer.decode(tokens[:-1] if finished else tokens, skip_special_tokens=True)
         return Response(tuple(tokens), str(text), "stop" if finished else "length")
 
     @torch.inference_mode()
@@ -121,7 +120,7 @@ class HFGenerator(Generator):
             mask[row, width - lengths[row] : width] = 1
         positions = (mask[:, :width].cumsum(-1) - 1).clamp_(min=0)
         input_ids, mask, positions = input_ids.to(device), mask.to(device), positions.to(device)
-        cache = DynamicCache(config=model.config)
+        cache = DynamicCache(config=cast(Any, model).config)
 
         def forward(tokens: Tensor, seen: int, position_ids: Tensor) -> Tensor:
             output = model(
@@ -165,16 +164,18 @@ class HFGenerator(Generator):
     def _pick(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """Return the next token of each row; a NaN draw asks for the most likely one."""
         greedy = uniforms.isnan()
-        if bool(greedy.all()):
-            return logits.argmax(-1)
-        sampled = sample_tokens(
-            logits,
-            uniforms.nan_to_num(),
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-        )
-        return torch.where(greedy, logits.argmax(-1), sampled)
+        tokens = torch.empty_like(uniforms, dtype=torch.long)
+        if bool(greedy.any()):
+            tokens[greedy] = logits[greedy].argmax(-1)
+        if not bool(greedy.all()):
+            tokens[~greedy] = sample_tokens(
+                logits[~greedy],
+                uniforms[~greedy],
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+            )
+        return tokens
 
     def _uniforms(self, batch: Sequence[SampleRequest]) -> Tensor:
         """Return one draw per response and token, ``[B, max_new_tokens]`` float64; NaN for greedy rows."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CANDIDATES = 256  # tokens sorted before falling back to the whole vocabulary
+WIDTHS = (256, 2048)  # most likely tokens to sort, while the nucleus is wider than the width before
 
 
 def sample_tokens(
@@ -16,8 +16,7 @@ def sample_tokens(
 ) -> Tensor:
     """Draw one token a row from the warped distribution: temperature, then top-k, then top-p.
 
-    The nucleus is cut from the most likely tokens only; rows whose nucleus is wider are sorted in full, so
-    that the result is exact.
+    Only as many of the most likely tokens are sorted as the nucleus needs, so that nothing is lost.
 
     Args:
         logits: ``[B, V]``.
@@ -34,21 +33,18 @@ def sample_tokens(
         return _inverse_cdf(scaled.softmax(-1), uniforms)
     vocabulary = scaled.shape[-1]
     limit = min(top_k, vocabulary) if top_k else vocabulary
-    width = min(limit, CANDIDATES) if top_p < 1.0 else limit
-    values, ids = scaled.topk(width, dim=-1)
-    if top_k:
-        normalizer = (values if width == limit else scaled.topk(limit, dim=-1).values).logsumexp(-1)
-    else:
-        normalizer = scaled.logsumexp(-1)
-    probs = (values - normalizer[:, None]).exp()
-    if width < limit and bool((wide := probs.sum(-1) < top_p).any()):
-        tokens = torch.empty(len(scaled), dtype=torch.long, device=scaled.device)
-        order_values, order_ids = scaled[wide].topk(limit, dim=-1)
-        wide_probs = (order_values - normalizer[wide, None]).exp()
-        tokens[wide] = _pick(wide_probs, order_ids, uniforms[wide], top_p)
-        tokens[~wide] = _pick(probs[~wide], ids[~wide], uniforms[~wide], top_p)
-        return tokens
-    return _pick(probs, ids, uniforms, top_p)
+    normalizer = (scaled.topk(limit, dim=-1).values if top_k else scaled).logsumexp(-1)
+    tokens = torch.empty(len(scaled), dtype=torch.long, device=scaled.device)
+    rows = torch.arange(len(scaled), device=scaled.device)  # whose nucleus is not yet held
+    for width in [limit] if top_p == 1.0 else [*(w for w in WIDTHS if w < limit), limit]:
+        values, ids = scaled[rows].topk(width, dim=-1)
+        probs = (values - normalizer[rows, None]).exp()
+        held = torch.ones_like(rows, dtype=torch.bool) if width == limit else probs.sum(-1) >= top_p
+        tokens[rows[held]] = _pick(probs[held], ids[held], uniforms[rows[held]], top_p)
+        rows = rows[~held]
+        if not len(rows):
+            break
+    return tokens
 
 
 def _pick(probs: Tensor, ids: Tensor, uniforms: Tensor, top_p: float) -> Tensor:

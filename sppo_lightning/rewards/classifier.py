@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from sppo_lightning.policy import DTYPES, load_model_config, load_tokenizer
+from sppo_lightning.pretrained import DTYPES, load_model_config, load_tokenizer
 from sppo_lightning.prompts import template_token_ids
 from sppo_lightning.rewards.protocol import Reward
 from sppo_lightning.types import Message, Prompt, UserError
@@ -90,7 +90,9 @@ class SequenceClassificationReward(Reward):
         """Return the model's logit for each conversation."""
         assert self._model is not None
         assert self._tokenizer is not None
-        encoded = [self._encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        encoded = [
+            self._encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)
+        ]
         scores = [float("nan")] * len(encoded)
         limit = self.max_tokens or self._position_limit()
         fitting = [row for row, tokens in enumerate(encoded) if len(tokens["input_ids"]) <= limit]

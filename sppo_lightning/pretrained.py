@@ -1,0 +1,95 @@
+"""Find, check and open pretrained models: HF folders, hub ids and GGUF files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+
+from sppo_lightning.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def hub_location(pretrained: str) -> tuple[str, dict[str, str]]:
+    """Split ``pretrained`` into what ``from_pretrained`` takes: folder or hub id, and GGUF arguments."""
+    path = Path(pretrained)
+    if path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    return pretrained, {}
+
+
+def load_model_config(
+    pretrained: str, *, key: str, trust_remote_code: bool, expect: Literal["causal-lm", "reward"]
+) -> PretrainedConfig:
+    """Read a model's configuration, without its weights.
+
+    Raises:
+        UserError: naming ``key``, if there is no model there.
+    """
+    from transformers import AutoConfig
+
+    path = Path(pretrained)
+    looks_local = path.is_absolute() or pretrained.startswith((".", "~")) or path.suffix == ".gguf"
+    if not path.exists() and (looks_local or pretrained.count("/") != 1):
+        raise UserError(f"{key}={pretrained!r}: no such model; give a model folder, a hub id or a .gguf file")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise UserError(f"{key}={pretrained!r}: the folder has no config.json, so it holds no model")
+    if path.is_file() and path.suffix != ".gguf":
+        raise UserError(f"{key}={pretrained!r} is a file but not .gguf: give the model's folder")
+    location, extra = hub_location(pretrained)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            location, trust_remote_code=trust_remote_code, **extra
+        )
+    except Exception as error:
+        raise UserError(f"{key}={pretrained!r} cannot be read as a model: {first_line(error)}") from error
+    names = getattr(config, "architectures", None) or []
+    if expect == "reward" and names and not any("SequenceClassification" in name for name in names):
+        raise UserError(f"{key}={pretrained!r} is a {names[0]}, not a sequence-classification model")
+    if expect == "causal-lm" and any("SequenceClassification" in name for name in names):
+        raise UserError(f"{key}={pretrained!r} is a {names[0]}, not a language model that can answer")
+    return config
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_tokenizer(pretrained: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model; a missing pad token becomes the end token."""
+    from transformers import AutoTokenizer
+
+    location, extra = hub_location(pretrained)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        location, trust_remote_code=trust_remote_code, **extra
+    )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def quantization_options(kind: Literal["nf4", "int8"], compute_dtype: torch.dtype) -> Any:
+    """Return transformers' settings for bitsandbytes (QLoRA, arXiv 2305.14314, for ``nf4``)."""
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def forget_gguf(model: PreTrainedModel) -> None:
+    """Drop the record that a model came from GGUF: its weights are plain tensors, and can be saved again."""
+    cast(Any, model).hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
