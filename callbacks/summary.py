@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.evaluation import load_evaluation, measure, paired_difference
-from sppo_lightning.metrics import MeanWithError
+from sppo_lightning.metrics import mean_with_error
 from sppo_lightning.rollouts import RunFolder
 from sppo_lightning.types import Rollout
 
@@ -83,9 +83,7 @@ class RunSummary(pl.Callback):
                 continue
             last = rows
             batch = measure(rows, initial)
-            reward = MeanWithError()
-            reward.update(batch.reward)
-            mean, stderr, _ = reward.compute().tolist()
+            mean, stderr, _ = mean_with_error(batch.reward).tolist()
             gain = paired_difference(rows, initial)
             name = "initial policy" if finished == 0 else f"{finished} iteration(s)"
             against = "" if finished == 0 else f"{gain.mean:+.3f} ± {gain.stderr:.3f}"

@@ -14,7 +14,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         run(args)
     except UserError as error:
-        print(f"sppo-lightning: error: {error}", file=sys.stderr)
+        line = " ".join(part.strip() for part in str(error).splitlines())
+        print(f"sppo-lightning: error: {line}", file=sys.stderr)
         sys.exit(2)
 
 

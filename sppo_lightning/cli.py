@@ -1,15 +1,16 @@
-"""LightningCLI wiring: links, defaults and checks of the config; no logic of the loop."""
+"""LightningCLI wiring: defaults, derived keys and checks of the config; no logic of the loop."""
 
 from __future__ import annotations
 
 import os
-import re
 import sys
 import warnings
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -20,26 +21,30 @@ from sppo_lightning.callbacks.run_config import RunConfigFile
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.metrics_csv import MetricsCSV
 from sppo_lightning.module import PreferenceModule
-from sppo_lightning.run_config import check_same_run, check_writable
+from sppo_lightning.parse_errors import check_config_files, explain
+from sppo_lightning.policy import PolicyConfig
+from sppo_lightning.run_config import check_checkpoint, check_same_run, check_writable
 from sppo_lightning.types import UserError
 
-# Trainer flags that the loop sets by itself: the value they must keep, and what to set instead
+# Trainer flags that the loop sets by itself: the value they must keep, and what to do instead
 FIXED_FLAGS: dict[str, tuple[Any, str]] = {
-    "max_steps": (-1, "data.iterations and data.epochs_per_iteration"),
-    "min_epochs": (None, "data.iterations and data.epochs_per_iteration"),
-    "min_steps": (None, "data.iterations and data.epochs_per_iteration"),
-    "limit_train_batches": (None, "data.schedule, e.g. RandomSubset"),
-    "overfit_batches": (0.0, "a small data.prompts file"),
-    "val_check_interval": (None, "data.epochs_per_iteration (an evaluation follows each iteration)"),
-    "accumulate_grad_batches": (1, "data.pairs_per_step and data.batch_size"),
-    "reload_dataloaders_every_n_epochs": (1, "nothing"),
-    "num_sanity_val_steps": (0, "nothing (the initial policy is evaluated before the first step)"),
-    "use_distributed_sampler": (False, "nothing (pairs are split between ranks already)"),
-    "barebones": (False, "nothing"),
-}
-LINKED_FLAGS = {
-    "max_epochs": "data.iterations and data.epochs_per_iteration",
-    "check_val_every_n_epoch": "data.epochs_per_iteration",
+    "max_steps": (-1, "set data.iterations and data.epochs_per_iteration instead"),
+    "min_epochs": (None, "set data.iterations and data.epochs_per_iteration instead"),
+    "min_steps": (None, "set data.iterations and data.epochs_per_iteration instead"),
+    "limit_train_batches": (None, "set data.schedule instead, e.g. RandomSubset"),
+    "limit_val_batches": (None, "name a smaller data.eval_prompts file instead"),
+    "limit_test_batches": (None, "name a smaller data.test_prompts file instead"),
+    "limit_predict_batches": (None, "name a smaller data.predict_prompts file instead"),
+    "overfit_batches": (0, "name a small data.prompts file instead"),
+    "val_check_interval": (None, "leave it out (an evaluation of data.eval_prompts follows each iteration)"),
+    "accumulate_grad_batches": (1, "set data.pairs_per_step and data.batch_size instead"),
+    "reload_dataloaders_every_n_epochs": (
+        1,
+        "leave it out (data.epochs_per_iteration says when new pairs are made)",
+    ),
+    "num_sanity_val_steps": (0, "leave it out (data.eval_prompts are evaluated before the first step)"),
+    "use_distributed_sampler": (False, "leave it out (data.pairs_per_step is split between devices)"),
+    "barebones": (False, "leave it out"),
 }
 
 
@@ -48,9 +53,12 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error and leave."""
-        text = " ".join(line.strip() for line in message.splitlines() if line.strip())
-        text = re.sub(r'^Parser key "(?P<key>[^"]+)": ', r"\g<key>: ", text)
-        print(f"sppo-lightning: error: {text}", file=sys.stderr)
+        if not self.exit_on_error:  # a component's own parser: the outer one reports, with the whole key
+            super().error(message, ex)
+        sections = {"trainer": Trainer, "model": PreferenceModule, "model.policy": PolicyConfig}
+        sections["data"] = SelfPlayDataModule
+        keys = [f"{name}.{key}" for name, owner in sections.items() for key in signature(owner).parameters]
+        print(f"sppo-lightning: error: {explain(message, keys)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -58,30 +66,35 @@ class SelfPlayCLI(LightningCLI):
     """``fit``, ``validate``, ``test`` and ``predict`` of the self-play trainer."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link what must agree, and set the loop's defaults."""
-        parser.link_arguments("seed_everything", "data.seed")
-        parser.link_arguments(
-            ("data.iterations", "data.epochs_per_iteration"),
-            "trainer.max_epochs",
-            compute_fn=lambda iterations, epochs: iterations * epochs,
-        )
-        parser.link_arguments("data.epochs_per_iteration", "trainer.check_val_every_n_epoch")
+        """Set the loop's defaults."""
+        parser.usage = "%(prog)s [--config FILE] [--KEY VALUE ...]"
         parser.set_defaults(
             {
                 "trainer.default_root_dir": "runs/default",
                 "trainer.log_every_n_steps": 1,
                 "trainer.enable_model_summary": False,
                 "trainer.reload_dataloaders_every_n_epochs": 1,
+                "trainer.check_val_every_n_epoch": None,
                 "trainer.num_sanity_val_steps": 0,
                 "trainer.use_distributed_sampler": False,
                 "model.lr_schedule": {"class_path": "sppo_lightning.schedules.Linear"},
                 "model.optimizer": {"class_path": "torch.optim.AdamW"},
+                "data.seed": None,
                 "data.schedule": {"class_path": "sppo_lightning.selection.AllPrompts"},
                 "data.curriculum": {"class_path": "sppo_lightning.selection.RandomOrder"},
                 "data.pairing": {"class_path": "sppo_lightning.pairing.BestWorst"},
                 "data.pair_selection": {"class_path": "sppo_lightning.selection.AllPairs"},
             }
         )
+
+    def _set_seed(self) -> None:
+        """Seed everything."""
+        seed = self.config[self.subcommand].seed_everything
+        if isinstance(seed, bool) or not 0 <= seed < 2**32:
+            raise UserError(
+                f"seed_everything={seed} must be a number from 0 to {2**32 - 1}: every random choice derives from it"
+            )
+        super()._set_seed()
 
     def _parse_ckpt_path(self) -> None:
         """Take nothing from a checkpoint: the command line's config is what counts."""
@@ -92,27 +105,38 @@ class SelfPlayCLI(LightningCLI):
         for name, (value, instead) in FIXED_FLAGS.items():
             given = config.trainer.get(name)
             if given not in (value, None):
-                raise UserError(
-                    f"trainer.{name}={given} would break the self-play loop: set {instead} instead"
-                )
-        if isinstance(config.seed_everything, bool):
-            raise UserError(
-                "seed_everything must be a number: every random choice of the run derives from it"
-            )
+                raise UserError(f"trainer.{name}={given} would break the self-play loop: {instead}")
         self.root = Path(config.trainer.default_root_dir)
         self.run_config = yaml.safe_load(self._parser(self.subcommand).dump(config))
         for name in ("ckpt_path", "weights_only", "verbose", "return_predictions", "config"):
             self.run_config.pop(name, None)
+        self._derive(config)
         if not config.trainer.fast_dev_run:
             check_writable(self.root)
             if self.subcommand == "fit":
                 check_same_run(self.root, self.run_config)
 
+    def _derive(self, config: Any) -> None:
+        """Set what follows from other keys, and refuse another value by hand."""
+        epochs = config.data.epochs_per_iteration
+        derived = {
+            "trainer.max_epochs": (
+                config.data.iterations * epochs,
+                "data.iterations and data.epochs_per_iteration",
+            ),
+            "trainer.check_val_every_n_epoch": (epochs, "data.epochs_per_iteration"),
+            "data.seed": (config.seed_everything, "seed_everything"),
+        }
+        for key, (value, source) in derived.items():
+            if config[key] not in (value, None):
+                raise UserError(f"{key}={config[key]} would break the self-play loop: set {source} instead")
+            config[key] = value
+
     def instantiate_classes(self) -> None:
-        """Instantiate; a component that refuses its settings is a user's error."""
+        """Instantiate; a component or a Trainer that refuses its settings is a user's error."""
         try:
             super().instantiate_classes()
-        except ValueError as error:
+        except (ValueError, ImportError, MisconfigurationException) as error:
             raise UserError(str(error)) from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
@@ -127,12 +151,12 @@ class SelfPlayCLI(LightningCLI):
             enable_version_counter=False,
         )
         defaults: list[Callback] = [SampleTable(), PolicyExport(), RunSummary()]
-        if config["enable_checkpointing"] is not False:
-            defaults.append(checkpoint)
         if config["enable_progress_bar"] is not False:
             defaults.append(SelfPlayProgress())
         defaults.append(RunConfigFile(yaml.safe_dump(self.run_config, sort_keys=False)))
         given += [item for item in defaults if not any(isinstance(other, type(item)) for other in given)]
+        if config["enable_checkpointing"] is not False:
+            given.append(checkpoint)  # beside a user's own one: the run goes on from it
         return self.trainer_class(**{**config, "callbacks": given, "logger": self._loggers(config["logger"])})
 
     def _loggers(self, given: Any) -> list[Logger]:
@@ -145,35 +169,44 @@ class SelfPlayCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Read checkpoints safely, and go on from the run's own one."""
+        config = self.config[subcommand]
         kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        if kwargs.get("weights_only") is False:
+            raise UserError("weights_only=false would run code from a checkpoint: leave it out")
         kwargs["weights_only"] = True
         last = self.root / "checkpoints" / "last.ckpt"
         given = kwargs.get("ckpt_path")
-        if given is not None and not Path(given).exists():
-            raise UserError(f"ckpt_path={given!r}: no such file")
-        if subcommand == "fit" and given is None and last.exists() and not self.trainer.fast_dev_run:
+        if given is not None:
+            check_checkpoint(Path(given), "ckpt_path")
+        elif subcommand == "fit" and last.exists() and not config.trainer.fast_dev_run:
+            check_checkpoint(last, "the run's own checkpoint")
             print(f"Continuing the run in {self.root} from {last}", file=sys.stderr)
             kwargs["ckpt_path"] = str(last)
         return kwargs
 
 
-def _quiet() -> None:
-    """Silence what a user of the loop cannot act on."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
-    warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")
+# warnings that a user of the loop cannot act on
+UNACTIONABLE = (
+    r".*does not have many workers.*",
+    r".*exists and is not empty.*",
+    r".*args parameter is intended to run from within Python.*",
+    r".*isinstance\(treespec, LeafSpec\).*",
+    r".*module\(s\) in eval mode at the start of training.*",
+    r"Total length of `list` across ranks is zero.*",  # no data.eval_prompts
+    r".*`is_gradient_checkpointing` is deprecated.*",  # transformers, asked by PEFT
+    r"\s*By default only one JsonargparseDeprecationWarning per type is shown",  # Lightning calls jsonargparse
+    r"\s*``instantiate_classes`` was deprecated",
+)
 
 
 def run(args: list[str] | None = None) -> None:
     """Parse ``args`` (default: the process's) and run the sub-command."""
-    given = sys.argv[1:] if args is None else args
-    for name, instead in LINKED_FLAGS.items():
-        if any(re.match(rf"--trainer\.{name}(=|$)", arg) for arg in given):
-            raise UserError(f"trainer.{name} follows from the loop: set {instead} instead")
-    _quiet()
+    check_config_files(sys.argv[1:] if args is None else args)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # so that a config can name a class in a file beside it
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for message in UNACTIONABLE:
+        warnings.filterwarnings("ignore", message=message)
     SelfPlayCLI(
         PreferenceModule,
         SelfPlayDataModule,

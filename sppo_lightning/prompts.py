@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from jinja2 import TemplateError
 from lightning.pytorch.utilities import rank_zero_info
@@ -71,7 +71,7 @@ def check_disjoint(train: Sequence[Prompt], held_out: Sequence[Prompt], *, key: 
     if shared:
         raise UserError(
             f"{len(shared)} of {len(held_out)} prompts of {key} are also in data.prompts (first: "
-            f"{shared[0].id!r} = training prompt {seen[_spoken(shared[0])]!r}): remove them from one of the two"
+            f"{shared[0].id!r} = training prompt {seen[_spoken(shared[0])]!r}): remove them on one side"
         )
 
 
@@ -165,13 +165,13 @@ def template_token_ids(
     if tokenizer.chat_template is None:
         if len(messages) > 1 or messages[0]["role"] != "user":
             raise UserError(
-                "the tokenizer has no chat template, so that prompts must be plain text: use 'prompt' instead of "
-                "'messages', or an instruct model"
+                "the tokenizer has no chat template, so that prompts must be plain text: use 'prompt' instead "
+                "of 'messages', or an instruct model"
             )
         return _plain_token_ids(tokenizer, messages[0]["content"])
     try:
         encoded = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
+            [{"role": message["role"], "content": message["content"]} for message in messages],
             add_generation_prompt=add_generation_prompt,
             tokenize=True,
             return_dict=True,
@@ -181,7 +181,7 @@ def template_token_ids(
         raise UserError(
             f"the model's chat template refuses the roles {roles} ({first_line(error)}): change the messages"
         ) from error
-    return single_bos(tokenizer, encoded["input_ids"])
+    return single_bos(tokenizer, cast("Mapping[str, list[int]]", encoded)["input_ids"])
 
 
 def _plain_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -1,8 +1,9 @@
-"""Compares a config with the one that a run folder was made with."""
+"""Checks a run folder before a run: can it be written, was it made by the same config, is its checkpoint whole."""
 
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,22 @@ def check_writable(root: Path) -> None:
         ) from error
 
 
+def check_checkpoint(path: Path, name: str) -> None:
+    """Refuse a checkpoint that is missing or cut short, before the model loads.
+
+    Raises:
+        UserError: naming the path.
+    """
+    if not path.exists():
+        raise UserError(
+            f"{name}={str(path)!r}: no such file; check the path (it is relative to {Path.cwd()})"
+        )
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise UserError(
+            f"{name}={str(path)!r} is no checkpoint, or was cut short: name another, or delete it"
+        )
+
+
 def check_same_run(root: Path, config: Mapping[str, Any]) -> None:
     """Refuse to mix two configs in one run folder.
 
@@ -52,7 +69,7 @@ def check_same_run(root: Path, config: Mapping[str, Any]) -> None:
         return
     try:
         before = dict(_decisive(yaml.safe_load(path.read_bytes())))
-    except (yaml.YAMLError, AttributeError) as error:
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: delete it to go on, or choose another folder") from error
     now = dict(_decisive(config))
     for key in sorted(before.keys() | now.keys()):

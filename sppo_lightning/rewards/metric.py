@@ -8,6 +8,7 @@ from typing import Any
 import torchmetrics.text
 from torchmetrics import Metric
 
+from sppo_lightning.prompt_files import first_line
 from sppo_lightning.rewards.protocol import Reward
 from sppo_lightning.types import Prompt, UserError
 
@@ -59,8 +60,22 @@ class TorchmetricsReward(Reward):
         )
 
     def check(self) -> None:
-        """Try the metric on one answer, so that a wrong ``output`` is found before anything is sampled."""
-        self._measure("a", "a")
+        """Try the metric on one answer, so that a wrong setting is found before anything is sampled."""
+        name = type(self.metric).__name__
+        try:
+            value = self._compute("a", "a")
+            self._measure("a", "a")
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"data.reward.metric: {name} does not compare two texts ({type(error).__name__}: "
+                f"{first_line(error)}): use a metric of torchmetrics.text"
+            ) from error
+        if self.output is not None and not isinstance(value, dict):
+            raise UserError(
+                f"TorchmetricsReward.output={self.output!r}: {name} gives one number: leave it out"
+            )
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Require a reference answer of every prompt."""
@@ -78,10 +93,13 @@ class TorchmetricsReward(Reward):
             for prompt, response in zip(prompts, responses, strict=True)
         ]
 
-    def _measure(self, response: str, answer: str) -> float:
+    def _compute(self, response: str, answer: str) -> Any:
         self.metric.reset()
         self.metric.update(*self._format(response, answer))
-        value = self.metric.compute()
+        return self.metric.compute()
+
+    def _measure(self, response: str, answer: str) -> float:
+        value = self._compute(response, answer)
         if isinstance(value, dict):
             if self.output not in value:
                 raise UserError(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
+from sppo_lightning.prompt_files import first_line
 from sppo_lightning.types import Prompt, UserError
 
 
@@ -39,19 +42,31 @@ def checked_scores(reward: Reward, prompts: Sequence[Prompt], responses: Sequenc
     Raises:
         UserError: if the reward raises, returns the wrong count, or something that is no number.
     """
-    name = type(reward).__name__
+    name = f"data.reward {type(reward).__name__}"
     try:
-        scores = list(reward.score(prompts, responses))
+        scores = reward.score(prompts, responses)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"data.reward {name} raised {type(error).__name__}: {error}") from error
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"{name} raised {type(error).__name__}: {first_line(error)} ({frame.filename}:{frame.lineno}, in "
+            f"{frame.name}): correct it there"
+        ) from error
+    if not isinstance(scores, Iterable):
+        raise UserError(f"{name} returned a {type(scores).__name__}: it must return a list of numbers")
+    scores = list(scores)
     if len(scores) != len(responses):
         raise UserError(
-            f"data.reward {name} returned {len(scores)} rewards for {len(responses)} responses: "
-            "it must return one for each"
+            f"{name} returned {len(scores)} rewards for {len(responses)} responses: it must return one for each"
         )
+    return [_number(score, name) for score in scores]
+
+
+def _number(score: Any, name: str) -> float:
     try:
-        return [float(score) for score in scores]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"data.reward {name} returned something that is no number: {error}") from error
+        if not isinstance(score, str):
+            return float(score)
+    except (TypeError, ValueError):
+        pass
+    raise UserError(f"{name} returned {score!r}, which is no number: it must return one number a response")

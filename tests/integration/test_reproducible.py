@@ -1,0 +1,172 @@
+"""Same seed, same run: again, resumed, with several processes, or in other batches."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import cli_arguments
+
+from sppo_lightning.__main__ import main
+
+WritePrompts = Callable[..., Path]
+
+
+class Interrupted(RuntimeError):
+    """Stands for whatever ends a run."""
+
+
+class StopAt(pl.Callback):
+    """Ends the run at the start of training step ``step``."""
+
+    step = 10**9
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == StopAt.step:
+            raise Interrupted
+
+
+def files(run: Path, pattern: str) -> dict[str, list[dict[str, Any]]]:
+    found = sorted(run.glob(pattern))
+    assert found
+    return {str(path.relative_to(run)): pq.read_table(path, partitioning=None).to_pylist() for path in found}
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(run / "checkpoints/last.ckpt", weights_only=True)[
+        "state_dict"
+    ]
+    return state
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    for pattern in ("iterations/*/rollouts/*.parquet", "iterations/*/pairs.parquet", "evaluations/*/*.parquet"):
+        assert files(one, pattern) == files(other, pattern)
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.fixture(scope="module")
+def arguments(
+    tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., list[str]]:
+    folder = tmp_path_factory.mktemp("prompts")
+    for name, start, count in (("train", 0, 14), ("eval", 50, 6)):
+        lines = [f'{{"id": "{name}{n}", "prompt": "Count to {start + n}"}}\n' for n in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+
+    def build(root: Path, **changes: Any) -> list[str]:
+        settings = {
+            "data__eval_prompts": folder / "eval.jsonl",
+            "trainer__callbacks": '[{"class_path": "sppo_lightning.callbacks.DifficultyReestimation"}]',
+            **changes,
+        }
+        return ["fit", *cli_arguments(tiny_policy, folder / "train.jsonl", root, **settings)]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def whole(arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    root = tmp_path_factory.mktemp("whole")
+    main(arguments(root))
+    return root
+
+
+def test_same_seed_gives_the_same_run_and_another_seed_another(
+    whole: Path, arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    main(arguments(tmp_path / "again"))
+    assert_same_run(whole, tmp_path / "again")
+    main(arguments(tmp_path / "other", seed_everything=7))
+    pattern = "iterations/000/rollouts/*.parquet"
+    assert files(whole, pattern) != files(tmp_path / "other", pattern)
+
+
+def test_batch_sizes_change_no_response(
+    whole: Path, arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    main(arguments(tmp_path / "run", data__batch_size=4, data__generator__batch_size=3))
+    pattern = "iterations/000/rollouts/*.parquet"
+    assert files(whole, pattern) == files(tmp_path / "run", pattern)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    whole: Path, arguments: Callable[..., list[str]], tmp_path: Path, step: int, monkeypatch: Any
+) -> None:
+    """Two iterations of two or three steps: the run ends before, inside and after the first checkpoint."""
+    total = len([row for row in metrics(whole) if row["train/loss"]])
+    assert total > step
+    monkeypatch.setattr(StopAt, "step", step)
+    callbacks = (
+        '[{"class_path": "sppo_lightning.callbacks.DifficultyReestimation"}, '
+        f'{{"class_path": "{__name__}.StopAt"}}]'
+    )
+    with pytest.raises(Interrupted):
+        main(arguments(tmp_path / "run", trainer__callbacks=callbacks))
+    monkeypatch.setattr(StopAt, "step", 10**9)
+    main(arguments(tmp_path / "run", trainer__callbacks=callbacks))
+    assert_same_run(whole, tmp_path / "run")
+    assert metrics(whole) == metrics(tmp_path / "run")
+
+
+def test_a_finished_run_started_again_changes_nothing(
+    whole: Path, arguments: Callable[..., list[str]]
+) -> None:
+    before = {path: path.read_bytes() for path in whole.rglob("*.parquet")}
+    before[whole / "metrics.csv"] = (whole / "metrics.csv").read_bytes()
+    main(arguments(whole))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_deleted_iteration_is_not_sampled_again_from_newer_weights(
+    whole: Path, arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/iterations/001")
+    with pytest.raises(SystemExit):
+        main(arguments(tmp_path / "run"))
+    assert "is gone or incomplete although the checkpoint was trained on it" in capsys.readouterr().err
+
+
+def test_two_processes_make_the_same_rollouts_and_pairs(
+    whole: Path, arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """Two gloo processes: same rollouts and pairs; weights equal up to the order of sums."""
+    root = tmp_path / "run"
+    command = [sys.executable, "-m", "sppo_lightning"]
+    command += arguments(root, trainer__devices=2, trainer__strategy="ddp")
+    path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert files(whole, "iterations/000/rollouts/*.parquet") == files(root, "iterations/000/rollouts/*.parquet")
+    for mine, theirs in zip(
+        files(whole, "iterations/000/pairs.parquet").popitem()[1],
+        files(root, "iterations/000/pairs.parquet").popitem()[1],
+        strict=True,
+    ):
+        for name, value in mine.items():
+            assert theirs[name] == (pytest.approx(value, abs=1e-5) if "logp" in name else value)
+    other = weights(root)
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(other[name], value, atol=2e-4, rtol=1e-3)

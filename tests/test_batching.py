@@ -1,0 +1,191 @@
+"""Optimizer steps, micro-batches and padding."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sppo_lightning.batching import MicroBatch, StepSampler, StepSlot, accumulation_steps, collate
+from sppo_lightning.types import PreferencePair, UserError
+
+QUICK = settings(max_examples=50, deadline=None)
+TOKENS = st.lists(st.integers(3, 99), min_size=1, max_size=6).map(tuple)
+SLOT = StepSlot(step=2, steps=5, step_pairs=7, last_in_step=True)
+
+
+def pair_of(
+    prompt: tuple[int, ...], chosen: tuple[int, ...], rejected: tuple[int, ...], number: int = 0
+) -> PreferencePair:
+    return PreferencePair(
+        f"p{number}", prompt, chosen, rejected, "c", "r", 1.5 + number, 1.0, -number - 0.1, -number - 0.2
+    )
+
+
+# ------------------------------------------------------------ optimizer steps
+
+
+def test_accumulation_golden() -> None:
+    """32 pairs a step, 4 on each of 2 processes at once: 32 / 8 = 4 micro-batches."""
+    assert accumulation_steps(pairs_per_step=32, batch_size=4, world_size=2) == 4
+    assert accumulation_steps(pairs_per_step=8, batch_size=4, world_size=2) == 1
+
+
+@pytest.mark.parametrize(("pairs", "batch", "world"), [(32, 3, 1), (4, 8, 1), (6, 2, 2)])
+def test_sizes_that_do_not_divide(pairs: int, batch: int, world: int) -> None:
+    message = (
+        rf"^data\.pairs_per_step={pairs} is no multiple of data\.batch_size={batch} x {world} process\(es\)"
+        rf" = {batch * world}: change one of them$"
+    )
+    with pytest.raises(UserError, match=message):
+        accumulation_steps(pairs_per_step=pairs, batch_size=batch, world_size=world)
+
+
+def test_sampler_golden() -> None:
+    """Ten pairs, 8 a step, 2 at once on each of 2 ranks.
+
+    Step 0 takes 8 pairs in two passes, 4 a rank. Step 1 has 2 pairs left: one a rank, in one pass.
+    """
+    order = [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+    first, last = StepSlot(2, 4, 8, False), StepSlot(2, 4, 8, True)
+    end = StepSlot(3, 4, 2, True)
+    ranks = [
+        StepSampler(order, pairs_per_step=8, batch_size=2, rank=rank, world_size=2, epoch=1, epochs=2)
+        for rank in range(2)
+    ]
+    assert list(ranks[0]) == [
+        MicroBatch([9, 8], 2, first),
+        MicroBatch([7, 6], 2, last),
+        MicroBatch([1], 1, end),
+    ]
+    assert list(ranks[1]) == [
+        MicroBatch([5, 4], 2, first),
+        MicroBatch([3, 2], 2, last),
+        MicroBatch([0], 1, end),
+    ]
+
+
+def test_a_rank_without_pairs_runs_fillers_of_the_same_step() -> None:
+    """Three pairs left for 4 ranks: one each, and the last rank repeats a pair without weight."""
+    found = [
+        list(StepSampler([4, 5, 6], pairs_per_step=8, batch_size=2, rank=rank, world_size=4))
+        for rank in range(4)
+    ]
+    slot = StepSlot(0, 1, 3, True)
+    assert found == [
+        [MicroBatch([4], 1, slot)],
+        [MicroBatch([5], 1, slot)],
+        [MicroBatch([6], 1, slot)],
+        [MicroBatch([4], 0, slot)],
+    ]
+
+
+@QUICK
+@given(
+    total=st.integers(0, 40),
+    batch_size=st.integers(1, 4),
+    world_size=st.integers(1, 5),
+    accumulation=st.integers(1, 3),
+    epochs=st.integers(1, 3),
+    data=st.data(),
+)
+def test_ranks_share_every_step(
+    total: int, batch_size: int, world_size: int, accumulation: int, epochs: int, data: st.DataObject
+) -> None:
+    per_step = batch_size * world_size * accumulation
+    order = data.draw(st.permutations(range(100, 100 + total)))
+    epoch = data.draw(st.integers(0, epochs - 1))
+    samplers = [
+        StepSampler(
+            order,
+            pairs_per_step=per_step,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            epoch=epoch,
+            epochs=epochs,
+        )
+        for rank in range(world_size)
+    ]
+    runs = [list(sampler) for sampler in samplers]
+    steps = math.ceil(total / per_step)
+    assert {len(run) for run in runs} == {len(sampler) for sampler in samplers} == {len(runs[0])}
+    assert [sampler.steps_per_epoch for sampler in samplers] == [steps] * world_size
+    for passes in zip(*runs, strict=True):
+        assert len({micro.slot for micro in passes}) == 1
+    for step in range(steps):
+        slice_ = order[step * per_step : (step + 1) * per_step]
+        ours = [[micro for micro in run if micro.slot.step == epoch * steps + step] for run in runs]
+        assert [row for run in ours for micro in run for row in micro.rows[: micro.real]] == slice_
+        for run in ours:
+            if len(slice_) == per_step:
+                assert len(run) == accumulation
+            assert [micro.slot.last_in_step for micro in run] == [False] * (len(run) - 1) + [True]
+            for micro in run:
+                assert micro.slot.steps == epochs * steps
+                assert micro.slot.step_pairs == len(slice_)
+                assert 0 <= micro.real <= len(micro.rows) <= batch_size
+                assert micro.rows
+                assert set(micro.rows) <= set(slice_)
+    assert sum(micro.real for run in runs for micro in run) == total
+
+
+# -------------------------------------------------------------------- padding
+
+
+def test_collate_golden() -> None:
+    """Widths: chosen 2 + 1 and 1 + 3, rejected 2 + 2 and 1 + 1, so T = 4 and R = 3; 0 pads on the left."""
+    pairs = [pair_of((11, 12), (21,), (31, 32)), pair_of((13,), (22, 23, 24), (33,), number=1)]
+    batch = collate(pairs, real=1, slot=SLOT, pad_token_id=0)
+    assert batch.input_ids.tolist() == [[0, 11, 12, 21], [13, 22, 23, 24], [11, 12, 31, 32], [0, 0, 13, 33]]
+    assert batch.attention_mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1]]
+    assert batch.position_ids.tolist() == [[0, 0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3], [0, 0, 0, 1]]
+    assert batch.targets.tolist() == [[0, 0, 21], [22, 23, 24], [0, 31, 32], [0, 0, 33]]
+    assert batch.target_mask.int().tolist() == [[0, 0, 1], [1, 1, 1], [0, 1, 1], [0, 0, 1]]
+    assert batch.reference.chosen.tolist() == [-0.1, -1.1]
+    assert batch.reference.rejected.tolist() == [-0.2, -1.2]
+    assert batch.reward_margins.tolist() == [0.5, 1.5]
+    assert batch.weights.tolist() == [1, 0]
+    assert batch.slot == SLOT
+
+
+def test_collate_dtypes() -> None:
+    batch = collate([pair_of((1,), (2,), (3,))], real=1, slot=SLOT, pad_token_id=0)
+    for ids in (batch.input_ids, batch.attention_mask, batch.position_ids, batch.targets):
+        assert ids.dtype == torch.long
+    assert batch.target_mask.dtype == torch.bool
+    for exact in (*batch.reference, batch.reward_margins):
+        assert exact.dtype == torch.float64
+
+
+@QUICK
+@given(
+    rows=st.lists(st.tuples(TOKENS, TOKENS, TOKENS), min_size=1, max_size=4),
+    pad=st.integers(0, 50),
+    data=st.data(),
+)
+def test_collate_keeps_exactly_the_sampled_tokens(
+    rows: list[tuple[tuple[int, ...], ...]], pad: int, data: st.DataObject
+) -> None:
+    """Also where the padding token is a token of the text."""
+    real = data.draw(st.integers(0, len(rows)))
+    pairs = [pair_of(*row, number=number) for number, row in enumerate(rows)]
+    batch = collate(pairs, real=real, slot=SLOT, pad_token_id=pad)
+    responses = [row[1] for row in rows] + [row[2] for row in rows]
+    width = max(len(row[0]) + max(len(row[1]), len(row[2])) for row in rows)
+    assert batch.input_ids.shape == (2 * len(rows), width)
+    assert batch.targets.shape == (2 * len(rows), max(map(len, responses)))
+    for row, response in enumerate(responses):
+        tokens = (*rows[row % len(rows)][0], *response)
+        mask = batch.attention_mask[row].bool()
+        assert tuple(batch.input_ids[row][mask].tolist()) == tokens
+        assert batch.position_ids[row][mask].tolist() == list(range(len(tokens)))
+        assert mask.tolist() == sorted(mask.tolist())  # padding on the left only
+        assert tuple(batch.targets[row][batch.target_mask[row]].tolist()) == response
+        assert tuple(batch.input_ids[row, -len(response) :].tolist()) == response
+        assert int(batch.target_mask[row].sum()) == len(response)
+        assert bool((batch.input_ids[row][~mask] == pad).all())
+    assert batch.weights.tolist() == [1.0] * real + [0.0] * (len(rows) - real)

@@ -1,0 +1,234 @@
+"""Pairs from scored responses."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sppo_lightning.pairing import (
+    PAIR_COLUMNS,
+    BestRandom,
+    BestWorst,
+    Choice,
+    Pairing,
+    PairingResult,
+    build_pairs,
+    pair_statistics,
+)
+from sppo_lightning.types import EncodedPrompt, PreferencePair, Prompt, Rollout
+
+QUICK = settings(max_examples=50, deadline=None)
+NAN, INF = float("nan"), float("inf")
+GENERATOR = torch.Generator()
+REWARDS = st.lists(
+    st.none() | st.sampled_from([0.0, 0.5, 1.0, NAN, INF, -INF]) | st.floats(-5, 5), max_size=6
+)
+
+
+def rollouts(rewards: Sequence[float | None], prompt_id: str = "p", texts: str = "abcdefgh") -> list[Rollout]:
+    """One response a reward; the n-th reads as the n-th letter of ``texts`` and has its code as a token."""
+    return [
+        Rollout(prompt_id, index, f"Q {prompt_id}", texts[index], (ord(texts[index]), 1), "stop", reward)
+        for index, reward in enumerate(rewards)
+    ]
+
+
+def paired(
+    groups: Mapping[str, Sequence[Rollout]],
+    pairing: Pairing | None = None,
+    *,
+    samples: int = 8,
+    iteration: int = 0,
+    seed: int = 42,
+) -> PairingResult:
+    prompts = {key: EncodedPrompt(Prompt(key, f"Q {key}", ()), (7, len(key))) for key in groups}
+    return build_pairs(
+        groups, prompts, pairing or BestWorst(), samples_per_prompt=samples, iteration=iteration, seed=seed
+    )
+
+
+def test_best_worst_golden() -> None:
+    """Rewards 0.5, 2, -1, 2, -1: the highest is first met at 1 (b), the lowest at 2 (c)."""
+    result = paired({"p": rollouts([0.5, 2, -1, 2, -1])})
+    expected = PreferencePair(
+        prompt_id="p",
+        prompt_token_ids=(7, 1),
+        chosen_token_ids=(ord("b"), 1),
+        rejected_token_ids=(ord("c"), 1),
+        chosen="b",
+        rejected="c",
+        chosen_reward=2,
+        rejected_reward=-1,
+        reference_chosen_logp=0,
+        reference_rejected_logp=0,
+    )
+    (pair,) = result.pairs
+    assert math.isnan(pair.reference_chosen_logp)  # until the reference pass
+    assert math.isnan(pair.reference_rejected_logp)
+    assert replace(pair, reference_chosen_logp=0, reference_rejected_logp=0) == expected
+    assert not result.dropped
+
+
+@pytest.mark.parametrize(
+    ("rewards", "texts", "reason"),
+    [
+        ([], "", "non_finite_reward"),
+        ([1], "a", "non_finite_reward"),
+        ([1, NAN], "ab", "non_finite_reward"),
+        ([INF, 1, -INF, None], "abcd", "non_finite_reward"),
+        ([1, 1, 1], "abc", "tied_rewards"),
+        ([1, NAN, 1], "aba", "identical_responses"),
+        ([1, 1, 1], "aab", "tied_rewards"),
+        ([1, 1], "aa", "identical_responses"),
+        ([1, 0], "aa", "identical_responses"),
+        ([1, 0.5, 0], "aba", "identical_responses"),
+    ],
+)
+def test_dropped_by_reason(rewards: list[float | None], texts: str, reason: str) -> None:
+    result = paired({"p": rollouts(rewards, texts=texts), "q": rollouts([0, 1], "q")})
+    assert [pair.prompt_id for pair in result.pairs] == ["q"]
+    assert result.dropped == Counter({reason: 1})
+
+
+def test_responses_that_read_the_same_or_have_the_same_tokens_are_identical() -> None:
+    first, second = rollouts([0, 1])
+    same_text = paired({"p": [first, replace(second, response=first.response)]})
+    same_tokens = paired({"p": [first, replace(second, token_ids=first.token_ids)]})
+    for result in (same_text, same_tokens):
+        assert not result.pairs
+        assert result.dropped == Counter({"identical_responses": 1})
+
+
+def test_the_lowest_sample_indices_take_part() -> None:
+    """Of rewards 1, 2, 0, 9, -9 the first three count, whatever order the rows come in."""
+    rows = rollouts([1, 2, 0, 9, -9])
+    for arranged in (rows, rows[::-1], [rows[3], rows[0], rows[4], rows[2], rows[1]]):
+        (pair,) = paired({"p": arranged}, samples=3).pairs
+        assert (pair.chosen, pair.rejected) == ("b", "c")
+
+
+@QUICK
+@given(
+    rewards=st.lists(REWARDS, max_size=5),
+    pairing=st.sampled_from([BestWorst(), BestRandom()]),
+    data=st.data(),
+)
+def test_in_is_out_plus_dropped_and_pairs_are_sound(
+    rewards: list[list[float | None]], pairing: Pairing, data: st.DataObject
+) -> None:
+    samples = data.draw(st.integers(2, 6))
+    texts = data.draw(st.text("ab", min_size=6, max_size=6))
+    groups = {f"p{number}": rollouts(values, f"p{number}", texts) for number, values in enumerate(rewards)}
+    result = paired(groups, pairing, samples=samples)
+    assert len(groups) == len(result.pairs) + result.dropped.total()
+    assert set(result.dropped) <= {"non_finite_reward", "tied_rewards", "identical_responses"}
+    assert all(result.dropped.values())
+    for pair in result.pairs:
+        taken = groups[pair.prompt_id][:samples]
+        finite = [row.reward for row in taken if row.reward is not None and math.isfinite(row.reward)]
+        assert pair.chosen_reward == max(finite) > pair.rejected_reward
+        assert (pair.chosen_token_ids, pair.chosen, pair.chosen_reward) in [
+            (row.token_ids, row.response, row.reward) for row in taken
+        ]
+        assert (pair.rejected_token_ids, pair.rejected, pair.rejected_reward) in [
+            (row.token_ids, row.response, row.reward) for row in taken
+        ]
+        assert pair.chosen != pair.rejected
+
+
+@QUICK
+@given(values=st.lists(st.floats(-5, 5), min_size=2, max_size=6, unique=True))
+def test_best_worst_is_extreme_and_negated_rewards_swap_the_two(values: list[float]) -> None:
+    rewards = torch.tensor(values, dtype=torch.float64)
+    chosen, rejected = BestWorst().choose(rewards, GENERATOR)
+    assert values[chosen] == max(values)
+    assert values[rejected] == min(values)
+    assert BestWorst().choose(-rewards, GENERATOR) == (rejected, chosen)
+
+
+def test_best_random_takes_each_lower_response_evenly() -> None:
+    """Of 600 draws each of 3 lower responses gets 200, standard deviation 11.5; the tied best gets none."""
+    rewards = torch.tensor([1.0, 5, 3, 5, 4], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    choices = Counter(BestRandom().choose(rewards, generator) for _ in range(600))
+    assert set(choices) == {Choice(1, 0), Choice(1, 2), Choice(1, 4)}
+    assert all(150 < count < 250 for count in choices.values())
+
+
+def test_a_random_choice_depends_on_seed_iteration_and_prompt_only() -> None:
+    groups = {f"p{number}": rollouts(range(8), f"p{number}") for number in range(12)}
+
+    def rejected(part: Mapping[str, Sequence[Rollout]], **changes: int) -> dict[str, str]:
+        return {pair.prompt_id: pair.rejected for pair in paired(part, BestRandom(), **changes).pairs}
+
+    before = rejected(groups)
+    torch.manual_seed(3)
+    assert rejected(dict(reversed(groups.items()))) == before
+    assert rejected({"p7": groups["p7"]}) == {"p7": before["p7"]}
+    assert len(set(before.values())) > 1
+    assert rejected(groups, seed=1) != before
+    assert rejected(groups, iteration=1) != before
+
+
+def test_pairs_come_in_the_order_of_the_rollouts() -> None:
+    groups = {key: rollouts([0, 1], key) for key in ("z", "a", "m")}
+    assert [pair.prompt_id for pair in paired(groups).pairs] == ["z", "a", "m"]
+
+
+def test_a_rule_of_ones_own_sees_finite_rewards_by_sample_index() -> None:
+    seen: list[list[float]] = []
+
+    class LastFirst(Pairing):
+        def choose(self, rewards: Tensor, generator: torch.Generator) -> Choice:
+            seen.append(rewards.tolist())
+            return Choice(len(rewards) - 1, 0)
+
+    (pair,) = paired({"p": rollouts([NAN, 3, 1, None, 2])[::-1]}, LastFirst()).pairs
+    assert seen == [[3, 1, 2]]
+    assert (pair.chosen, pair.rejected) == ("e", "b")
+    assert (pair.chosen_reward, pair.rejected_reward) == (2, 3)
+
+
+def test_pair_statistics_golden() -> None:
+    """q: rewards 1, 2, 6: mean 3, variance (4 + 1 + 9) / 3 = 14/3; the pair is 6 against 1, gap 5."""
+    pairs = [
+        PreferencePair("q", (1,), (1, 2, 3), (4,), "c", "r", 6, 1, -2.5, -7.5),
+        PreferencePair("p", (1, 2), (5,), (6, 7), "c", "r", 0.5, 0.25, -1, -2),
+    ]
+    found = pair_statistics(
+        pairs, {"p": [0.5, 0.25], "other": [1], "q": [1, 2, 6]}, {"p": 0.1, "q": 0.2, "other": 0.3}
+    )
+    assert found.prompt_ids == ("q", "p")
+    expected = {
+        "difficulty": [0.2, 0.1],
+        "mean_reward": [3, 0.375],
+        "std_reward": [math.sqrt(14 / 3), 0.125],
+        "min_reward": [1, 0.25],
+        "max_reward": [6, 0.5],
+        "samples": [3, 2],
+        "gap": [5, 0.25],
+        "chosen_reward": [6, 0.5],
+        "rejected_reward": [1, 0.25],
+        "chosen_length": [3, 1],
+        "rejected_length": [1, 2],
+        "reference_chosen_logp": [-2.5, -1],
+        "reference_rejected_logp": [-7.5, -2],
+    }
+    assert set(found.columns) == set(PAIR_COLUMNS) == set(expected)
+    for name, values in expected.items():
+        assert found[name].dtype == torch.float64
+        assert found[name].tolist() == pytest.approx(values), name
+
+
+def test_pair_statistics_of_nothing() -> None:
+    found = pair_statistics([], {}, {})
+    assert len(found) == 0
+    assert set(found.columns) == set(PAIR_COLUMNS)
