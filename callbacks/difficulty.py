@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import lightning.pytorch as pl
 
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.difficulty import Reestimation
+from sppo_lightning.iteration import IterationRules
 from sppo_lightning.seeding import random_keys
 from sppo_lightning.types import UserError
 
@@ -65,18 +66,18 @@ class DifficultyReestimation(pl.Callback):
         store = datamodule.folder.iteration(iteration)
         table, selected = store.read_difficulty()
         datamodule.reestimation = self.decide(
-            table.prompt_ids, selected, iteration=iteration, datamodule_rules=datamodule.rules
+            table.prompt_ids, selected, iteration=iteration, rules=datamodule.rules
         )
 
     def decide(
-        self, known: Sequence[str], selected: set[str], *, iteration: int, datamodule_rules: Any
+        self, known: Sequence[str], selected: set[str], *, iteration: int, rules: IterationRules
     ) -> Reestimation:
         """Return the decision for iteration ``iteration + 1``."""
-        samples = self.samples or datamodule_rules.probe_samples
+        samples = self.samples or rules.probe_samples
         if (iteration + 1) % self.every_n_iterations:
             return Reestimation((), samples, self.smoothing)
         pool = [prompt_id for prompt_id in known if self.prompts == "all" or prompt_id in selected]
-        keys = random_keys(pool, datamodule_rules.seed, iteration, "reestimation").tolist()
+        keys = random_keys(pool, rules.seed, iteration, "reestimation").tolist()
         due = tuple(prompt_id for prompt_id, key in zip(pool, keys, strict=True) if key < self.share)
         return Reestimation(due, samples, self.smoothing)
 

@@ -62,6 +62,10 @@ class Parser(LightningArgumentParser):
         sys.exit(2)
 
 
+class RunCheckpoint(ModelCheckpoint):
+    """The checkpoint that a run goes on from; a class of its own tells its state from that of a user's one."""
+
+
 class SelfPlayCLI(LightningCLI):
     """``fit``, ``validate``, ``test`` and ``predict`` of the self-play trainer."""
 
@@ -143,7 +147,7 @@ class SelfPlayCLI(LightningCLI):
         """Add the callbacks and loggers that a run has by default."""
         given = config.get("callbacks") or []
         given = [*(given if isinstance(given, list) else [given]), *callbacks]
-        checkpoint = ModelCheckpoint(
+        checkpoint = RunCheckpoint(
             dirpath=self.root / "checkpoints",
             filename="last",
             every_n_epochs=self.config[self.subcommand].data.epochs_per_iteration,

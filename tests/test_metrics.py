@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sppo_lightning.metrics import MeanWithError
+from sppo_lightning.metrics import MeanWithError, mean_with_error
 
 NAN, INF = float("nan"), float("inf")
 
@@ -28,6 +28,11 @@ def measured(*batches: list[float]) -> list[float]:
 def test_mean_with_error_golden() -> None:
     """1, 2, 3, 4: mean 2.5, variance (2.25 + 0.25 + 0.25 + 2.25) / 3 = 5/3, error sqrt(5/3 / 4)."""
     assert measured([1, 2, 3, 4]) == pytest.approx([2.5, math.sqrt(5 / 12), 4])
+
+
+def test_the_metric_is_the_function_of_all_updates() -> None:
+    values = torch.tensor([0.25, NAN, -3.0, 8.0])
+    assert mean_with_error(values).tolist() == measured([0.25], [NAN, -3.0], [8.0])
 
 
 def test_non_finite_values_are_left_out() -> None:
@@ -84,4 +89,6 @@ def test_ranks_are_joined_also_one_without_values(batches: list[list[float]]) ->
         metric.update(torch.tensor(batch))
     mine = [value for batch in batches for value in batch if math.isfinite(value)]
     assert metric.compute().tolist() == pytest.approx(measured([*mine, 3, 4]))
-    assert [value for part in metric.values for value in part.tolist()] == mine
+    metric.distributed_available_fn = lambda: False
+    metric.update(torch.tensor([9.0]))
+    assert metric.compute().tolist() == pytest.approx(measured([*mine, 9]), nan_ok=True)

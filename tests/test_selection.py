@@ -322,6 +322,16 @@ def test_curricula_golden() -> None:
     assert in_order(RandomOrder(), difficulty, keys) == [1, 3, 2, 0]
 
 
+def test_ties_among_many_rows_go_by_key() -> None:
+    """A sort that is not stable shows only beyond a few dozen rows."""
+    generator = torch.Generator().manual_seed(0)
+    difficulty = torch.randint(3, (500,), generator=generator).tolist()
+    keys = torch.rand(500, generator=generator, dtype=torch.float64).tolist()
+    for curriculum, sign in ((EasyToHard(), -1), (HardToEasy(), 1)):
+        expected = sorted(range(500), key=lambda row: (sign * difficulty[row], keys[row]))
+        assert in_order(curriculum, difficulty, keys) == expected
+
+
 @QUICK
 @given(
     curriculum=st.sampled_from([RandomOrder(), EasyToHard(), HardToEasy()]),
