@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any, cast
 
+import huggingface_hub.utils
 import lightning.pytorch as pl
+import transformers.utils.logging
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
@@ -40,6 +42,8 @@ class SelfPlayProgress(ProgressBar):
         """Start to follow the data module's phases."""
         super().setup(trainer, pl_module, stage)
         datamodule = cast(Any, trainer).datamodule
+        transformers.utils.logging.disable_progress_bar()  # models are loaded and saved between two of our bars
+        huggingface_hub.utils.enable_progress_bars()  # downloads stay visible
         if trainer.is_global_zero and isinstance(datamodule, SelfPlayDataModule):
             datamodule.observers = [*datamodule.observers, self]
 

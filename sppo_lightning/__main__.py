@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 from sppo_lightning.types import UserError
 
@@ -14,9 +15,15 @@ def main(args: list[str] | None = None) -> None:
     try:
         run(args)
     except UserError as error:
-        line = " ".join(part.strip() for part in str(error).splitlines())
-        print(f"sppo-lightning: error: {line}", file=sys.stderr)
-        sys.exit(2)
+        _leave(str(error))
+    except SyntaxError as error:  # of a module that the config names
+        _leave(f"{error.filename}:{error.lineno}: {error.msg}: correct that line")
+
+
+def _leave(message: str) -> NoReturn:
+    line = " ".join(part.strip() for part in message.splitlines())
+    print(f"sppo-lightning: error: {line}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

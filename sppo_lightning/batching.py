@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 from sppo_lightning.losses import PairLogps
 from sppo_lightning.types import PreferencePair, UserError
@@ -172,3 +172,15 @@ def collate(pairs: Sequence[PreferencePair], *, real: int, slot: StepSlot, pad_t
         weights=weights,
         slot=slot,
     )
+
+
+class PairDataset(Dataset[PairBatch]):
+    """An iteration's pairs, handed out as padded micro-batches."""
+
+    def __init__(self, pairs: Sequence[PreferencePair], pad_token_id: int) -> None:
+        self.pairs = pairs
+        self.pad_token_id = pad_token_id
+
+    def __getitem__(self, micro: MicroBatch) -> PairBatch:
+        pairs = [self.pairs[row] for row in micro.rows]
+        return collate(pairs, real=micro.real, slot=micro.slot, pad_token_id=self.pad_token_id)

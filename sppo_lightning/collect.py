@@ -123,6 +123,12 @@ class Collector:
                     done += 1
                     tokens += sum(len(response.token_ids) for response in answer.responses)
                     self._notify(phase, iteration, done, total, tokens)
+                unanswered = rows.count([])
+                if unanswered:
+                    raise UserError(
+                        f"data.generator {type(self.generator).__name__} left {unanswered} of {len(rows)} prompts "
+                        "without a response: it must answer every request"
+                    )
                 store.write(name, number, [row for group in rows for row in group])
             self.generator.unload()
         self.ranks.barrier(f"generated {name}")

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from sppo_lightning.batching import (
-    MicroBatch,
-    PairBatch,
-    StepSampler,
-    accumulation_steps,
-    collate,
-)
+from sppo_lightning.batching import PairBatch, PairDataset, StepSampler, accumulation_steps
 from sppo_lightning.collect import Collector, by_prompt
 from sppo_lightning.difficulty import (
     DIFFICULTY_COLUMNS,
@@ -26,7 +18,7 @@ from sppo_lightning.difficulty import (
     StatisticsTable,
     empty_difficulty_table,
 )
-from sppo_lightning.evaluation import EvaluationLoader, HeldOut
+from sppo_lightning.evaluation import EvaluationLoader, HeldOut, write_predictions
 from sppo_lightning.generation import Generator
 from sppo_lightning.iteration import IterationBuilder, IterationRules, difficulty_after
 from sppo_lightning.module import PreferenceModule
@@ -34,7 +26,7 @@ from sppo_lightning.pairing import PAIR_COLUMNS, BestWorst, Pairing
 from sppo_lightning.prompt_sets import PromptSets
 from sppo_lightning.prompts import check_disjoint
 from sppo_lightning.rewards import Reward
-from sppo_lightning.rollouts import RunFolder, ShardStore, write_atomically
+from sppo_lightning.rollouts import RunFolder
 from sppo_lightning.seeding import random_keys
 from sppo_lightning.selection import (
     AllPairs,
@@ -48,18 +40,7 @@ from sppo_lightning.trainer import TrainerRanks, fit_position, is_dev_run
 from sppo_lightning.types import EncodedPrompt, PhaseObserver, PreferencePair, UserError
 
 Sources = str | list[str]
-
-
-class PairDataset(Dataset[PairBatch]):
-    """An iteration's pairs, handed out as padded micro-batches."""
-
-    def __init__(self, pairs: Sequence[PreferencePair], pad_token_id: int) -> None:
-        self.pairs = pairs
-        self.pad_token_id = pad_token_id
-
-    def __getitem__(self, micro: MicroBatch) -> PairBatch:
-        pairs = [self.pairs[row] for row in micro.rows]
-        return collate(pairs, real=micro.real, slot=micro.slot, pad_token_id=self.pad_token_id)
+PROMPTS_OF = {"validate": "eval_prompts", "test": "test_prompts", "predict": "predict_prompts"}
 
 
 class SelfPlayDataModule(pl.LightningDataModule):
@@ -183,18 +164,21 @@ class SelfPlayDataModule(pl.LightningDataModule):
         root = tempfile.mkdtemp() if is_dev_run(self.trainer) else self.trainer.default_root_dir
         self.folder = RunFolder(Path(root))
         self.ranks = TrainerRanks(self.trainer)
-        if stage == "predict":
-            self.prompt_sets.read("predict_prompts")
-            return
-        keys = {"fit": ["prompts", "eval_prompts"], "validate": ["eval_prompts"], "test": ["test_prompts"]}[
-            stage
-        ]
+        keys = ["prompts", "eval_prompts"] if stage == "fit" else [PROMPTS_OF[stage]]
+        keys = [key for key in keys if stage != "fit" or key == "prompts" or self.prompt_sets.named(key)]
         for key in keys:
-            if stage != "fit" or self.prompt_sets.named(key):
-                self.reward.check_prompts(self.prompt_sets.read(key))
-        self.reward.check()
+            prompts = self.prompt_sets.read(key)
+            if stage != "predict":
+                self.reward.check_prompts(prompts)
+        if stage != "predict":
+            self.reward.check()
         if stage == "fit":
             self._setup_fit(self.trainer)
+        self.module.check()
+        for key in keys:
+            self._encoded(key)
+        if stage == "fit":
+            self.rules.check_sizes(list(self._encoded("prompts")))
 
     def _setup_fit(self, trainer: pl.Trainer) -> None:
         rules, sets = self.rules, self.prompt_sets
@@ -215,18 +199,6 @@ class SelfPlayDataModule(pl.LightningDataModule):
             batch_size=rules.batch_size,
             world_size=trainer.world_size,
         )
-        ids = [prompt.id for prompt in sets.read("prompts")]
-        for iteration in range(rules.iterations):
-            candidates = rules.schedule.candidates(
-                ids, iteration=iteration, iterations=rules.iterations, seed=rules.seed
-            )
-            size = rules.selection.size(len(candidates), iteration=iteration)
-            if size is not None and size < rules.pairs_per_step:
-                raise UserError(
-                    f"data.selection keeps {size} of {len(candidates)} candidate prompts in iteration "
-                    f"{iteration}, fewer than one optimizer step of data.pairs_per_step={rules.pairs_per_step}: "
-                    "raise the fraction, add prompts or lower pairs_per_step"
-                )
 
     def _shrink(self) -> None:
         """Keep one optimizer step's worth of prompts, with room for ties."""
@@ -403,29 +375,10 @@ class SelfPlayDataModule(pl.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Answer ``predict_prompts`` greedily into ``predictions.jsonl``."""
-        prompts = list(self._encoded("predict_prompts").values())
-        with tempfile.TemporaryDirectory(dir=self.folder.root, prefix=".predict-") as parts:
-            store = ShardStore(self.ranks.same(Path(parts)))
-            rows = self._collector().collect_greedy(
-                store, "greedy", prompts, iteration=self._finished, phase="predicting", score=False
-            )
-            self.ranks.barrier("predictions read")
-        lines = [
-            json.dumps(
-                {
-                    "id": row.prompt_id,
-                    "prompt": row.prompt,
-                    "response": row.response,
-                    "finish_reason": row.finish_reason,
-                },
-                ensure_ascii=False,
-            )
-            for row in rows
-        ]
-        path = self.folder.root / "predictions.jsonl"
-        if self.ranks.rank == 0:
-            write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
-        rank_zero_info(f"{len(lines)} answers written to {path}")
+        lines = write_predictions(
+            self.folder.root, list(self._encoded("predict_prompts").values()), self._collector()
+        )
+        rank_zero_info(f"{len(lines)} answers written to {self.folder.root / 'predictions.jsonl'}")
         return DataLoader(lines, batch_size=None)  # type: ignore[arg-type]
 
     # ------------------------------------------------------------- checkpoints

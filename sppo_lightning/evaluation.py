@@ -121,12 +121,12 @@ class EvaluationLoader:
         self._mine = range(ranks.rank, prompts, ranks.world_size)
 
     def __len__(self) -> int:
-        return -(-len(self._mine) // BATCH)
+        return max(1, -(-len(self._mine) // BATCH))  # a rank without a share still helps to make the answers
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
         measured = self._make()
-        for start in range(0, len(self._mine), BATCH):
-            rows = torch.tensor(self._mine[start : start + BATCH])
+        for start in range(0, max(1, len(self._mine)), BATCH):
+            rows = torch.tensor(self._mine[start : start + BATCH], dtype=torch.long)
             yield EvaluationBatch(*(column[rows] for column in measured))
 
 
@@ -184,3 +184,31 @@ def paired_difference(rows: Sequence[Rollout], baseline: Sequence[Rollout]) -> P
     count = len(differences)
     stderr = float(differences.std()) / math.sqrt(count) if count > 1 else float("nan")
     return PairedDifference(float(differences.mean()) if count else float("nan"), stderr, count)
+
+
+def write_predictions(root: Path, prompts: Sequence[EncodedPrompt], collector: Collector) -> list[str]:
+    """Answer prompts greedily into ``predictions.jsonl`` below ``root``; return its lines."""
+    parts = root / "predictions-parts"
+    if collector.ranks.rank == 0:
+        shutil.rmtree(parts, ignore_errors=True)  # of another policy, perhaps
+    collector.ranks.barrier("predictions begin")
+    rows = collector.collect_greedy(
+        ShardStore(parts), "greedy", prompts, iteration=0, phase="predicting", score=False
+    )
+    collector.ranks.barrier("predictions read")
+    lines = [
+        json.dumps(
+            {
+                "id": row.prompt_id,
+                "prompt": row.prompt,
+                "response": row.response,
+                "finish_reason": row.finish_reason,
+            },
+            ensure_ascii=False,
+        )
+        for row in rows
+    ]
+    if collector.ranks.rank == 0:
+        write_atomically(root / "predictions.jsonl", "".join(f"{line}\n" for line in lines).encode())
+        shutil.rmtree(parts)
+    return lines

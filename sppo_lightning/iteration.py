@@ -54,6 +54,24 @@ class IterationRules:
     pair_selection: Selection
     seed: int
 
+    def check_sizes(self, prompt_ids: Sequence[str]) -> None:
+        """Refuse rules that leave an iteration fewer prompts than one optimizer step needs pairs.
+
+        Raises:
+            UserError: naming the iteration and the sizes.
+        """
+        for iteration in range(self.iterations):
+            candidates = self.schedule.candidates(
+                prompt_ids, iteration=iteration, iterations=self.iterations, seed=self.seed
+            )
+            size = self.selection.size(len(candidates), iteration=iteration)
+            if size is not None and size < self.pairs_per_step:
+                raise UserError(
+                    f"data.selection keeps {size} of {len(candidates)} candidate prompts in iteration {iteration}, "
+                    f"fewer than one optimizer step of data.pairs_per_step={self.pairs_per_step}: raise the "
+                    "fraction, add prompts or lower pairs_per_step"
+                )
+
 
 @dataclass(frozen=True)
 class IterationBuilder:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-CHUNK = 4096  # positions whose logits are held in float32 at once
+CHUNK_ELEMENTS = 1 << 25  # logits held in float32 at once (128 MiB), unless told otherwise
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -23,13 +24,14 @@ class _TokenLogps(torch.autograd.Function):
         normalizer = torch.empty(len(logits), dtype=out_dtype, device=logits.device)
         for start in range(0, len(logits), chunk):
             rows = slice(start, start + chunk)
-            normalizer[rows] = torch.logsumexp(logits[rows].to(out_dtype), dim=-1)
+            normalizer[rows] = logits[rows].to(out_dtype).logsumexp(-1)
         picked = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1).to(out_dtype)
         ctx.save_for_backward(logits, targets, normalizer)
         ctx.chunk = chunk
         return picked - normalizer
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = grad_outputs  # [N]
         logits, targets, normalizer = ctx.saved_tensors
@@ -43,14 +45,16 @@ class _TokenLogps(torch.autograd.Function):
         return grad_logits, None, None
 
 
-def token_logps(logits: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
+def token_logps(logits: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
     """Return the log-probability of each target token, in float32 (float64 for float64 logits).
 
     Args:
         logits: ``[N, V]``, any floating dtype.
         targets: ``[N]`` token ids.
-        chunk: positions whose logits are held in float32 at once.
+        chunk: positions whose logits are held in float32 at once; ``None``: what 128 MiB hold.
     """
+    if chunk is None:
+        chunk = max(1, CHUNK_ELEMENTS // logits.shape[-1])
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1")
     return _TokenLogps.apply(logits, targets, chunk)  # type: ignore[no-untyped-call, no-any-return]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
@@ -106,6 +106,10 @@ class PreferenceModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check everything that can be checked before weights are loaded."""
+        self.check()
+
+    def check(self) -> None:
+        """Raise :class:`~sppo_lightning.types.UserError` if the Trainer or the model folder does not fit."""
         precision = str(self.trainer.precision)
         if precision not in COMPUTE_DTYPES:
             raise UserError(
@@ -126,7 +130,7 @@ class PreferenceModule(pl.LightningModule):
         if self._tokenizer is None:
             config = self.policy_config
             self._tokenizer = pretrained.load_tokenizer(
-                config.pretrained, trust_remote_code=config.trust_remote_code
+                config.pretrained, key="model.policy.pretrained", trust_remote_code=config.trust_remote_code
             )
         return self._tokenizer
 
@@ -204,13 +208,14 @@ class PreferenceModule(pl.LightningModule):
         return (terms.loss * batch.weights).sum() * scale
 
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
-        """After the first optimizer step, say how many weights it moved."""
+        """After the first optimizer step, log how many weights it moved."""
         if self._watched is not None and batch.slot.last_in_step:
             parameter, before = self._watched
             moved = (parameter.detach().flatten()[:MOVED_SAMPLE] != before).float().mean()
             self._watched = None
             self._log_now({"train/weights_moved": float(moved)})
-            rank_zero_info(f"The first optimizer step moved {float(moved):.1%} of the weights watched.")
+            if moved == 0:
+                rank_zero_warn("The first optimizer step moved no weight: raise model.learning_rate.")
 
     def _check_reference(self, policy: PairLogps, batch: PairBatch) -> None:
         """Raise if the policy's log-probs differ from the reference's although the two are the same."""

@@ -134,6 +134,10 @@ def _wrong_kind(found: re.Match[str], key: str, owner: str, keys: Sequence[str])
     return f"{key}: {found[1]} is not a {found[2]}: give the class path of a {found[2]}"
 
 
+def _abstract(found: re.Match[str], key: str, owner: str, keys: Sequence[str]) -> str:
+    return f"{key}: {found[1]} is abstract: give a class that derives from it"
+
+
 def _no_class_path(found: re.Match[str], key: str, owner: str, keys: Sequence[str]) -> str:
     return f"{key}: {found[1]!r} is no class path: give one such as package.module.Class"
 
@@ -168,6 +172,7 @@ _REASONS: list[tuple[str, Callable[[re.Match[str], str, str, Sequence[str]], str
     (r"unrecognized arguments: (.+)", _unknown_flag),
     (r"No module named '.+'|module '.+' has no attribute '.+'|cannot import name '.+'", _not_importable),
     (r"Import path (\S+) does not correspond to a subclass of (\w+)", _wrong_kind),
+    (r"Expected an instantiatable class, but (\S+) is abstract", _abstract),
     (r"Expected a dot import path string: (.+)", _no_class_path),
     (r"Type .+ expects a function or a callable class: (.+)\. Got value: (.+)", _no_function),
     (r"Expected a (.+)\. Got value: (.*)", _wrong_type),

@@ -93,9 +93,15 @@ def load_base_model(config: PolicyConfig, *, compute_dtype: torch.dtype) -> PreT
         options["attn_implementation"] = config.attn_implementation
     if config.quantization != "none":
         options["quantization_config"] = quantization_options(config.quantization, compute_dtype)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        location, trust_remote_code=config.trust_remote_code, **options
-    )
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            location, trust_remote_code=config.trust_remote_code, **options
+        )
+    except OSError as error:
+        raise UserError(
+            f"model.policy.pretrained={config.pretrained!r} has no weights that can be read ({first_line(error)}): "
+            "put the model's safetensors files into the folder"
+        ) from error
     if "gguf_file" in extra:
         forget_gguf(model)
     model.get_output_embeddings().register_forward_pre_hook(_contiguous_input)

@@ -47,7 +47,10 @@ def load_model_config(
             location, trust_remote_code=trust_remote_code, **extra
         )
     except Exception as error:
-        raise UserError(f"{key}={pretrained!r} cannot be read as a model: {first_line(error)}") from error
+        raise UserError(
+            f"{key}={pretrained!r} cannot be read as a model ({first_line(error)}): give a model "
+            "folder, a hub id that can be reached or a .gguf file"
+        ) from error
     names = getattr(config, "architectures", None) or []
     if expect == "reward" and names and not any("SequenceClassification" in name for name in names):
         raise UserError(f"{key}={pretrained!r} is a {names[0]}, not a sequence-classification model")
@@ -61,14 +64,24 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def load_tokenizer(pretrained: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a model; a missing pad token becomes the end token."""
+def load_tokenizer(pretrained: str, *, key: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model; a missing pad token becomes the end token.
+
+    Raises:
+        UserError: naming ``key``, if there is none.
+    """
     from transformers import AutoTokenizer
 
     location, extra = hub_location(pretrained)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        location, trust_remote_code=trust_remote_code, **extra
-    )
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            location, trust_remote_code=trust_remote_code, **extra
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{key}={pretrained!r} has no tokenizer that can be read ({first_line(error)}): save the tokenizer "
+            "beside the model"
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -79,7 +79,7 @@ def tiny_reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-WORDS = "river stone cloud amber violet copper meadow falcon harbor lantern".split()
+WORDS = ["river", "stone", "cloud", "amber", "violet", "copper", "meadow", "falcon", "harbor", "lantern"]
 
 
 @pytest.fixture

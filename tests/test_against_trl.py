@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
-from sppo_lightning.batching import StepSampler, StepSlot, accumulation_steps, collate
-from sppo_lightning.datamodule import PairDataset
+from sppo_lightning.batching import PairDataset, StepSampler, StepSlot, accumulation_steps, collate
 from sppo_lightning.losses import DPOLoss, PairLogps, dpo_loss
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.policy import PolicyConfig, pair_logps

@@ -88,5 +88,7 @@ def test_callbacks_refuse_another_name() -> None:
     spec = importlib.util.spec_from_file_location("callbacks", ROOT / "callbacks/__init__.py")
     assert spec is not None
     assert spec.loader is not None
-    with pytest.raises(ImportError, match=r"import it under that name|is the package sppo_lightning.callbacks"):
+    with pytest.raises(
+        ImportError, match=r"import it under that name|is the package sppo_lightning.callbacks"
+    ):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))

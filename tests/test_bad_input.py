@@ -17,8 +17,10 @@ import pytest
 import torch
 import yaml
 from conftest import byte_tokenizer, cli_arguments, letter_reward, tiny_config
+from lightning.pytorch.cli import LightningCLI
 
 from sppo_lightning.__main__ import main
+from sppo_lightning.cli import SelfPlayCLI
 
 Arguments = Callable[..., list[str]]
 Refused = Callable[[list[str]], str]
@@ -46,11 +48,16 @@ def weightless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def arguments(weightless: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Arguments:
-    """Arguments of a good run, with changes; reading its policy's weights is a test's failure."""
+    """Arguments of a good run, with changes; reading its policy's weights is a test's failure.
+
+    The parser gets the sub-command ``fit`` alone, which halves the time of each test.
+    """
 
     def refuse(*_: Any, **__: Any) -> None:
         raise WeightsReadError
 
+    fit = {"fit": LightningCLI.subcommands()["fit"]}
+    monkeypatch.setattr(SelfPlayCLI, "subcommands", staticmethod(lambda: fit))
     monkeypatch.setattr("sppo_lightning.policy.load_policy", refuse)
     prompts = write(tmp_path / "good.jsonl", RECORDS)
     return lambda **changes: ["fit", *cli_arguments(weightless, prompts, tmp_path / "run", **changes)]
@@ -251,6 +258,10 @@ def test_values(changes: dict[str, Any], wording: str, arguments: Arguments, ref
             r"^data\.selection: sppo_lightning\.rewards\.FunctionReward is not a Selection",
         ),
         (
+            {"data__reward": "sppo_lightning.rewards.Reward", "data__reward__function": None},
+            r"^data\.reward: sppo_lightning\.rewards\.Reward is abstract: give a class that derives from it$",
+        ),
+        (
             {"data__reward": "Praise", "data__reward__function": None},
             r"^data\.reward: 'Praise' is no class path: give one such as package\.module\.Class",
         ),
@@ -267,6 +278,15 @@ def test_values(changes: dict[str, Any], wording: str, arguments: Arguments, ref
 def test_class_paths(changes: dict[str, Any], wording: str, arguments: Arguments, refused: Refused) -> None:
     line = refused(arguments(**changes))
     assert re.search(wording, line), line
+
+
+def test_a_module_that_does_not_parse(
+    arguments: Arguments, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "unfinished.py").write_text("\ndef praise(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    line = refused(arguments(data__reward__function="unfinished.praise"))
+    assert line == f"{tmp_path / 'unfinished.py'}:2: invalid syntax: correct that line"
 
 
 # --------------------------------------------------------------------- models
@@ -485,7 +505,10 @@ def test_commands(args: list[str], line: str, refused: Refused) -> None:
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
-def test_other_commands_need_their_prompts(command: str, arguments: Arguments, refused: Refused) -> None:
+def test_other_commands_need_their_prompts(
+    command: str, arguments: Arguments, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SelfPlayCLI, "subcommands", staticmethod(LightningCLI.subcommands))
     key = {"validate": "eval", "test": "test", "predict": "predict"}[command]
     assert refused([command, *arguments()[1:]]) == f"data.{key}_prompts is not set: name a prompt file"
 

@@ -119,15 +119,6 @@ def test_print_config_parses_back(
     assert datamodule.rules.samples_per_prompt == 3
 
 
-def test_every_shipped_config_parses(capsys: pytest.CaptureFixture[str]) -> None:
-    configs = sorted(ROOT.glob("configs/*.yaml"))
-    assert configs
-    for config in configs:
-        assert yaml.safe_load(printed(["fit", f"--config={config}", "--print_config"], capsys))["data"][
-            "prompts"
-        ]
-
-
 def test_later_configs_and_flags_win(
     args: list[str], built: Built, write_config: Callable[[str, Any], str]
 ) -> None:

@@ -38,7 +38,7 @@ def convert(gguf: Path, target: Path) -> None:
     model = load_base_model(config, compute_dtype=torch.bfloat16)
     fresh = target.with_name(f".{target.name}.new")
     model.save_pretrained(fresh)
-    load_tokenizer(str(gguf), trust_remote_code=False).save_pretrained(fresh)
+    load_tokenizer(str(gguf), key="target", trust_remote_code=False).save_pretrained(fresh)
     fresh.rename(target)
 
 

@@ -19,7 +19,7 @@ COMPACT_BELOW = 0.75  # share of rows still growing under which finished rows le
 
 
 class HFGenerator(Generator):
-    """Samples with the policy itself: each prompt is prefilled once for all its responses.
+    """Samples with the policy itself: a prompt is prefilled once for all its responses that grow at once.
 
     Responses depend on their seeds only: batch size and order change none of them in float32 (in bfloat16 a
     near-tie may fall the other way).
@@ -73,29 +73,37 @@ class HFGenerator(Generator):
 
     def generate(self, requests: Sequence[SampleRequest]) -> Iterator[PromptResponses]:
         """Yield responses batch by batch, prompts of similar length together."""
-        by_length = sorted(range(len(requests)), key=lambda index: len(requests[index].token_ids))
-        batch: list[int] = []
-        rows = 0
-        for index in by_length:
-            wanted = max(1, len(requests[index].seeds))
-            if batch and rows + wanted > self.batch_size:
-                yield from self._answer(requests, batch)
-                batch, rows = [], 0
-            batch.append(index)
-            rows += wanted
-        if batch:
-            yield from self._answer(requests, batch)
+        grown: dict[int, list[Response]] = {}
+        for batch in self._batches(requests):
+            for index, responses in self._answer(batch):
+                have = grown.setdefault(index, [])
+                have += responses
+                if len(have) == max(1, len(requests[index].seeds)):
+                    yield PromptResponses(index, grown.pop(index))
 
-    def _answer(self, requests: Sequence[SampleRequest], batch: list[int]) -> Iterator[PromptResponses]:
+    def _batches(self, requests: Sequence[SampleRequest]) -> Iterator[list[tuple[int, SampleRequest]]]:
+        """Yield parts of requests that fit ``batch_size`` together, with the position of their request."""
+        batch: list[tuple[int, SampleRequest]] = []
+        rows = 0
+        for index in sorted(range(len(requests)), key=lambda index: len(requests[index].token_ids)):
+            seeds = requests[index].seeds
+            for start in range(0, max(1, len(seeds)), self.batch_size):
+                part = requests[index]._replace(seeds=seeds[start : start + self.batch_size])
+                wanted = max(1, len(part.seeds))
+                if batch and rows + wanted > self.batch_size:
+                    yield batch
+                    batch, rows = [], 0
+                batch.append((index, part))
+                rows += wanted
+        if batch:
+            yield batch
+
+    def _answer(self, batch: list[tuple[int, SampleRequest]]) -> Iterator[tuple[int, list[Response]]]:
         assert self._policy is not None
         ends = self._policy.end_token_ids
-        rows = self._decode([requests[index] for index in batch], ends)
-        position = 0
-        for index in batch:
-            wanted = max(1, len(requests[index].seeds))
-            mine = rows[position : position + wanted]
-            position += wanted
-            yield PromptResponses(index, [self._response(tokens, ends) for tokens in mine])
+        rows = iter(self._decode([part for _, part in batch], ends))
+        for index, part in batch:
+            yield index, [self._response(next(rows), ends) for _ in range(max(1, len(part.seeds)))]
 
     def _response(self, tokens: list[int], ends: frozenset[int]) -> Response:
         assert self._policy is not None

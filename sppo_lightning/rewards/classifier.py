@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sppo_lightning.pretrained import DTYPES, load_model_config, load_tokenizer
 from sppo_lightning.prompts import template_token_ids
@@ -14,6 +16,8 @@ from sppo_lightning.types import Message, Prompt, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+KEY = "data.reward.init_args.pretrained"
 
 
 class SequenceClassificationReward(Reward):
@@ -26,7 +30,8 @@ class SequenceClassificationReward(Reward):
     Args:
         pretrained: a HF folder or hub id.
         batch_size: conversations scored at once.
-        max_tokens: longest conversation, in the reward model's tokens; ``None``: what the model allows.
+        max_tokens: longest conversation, in the reward model's tokens; ``None``: what the model and its
+            tokenizer allow.
         dtype: dtype of the weights; ``auto``: bfloat16 on CUDA, float32 on CPU.
         trust_remote_code: run code that comes with the model.
     """
@@ -41,6 +46,8 @@ class SequenceClassificationReward(Reward):
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"SequenceClassificationReward.batch_size={batch_size} must be at least 1")
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"SequenceClassificationReward.max_tokens={max_tokens} must be at least 1")
         self.pretrained = pretrained
         self.batch_size = batch_size
         self.max_tokens = max_tokens
@@ -48,19 +55,19 @@ class SequenceClassificationReward(Reward):
         self.trust_remote_code = trust_remote_code
         self._model: PreTrainedModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._padding: int | None = None
 
     def check(self) -> None:
         """Read the model's configuration and require a single logit."""
         config = load_model_config(
             self.pretrained,
-            key="data.reward.init_args.pretrained",
+            key=KEY,
             trust_remote_code=self.trust_remote_code,
             expect="reward",
         )
         if config.num_labels != 1:
             raise UserError(
-                f"data.reward.init_args.pretrained={self.pretrained!r} has {config.num_labels} logits; a reward "
-                "model has one"
+                f"{KEY}={self.pretrained!r} has {config.num_labels} logits; a reward model has one"
             )
 
     def load(self, device: torch.device) -> None:
@@ -68,14 +75,13 @@ class SequenceClassificationReward(Reward):
         from transformers import AutoModelForSequenceClassification
 
         default = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self._tokenizer = load_tokenizer(self.pretrained, trust_remote_code=self.trust_remote_code)
+        self._tokenizer = load_tokenizer(self.pretrained, key=KEY, trust_remote_code=self.trust_remote_code)
         model = AutoModelForSequenceClassification.from_pretrained(
             self.pretrained,
             dtype=DTYPES.get(self.dtype, default),
             trust_remote_code=self.trust_remote_code,
         )
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = self._tokenizer.pad_token_id
+        self._padding = model.config.get_text_config().pad_token_id
         self._model = model.to(device).eval()
 
     def unload(self) -> None:
@@ -99,15 +105,39 @@ class SequenceClassificationReward(Reward):
         fitting.sort(key=lambda row: len(encoded[row]["input_ids"]))
         for start in range(0, len(fitting), self.batch_size):
             rows = fitting[start : start + self.batch_size]
-            batch = self._tokenizer.pad([encoded[row] for row in rows], return_tensors="pt")
-            logits = self._model(**batch.to(self._model.device)).logits[:, 0]
+            logits = self._logits([encoded[row] for row in rows])
             for row, score in zip(rows, logits.float().tolist(), strict=True):
                 scores[row] = score
         return scores
 
+    def _logits(self, rows: Sequence[dict[str, list[int]]]) -> Tensor:
+        """Return one logit a conversation, ``[len(rows)]``.
+
+        A decoder's logit is read at the last token that is not the model's padding token. Hence that token
+        pads, whatever the tokenizer would take; for a model without one, a token that ends no conversation.
+        """
+        assert self._model is not None
+        padding = self._padding
+        if padding is None:
+            ends = {row["input_ids"][-1] for row in rows}
+            padding = next(token for token in range(len(ends) + 1) if token not in ends)
+            self._model.config.get_text_config().pad_token_id = padding
+        batch = {
+            name: pad_sequence(
+                [torch.tensor(row[name]) for row in rows],
+                batch_first=True,
+                padding_value=padding if name == "input_ids" else 0,
+            ).to(self._model.device)
+            for name in rows[0]
+        }
+        logits: Tensor = self._model(**batch).logits
+        return logits[:, 0]
+
     def _position_limit(self) -> int:
         assert self._model is not None
-        return int(getattr(self._model.config, "max_position_embeddings", None) or 2**31)
+        assert self._tokenizer is not None
+        positions = getattr(self._model.config, "max_position_embeddings", None) or 2**31
+        return int(min(positions, self._tokenizer.model_max_length))
 
     def _encode(self, prompt: Prompt, response: str) -> dict[str, list[int]]:
         assert self._tokenizer is not None

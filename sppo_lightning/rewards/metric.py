@@ -40,6 +40,12 @@ _FORMATS: list[tuple[tuple[type, ...], Callable[[str, str], tuple[Any, Any]]]] =
 ]
 
 
+def _higher_is_better(metric: Metric) -> bool:
+    if isinstance(metric, torchmetrics.text.WordInfoPreserved):
+        return True  # 1 is perfect, but torchmetrics 1.9 says that lower is better
+    return metric.higher_is_better is not False
+
+
 class TorchmetricsReward(Reward):
     """Scores a response with a torchmetrics text metric against the prompt's ``answer``.
 
@@ -94,6 +100,10 @@ class TorchmetricsReward(Reward):
         ]
 
     def _compute(self, response: str, answer: str) -> Any:
+        if isinstance(self.metric, torchmetrics.text.TranslationEditRate):
+            said, wanted = (self.metric.tokenizer(text.rstrip()) for text in (response, answer))
+            if wanted and not said:
+                return 1.0  # every word is missing; torchmetrics 1.9 gives 0, a perfect score
         self.metric.reset()
         self.metric.update(*self._format(response, answer))
         return self.metric.compute()
@@ -107,5 +117,4 @@ class TorchmetricsReward(Reward):
                     f"{', '.join(value)}: choose one"
                 )
             value = value[self.output]
-        sign = -1.0 if self.metric.higher_is_better is False else 1.0
-        return sign * self.scale * float(value)
+        return (self.scale if _higher_is_better(self.metric) else -self.scale) * float(value)

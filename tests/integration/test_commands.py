@@ -78,7 +78,10 @@ def test_the_saved_config_and_the_exported_policy_answer_alike(
 ) -> None:
     folder, _ = trained
     arguments = ["--config", str(folder / "run/config.yaml"), f"--trainer.default_root_dir={tmp_path}"]
-    arguments += [f"--model.policy.pretrained={folder}/run/policy", f"--data.predict_prompts={folder}/eval.jsonl"]
+    arguments += [
+        f"--model.policy.pretrained={folder}/run/policy",
+        f"--data.predict_prompts={folder}/eval.jsonl",
+    ]
     main(["predict", *arguments])
     found = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     stored = answers(folder / "run/evaluations/001/rollouts.parquet")

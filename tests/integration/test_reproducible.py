@@ -21,7 +21,7 @@ from sppo_lightning.__main__ import main
 WritePrompts = Callable[..., Path]
 
 
-class Interrupted(RuntimeError):
+class InterruptedRunError(RuntimeError):
     """Stands for whatever ends a run."""
 
 
@@ -32,7 +32,7 @@ class StopAt(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == StopAt.step:
-            raise Interrupted
+            raise InterruptedRunError
 
 
 def files(run: Path, pattern: str) -> dict[str, list[dict[str, Any]]]:
@@ -54,7 +54,11 @@ def metrics(run: Path) -> list[dict[str, str]]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    for pattern in ("iterations/*/rollouts/*.parquet", "iterations/*/pairs.parquet", "evaluations/*/*.parquet"):
+    for pattern in (
+        "iterations/*/rollouts/*.parquet",
+        "iterations/*/pairs.parquet",
+        "evaluations/*/*.parquet",
+    ):
         assert files(one, pattern) == files(other, pattern)
     first, second = weights(one), weights(other)
     assert first.keys() == second.keys()
@@ -62,9 +66,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def arguments(
-    tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., list[str]]:
+def arguments(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     folder = tmp_path_factory.mktemp("prompts")
     for name, start, count in (("train", 0, 14), ("eval", 50, 6)):
         lines = [f'{{"id": "{name}{n}", "prompt": "Count to {start + n}"}}\n' for n in range(count)]
@@ -119,7 +121,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         '[{"class_path": "sppo_lightning.callbacks.DifficultyReestimation"}, '
         f'{{"class_path": "{__name__}.StopAt"}}]'
     )
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         main(arguments(tmp_path / "run", trainer__callbacks=callbacks))
     monkeypatch.setattr(StopAt, "step", 10**9)
     main(arguments(tmp_path / "run", trainer__callbacks=callbacks))
@@ -159,7 +161,9 @@ def test_two_processes_make_the_same_rollouts_and_pairs(
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert files(whole, "iterations/000/rollouts/*.parquet") == files(root, "iterations/000/rollouts/*.parquet")
+    assert files(whole, "iterations/000/rollouts/*.parquet") == files(
+        root, "iterations/000/rollouts/*.parquet"
+    )
     for mine, theirs in zip(
         files(whole, "iterations/000/pairs.parquet").popitem()[1],
         files(root, "iterations/000/pairs.parquet").popitem()[1],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,11 @@ END = 1  # the byte tokenizer's <eos>
 def run(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two iterations with held-out prompts."""
     folder = tmp_path_factory.mktemp("finished")
-    words = "river stone cloud amber violet copper meadow falcon harbor lantern".split()
+    words = ["river", "stone", "cloud", "amber", "violet", "copper", "meadow", "falcon", "harbor", "lantern"]
     for name, start in (("train", 0), ("eval", 100)):
-        records = [{"id": f"{name}{n}", "prompt": f"Say {words[n % 10]} {n + start} times"} for n in range(14)]
+        records = [
+            {"id": f"{name}{n}", "prompt": f"Say {words[n % 10]} {n + start} times"} for n in range(14)
+        ]
         if name == "train":
             records.append({"id": "long", "prompt": "far too long " * 40})
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -53,7 +53,11 @@ def test_initial_reference_stays_the_policy_that_the_run_started_from(
 def test_lora_trains_an_adapter_only(
     tiny_policy: Path, write_prompts: WritePrompts, tmp_path: Path, reference: str
 ) -> None:
-    settings = {"model__policy__lora__rank": 4, "model__policy__lora__alpha": 8, "model__reference": reference}
+    settings = {
+        "model__policy__lora__rank": 4,
+        "model__policy__lora__alpha": 8,
+        "model__reference": reference,
+    }
     root = fit(tiny_policy, write_prompts(), tmp_path / "run", **settings)
     trained = torch.load(root / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert trained
