@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 from sppo_lightning.batching import PairBatch, PairDataset, StepSampler, accumulation_steps
 from sppo_lightning.collect import Collector, by_prompt
 from sppo_lightning.difficulty import (
-    DIFFICULTY_COLUMNS,
     Reestimation,
     StatisticsTable,
     empty_difficulty_table,
@@ -22,7 +21,7 @@ from sppo_lightning.evaluation import EvaluationLoader, HeldOut, write_predictio
 from sppo_lightning.generation import Generator
 from sppo_lightning.iteration import IterationBuilder, IterationRules, difficulty_after
 from sppo_lightning.module import PreferenceModule
-from sppo_lightning.pairing import PAIR_COLUMNS, BestWorst, Pairing
+from sppo_lightning.pairing import BestWorst, Pairing
 from sppo_lightning.prompt_sets import PromptSets
 from sppo_lightning.prompts import check_disjoint
 from sppo_lightning.rewards import Reward
@@ -93,26 +92,18 @@ class SelfPlayDataModule(pl.LightningDataModule):
         seed: int = 42,
     ) -> None:
         super().__init__()
-        if samples_per_prompt < 2:
-            raise ValueError(
-                f"data.samples_per_prompt={samples_per_prompt}: a pair needs at least 2 responses"
-            )
-        counts = {
-            "iterations": iterations,
+        sizes = {
             "epochs_per_iteration": epochs_per_iteration,
-            "pairs_per_step": pairs_per_step,
-            "batch_size": batch_size,
             "max_prompt_tokens": max_prompt_tokens,
             "prompts_per_shard": prompts_per_shard,
-            "probe_samples": samples_per_prompt if probe_samples is None else probe_samples,
         }
-        for name, value in counts.items():
+        for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"data.{name}={value} must be at least 1")
         self.rules = IterationRules(
             iterations=iterations,
             samples_per_prompt=samples_per_prompt,
-            probe_samples=counts["probe_samples"],
+            probe_samples=samples_per_prompt if probe_samples is None else probe_samples,
             pairs_per_step=pairs_per_step,
             batch_size=batch_size,
             schedule=schedule or AllPrompts(),
@@ -121,7 +112,6 @@ class SelfPlayDataModule(pl.LightningDataModule):
             pair_selection=pair_selection or AllPairs(),
             seed=seed,
         )
-        self._check_columns()
         self.curriculum = curriculum or RandomOrder()
         self.generator = generator
         self.reward = reward
@@ -142,19 +132,6 @@ class SelfPlayDataModule(pl.LightningDataModule):
         self._table = empty_difficulty_table()  # known before that iteration
         self.pairs: list[PreferencePair] = []  # of that iteration, in pair order
         self._finished = 0  # iterations that the loaded checkpoint has finished
-
-    def _check_columns(self) -> None:
-        slots = (
-            ("selection", self.rules.selection, DIFFICULTY_COLUMNS),
-            ("pair_selection", self.rules.pair_selection, PAIR_COLUMNS),
-        )
-        for slot, rule, columns in slots:
-            missing = [name for name in rule.requires if name not in columns]
-            if missing:
-                raise ValueError(
-                    f"data.{slot}: {type(rule).__name__} needs the column {missing[0]!r}, which is not there; "
-                    f"this slot has {', '.join(columns)}"
-                )
 
     # ------------------------------------------------------------------ set-up
 
@@ -389,10 +366,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         return {
             "iteration": self._iteration,
             "finished": self._finished_iterations(),
-            "table": {
-                "prompt_ids": list(self._table.prompt_ids),
-                "columns": {name: column.clone() for name, column in self._table.columns.items()},
-            },
+            "table": self._table.state(),
             "reestimation": None
             if due is None
             else {"prompt_ids": list(due.prompt_ids), "samples": due.samples, "smoothing": due.smoothing},
@@ -402,7 +376,6 @@ class SelfPlayDataModule(pl.LightningDataModule):
         """Go on where a checkpoint stood."""
         self._iteration = state_dict["iteration"]
         self._finished = state_dict["finished"]
-        table = state_dict["table"]
-        self._table = StatisticsTable(tuple(table["prompt_ids"]), table["columns"])
+        self._table = StatisticsTable.from_state(state_dict["table"])
         due = state_dict["reestimation"]
         self.reestimation = due and Reestimation(tuple(due["prompt_ids"]), due["samples"], due["smoothing"])

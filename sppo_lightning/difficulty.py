@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,18 @@ class StatisticsTable:
 
     def __getitem__(self, name: str) -> Tensor:
         return self.columns[name]
+
+    def state(self) -> dict[str, Any]:
+        """Return the table as plain containers and tensors, for a checkpoint."""
+        return {
+            "prompt_ids": list(self.prompt_ids),
+            "columns": {name: column.clone() for name, column in self.columns.items()},
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> StatisticsTable:
+        """Return the table that :meth:`state` came from."""
+        return cls(tuple(state["prompt_ids"]), state["columns"])
 
     def rows(self, prompt_ids: Sequence[str]) -> StatisticsTable:
         """Return the rows of ``prompt_ids``, in that order."""

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 
 from sppo_lightning.collect import Collector
+from sppo_lightning.metrics import EvaluationBatch
 from sppo_lightning.rollouts import (
     RunFolder,
     ShardStore,
@@ -25,15 +25,6 @@ from sppo_lightning.rollouts import (
 from sppo_lightning.types import EncodedPrompt, Ranks, Rollout, UserError
 
 BATCH = 256  # stored answers aggregated at once
-
-
-class EvaluationBatch(NamedTuple):
-    """Measurements of held-out answers, one value an answer."""
-
-    reward: Tensor  # [P] float32, NaN where scoring failed
-    win: Tensor  # [P] float32, 1 above the initial policy's reward, 0.5 equal, 0 below; NaN without one
-    length: Tensor  # [P] float32, tokens
-    failed: Tensor  # [P] float32, 1 where the reward is non-finite
 
 
 class InitialPolicy(Protocol):

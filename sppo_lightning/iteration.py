@@ -17,13 +17,14 @@ import torch
 from sppo_lightning.batching import PairBatch, StepSlot, collate
 from sppo_lightning.collect import Collector, Wanted, by_prompt
 from sppo_lightning.difficulty import (
+    DIFFICULTY_COLUMNS,
     Reestimation,
     StatisticsTable,
     estimate_difficulty,
     reward_statistics,
 )
 from sppo_lightning.losses import PairLogps
-from sppo_lightning.pairing import Pairing, build_pairs, pair_statistics
+from sppo_lightning.pairing import PAIR_COLUMNS, Pairing, build_pairs, pair_statistics
 from sppo_lightning.rollouts import IterationStore, describe
 from sppo_lightning.selection import Schedule, Selection
 from sppo_lightning.types import EncodedPrompt, PhaseProgress, PreferencePair, Rollout, UserError
@@ -53,6 +54,26 @@ class IterationRules:
     pairing: Pairing
     pair_selection: Selection
     seed: int
+
+    def __post_init__(self) -> None:
+        if self.samples_per_prompt < 2:
+            raise ValueError(
+                f"data.samples_per_prompt={self.samples_per_prompt}: a pair needs at least 2 responses"
+            )
+        for name in ("iterations", "probe_samples", "pairs_per_step", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
+        slots = (
+            ("selection", self.selection, DIFFICULTY_COLUMNS),
+            ("pair_selection", self.pair_selection, PAIR_COLUMNS),
+        )
+        for slot, rule, columns in slots:
+            missing = [name for name in rule.requires if name not in columns]
+            if missing:
+                raise ValueError(
+                    f"data.{slot}: {type(rule).__name__} needs the column {missing[0]!r}, which is not there; "
+                    f"this slot has {', '.join(columns)}"
+                )
 
     def check_sizes(self, prompt_ids: Sequence[str]) -> None:
         """Refuse rules that leave an iteration fewer prompts than one optimizer step needs pairs.

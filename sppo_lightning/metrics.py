@@ -1,10 +1,60 @@
-"""torchmetrics for held-out evaluation."""
+"""What training and held-out evaluation log, as torchmetrics."""
 
 from __future__ import annotations
 
+from typing import NamedTuple, cast
+
 import torch
-from torch import Tensor
-from torchmetrics import Metric
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+
+from sppo_lightning.losses import PairLogps, PreferenceTerms
+
+STEP_METRICS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margin",
+    "rewards/accuracy",
+    "logps/chosen",
+    "logps/rejected",
+    "logratios/chosen",
+    "logratios/rejected",
+)
+
+
+class StepMetrics(nn.Module):
+    """Means over the pairs of one optimizer step, on all ranks; nothing is synchronised until :meth:`result`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.means = nn.ModuleDict({name: MeanMetric() for name in STEP_METRICS})
+
+    def update(
+        self, policy: PairLogps, reference: PairLogps, terms: PreferenceTerms, weights: Tensor
+    ) -> None:
+        """Add a micro-batch; ``[B]`` each, ``weights`` 0 for fillers."""
+        margin = terms.chosen_reward - terms.rejected_reward
+        values = {
+            "loss": terms.loss,
+            "rewards/chosen": terms.chosen_reward,
+            "rewards/rejected": terms.rejected_reward,
+            "rewards/margin": margin,
+            "rewards/accuracy": (margin > 0).to(margin.dtype),
+            "logps/chosen": policy.chosen,
+            "logps/rejected": policy.rejected,
+            "logratios/chosen": policy.chosen - reference.chosen,
+            "logratios/rejected": policy.rejected - reference.rejected,
+        }
+        for name, value in values.items():
+            cast(MeanMetric, self.means[name]).update(value.detach(), weights)
+
+    def result(self) -> dict[str, Tensor]:
+        """Return the step's means under ``train/`` and start over."""
+        found = {f"train/{name}": cast(MeanMetric, mean).compute() for name, mean in self.means.items()}
+        for mean in self.means.values():
+            cast(MeanMetric, mean).reset()
+        return found
 
 
 def mean_with_error(values: Tensor) -> Tensor:
@@ -35,3 +85,41 @@ class MeanWithError(Metric):
     def compute(self) -> Tensor:
         """Return mean, standard error, count."""
         return mean_with_error(torch.cat(self.values) if isinstance(self.values, list) else self.values)
+
+
+class EvaluationBatch(NamedTuple):
+    """Measurements of held-out answers, one value an answer."""
+
+    reward: Tensor  # [P] float32, NaN where scoring failed
+    win: Tensor  # [P] float32, 1 above the initial policy's reward, 0.5 equal, 0 below; NaN without one
+    length: Tensor  # [P] float32, tokens
+    failed: Tensor  # [P] float32, 1 where the reward is non-finite
+
+
+class EvaluationMetrics(nn.Module):
+    """Means over held-out answers, on all ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.means = nn.ModuleDict({name: MeanWithError() for name in EvaluationBatch._fields})
+
+    def update(self, batch: EvaluationBatch) -> None:
+        """Add answers."""
+        for name, values in batch._asdict().items():
+            cast(MeanWithError, self.means[name]).update(values)
+
+    def result(self, prefix: str) -> dict[str, float]:
+        """Return the means under ``prefix``, the win rate where there is a baseline, and start over."""
+        found: dict[str, list[float]] = {}
+        for name, mean in self.means.items():
+            found[name] = cast(MeanWithError, mean).compute().tolist()
+            cast(MeanWithError, mean).reset()
+        result = {
+            f"{prefix}/reward/mean": found["reward"][0],
+            f"{prefix}/reward/stderr": found["reward"][1],
+            f"{prefix}/response_length/mean": found["length"][0],
+            f"{prefix}/failed/share": found["failed"][0],
+        }
+        if found["win"][2]:
+            result[f"{prefix}/win_rate"] = found["win"][0]
+        return result

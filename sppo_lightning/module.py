@@ -12,21 +12,18 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
 
 from sppo_lightning import policy as policies
 from sppo_lightning import pretrained
 from sppo_lightning.batching import PairBatch
-from sppo_lightning.losses import PairLogps, PreferenceLoss, PreferenceTerms
-from sppo_lightning.metrics import MeanWithError
+from sppo_lightning.losses import PairLogps, PreferenceLoss
+from sppo_lightning.metrics import EvaluationBatch, EvaluationMetrics, StepMetrics
 from sppo_lightning.policy import PolicyConfig
 from sppo_lightning.schedules import LearningRateSchedule, Linear
 from sppo_lightning.types import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from sppo_lightning.evaluation import EvaluationBatch
 
 COMPUTE_DTYPES = {
     "32-true": torch.float32,
@@ -36,17 +33,6 @@ COMPUTE_DTYPES = {
 }
 # largest |log-ratio| per token at an iteration's start, where the reference equals the policy
 RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.02}
-STEP_METRICS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margin",
-    "rewards/accuracy",
-    "logps/chosen",
-    "logps/rejected",
-    "logratios/chosen",
-    "logratios/rejected",
-)
 MOVED_SAMPLE = 1 << 20  # weights watched through the first optimizer step
 
 
@@ -93,10 +79,8 @@ class PreferenceModule(pl.LightningModule):
             False  # checkpoints hold what was trained; on_load_checkpoint compares the names
         )
         self.policy: nn.Module | None = None
-        self.step_metrics = nn.ModuleDict({name: MeanMetric() for name in STEP_METRICS})
-        self.evaluation_metrics = nn.ModuleDict(
-            {name: MeanWithError() for name in ("reward", "win", "length", "failed")}
-        )
+        self.step_metrics = StepMetrics()
+        self.evaluation_metrics = EvaluationMetrics()
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._reference_model: nn.Module | None = None
         self._sampled_instead: nn.Module | None = None
@@ -172,7 +156,7 @@ class PreferenceModule(pl.LightningModule):
             datamodule = cast(Any, self.trainer).datamodule
             batches = list(datamodule.val_dataloader())
             for batch in batches:
-                self._evaluate(move_data_to_device(batch, self.device))
+                self.evaluation_metrics.update(move_data_to_device(batch, self.device))
             if batches:
                 self._log_now(self._evaluation_result("val"))
             largest = max(self._trainable(), key=lambda parameter: parameter.numel())
@@ -203,7 +187,10 @@ class PreferenceModule(pl.LightningModule):
         if batch_idx == 0 and batch.slot.step == 0:
             self._check_reference(policy, batch)
         terms = self.loss(policy, batch.reference)
-        self._record(policy, batch, terms)
+        self.step_metrics.update(policy, batch.reference, terms, batch.weights)
+        if batch.slot.last_in_step:
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            self.log_dict({**self.step_metrics.result(), "train/lr": rate}, batch_size=1)
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.slot.step_pairs
         return (terms.loss * batch.weights).sum() * scale
 
@@ -232,29 +219,6 @@ class PreferenceModule(pl.LightningModule):
                 f"at the start of an iteration policy and reference are the same, but their log-probs differ by "
                 f"{drift:.2g} nat per token (tolerance {tolerance:g}): the reference is not the policy's own"
             )
-
-    def _record(self, policy: PairLogps, batch: PairBatch, terms: PreferenceTerms) -> None:
-        margin = terms.chosen_reward - terms.rejected_reward
-        values = {
-            "loss": terms.loss,
-            "rewards/chosen": terms.chosen_reward,
-            "rewards/rejected": terms.rejected_reward,
-            "rewards/margin": margin,
-            "rewards/accuracy": (margin > 0).to(margin.dtype),
-            "logps/chosen": policy.chosen,
-            "logps/rejected": policy.rejected,
-            "logratios/chosen": policy.chosen - batch.reference.chosen,
-            "logratios/rejected": policy.rejected - batch.reference.rejected,
-        }
-        for name, value in values.items():
-            cast(MeanMetric, self.step_metrics[name]).update(value.detach(), batch.weights)
-        if batch.slot.last_in_step:
-            metrics = {name: cast(MeanMetric, metric) for name, metric in self.step_metrics.items()}
-            result = {f"train/{name}": metric.compute() for name, metric in metrics.items()}
-            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-            self.log_dict({**result, "train/lr": rate}, batch_size=1)
-            for metric in metrics.values():
-                metric.reset()
 
     def _log_now(self, metrics: dict[str, float]) -> None:
         for logger in self.trainer.loggers:
@@ -339,11 +303,11 @@ class PreferenceModule(pl.LightningModule):
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Aggregate stored, scored answers."""
-        self._evaluate(batch)
+        self.evaluation_metrics.update(batch)
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Aggregate stored, scored answers."""
-        self._evaluate(batch)
+        self.evaluation_metrics.update(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the evaluation."""
@@ -357,25 +321,12 @@ class PreferenceModule(pl.LightningModule):
         """Return stored answers."""
         return batch
 
-    def _evaluate(self, batch: EvaluationBatch) -> None:
-        for name, values in batch._asdict().items():
-            cast(MeanWithError, self.evaluation_metrics[name]).update(values)
-
     def _evaluation_result(self, prefix: str) -> dict[str, float]:
-        found = {}
-        for name, metric in self.evaluation_metrics.items():
-            found[name] = cast(MeanWithError, metric).compute().tolist()
-            cast(MeanWithError, metric).reset()
-        result = {
-            f"{prefix}/reward/mean": found["reward"][0],
-            f"{prefix}/reward/stderr": found["reward"][1],
-            f"{prefix}/response_length/mean": found["length"][0],
-            f"{prefix}/failed/share": found["failed"][0],
-        }
-        if found["win"][2]:
-            result[f"{prefix}/win_rate"] = found["win"][0]
-        if found["failed"][0] > 0:
-            rank_zero_warn(f"{found['failed'][0]:.1%} of the {prefix} answers have a non-finite reward.")
+        result = self.evaluation_metrics.result(prefix)
+        if result[f"{prefix}/failed/share"] > 0:
+            rank_zero_warn(
+                f"{result[f'{prefix}/failed/share']:.1%} of the {prefix} answers have a non-finite reward."
+            )
         return result
 
     # ------------------------------------------------------------- checkpoints
