@@ -105,6 +105,11 @@ def load_base_model(config: PolicyConfig, *, compute_dtype: torch.dtype) -> PreT
     if "gguf_file" in extra:
         forget_gguf(model)
     model.get_output_embeddings().register_forward_pre_hook(_contiguous_input)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes 0.50 repacks 4-bit weights on the CPU when a forward runs in eval mode, and leaves them
+            # so: later training steps would get no gradient through them
+            module.support_avx512bf16_for_cpu = False
     return model
 
 
