@@ -26,6 +26,12 @@ class PolicyExport(pl.Callback):
     def __init__(self, keep_every_iteration: bool = False) -> None:
         self.keep_every_iteration = keep_every_iteration
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put back the folder that a killed run was about to replace."""
+        folder = Path(trainer.default_root_dir) / "policy"
+        if trainer.is_global_zero and not folder.exists() and _stale(folder).exists():
+            _stale(folder).rename(folder)
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export once the iteration is over."""
         datamodule = cast(SelfPlayDataModule, cast(Any, trainer).datamodule)
@@ -42,7 +48,7 @@ class PolicyExport(pl.Callback):
     def export(self, module: PreferenceModule, folder: Path) -> None:
         """Write the policy into ``folder``, replacing what is there in one step."""
         fresh = folder.with_name(f".{folder.name}.new")
-        stale = folder.with_name(f".{folder.name}.old")
+        stale = _stale(folder)
         for leftover in (fresh, stale):
             shutil.rmtree(leftover, ignore_errors=True)
         model = cast(Any, module.policy)
@@ -54,3 +60,7 @@ class PolicyExport(pl.Callback):
             folder.rename(stale)
         fresh.rename(folder)
         shutil.rmtree(stale, ignore_errors=True)
+
+
+def _stale(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")

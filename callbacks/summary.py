@@ -34,7 +34,11 @@ class RunSummary(pl.Callback):
         print("\n" + self.render(datamodule.folder, datamodule.rules.iterations), flush=True)
 
     def render(self, folder: RunFolder, iterations: int) -> str:
-        """Return the summary of a run folder."""
+        """Return the summary of a run folder.
+
+        ``reward`` is the mean over the prompts sampled in the iteration: all candidates where difficulty is
+        estimated anew, the selected ones otherwise.
+        """
         lines = ["Iterations"]
         lines.append(
             f"  {'k':>2} {'reward':>8} {'difficulty q25 / q50 / q75':>27} {'selected':>9} {'pairs':>6}  dropped"

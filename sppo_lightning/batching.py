@@ -27,7 +27,6 @@ class PairBatch(NamedTuple):
     targets: Tensor  # [2B, R] long, response tokens, aligned right
     target_mask: Tensor  # [2B, R] bool
     reference: PairLogps  # [B] each, float64, nats
-    reward_margins: Tensor  # [B] float64, chosen reward less rejected reward
     weights: Tensor  # [B] float32, 1 for a real pair, 0 for a filler
     slot: StepSlot
 
@@ -165,9 +164,6 @@ def collate(pairs: Sequence[PreferencePair], *, real: int, slot: StepSlot, pad_t
         reference=PairLogps(
             torch.tensor([pair.reference_chosen_logp for pair in pairs], dtype=torch.float64),
             torch.tensor([pair.reference_rejected_logp for pair in pairs], dtype=torch.float64),
-        ),
-        reward_margins=torch.tensor(
-            [pair.chosen_reward - pair.rejected_reward for pair in pairs], dtype=torch.float64
         ),
         weights=weights,
         slot=slot,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import sys
 import warnings
 from inspect import signature
@@ -12,7 +13,7 @@ from typing import Any, NoReturn
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
@@ -28,6 +29,7 @@ from sppo_lightning.types import UserError
 
 # Trainer flags that the loop sets by itself: the value they must keep, and what to do instead
 FIXED_FLAGS: dict[str, tuple[Any, str]] = {
+    "max_time": (None, "stop the run by a signal instead: it goes on from its last iteration"),
     "max_steps": (-1, "set data.iterations and data.epochs_per_iteration instead"),
     "min_epochs": (None, "set data.iterations and data.epochs_per_iteration instead"),
     "min_steps": (None, "set data.iterations and data.epochs_per_iteration instead"),
@@ -115,10 +117,22 @@ class SelfPlayCLI(LightningCLI):
         for name in ("ckpt_path", "weights_only", "verbose", "return_predictions", "config"):
             self.run_config.pop(name, None)
         self._derive(config)
+        self._check_optimizer(config.model.optimizer)
         if not config.trainer.fast_dev_run:
             check_writable(self.root)
             if self.subcommand == "fit":
                 check_same_run(self.root, self.run_config)
+
+    def _check_optimizer(self, optimizer: Any) -> None:
+        """Refuse optimizer settings that the module sets by itself."""
+        defaults = signature(pkgutil.resolve_name(optimizer.class_path)).parameters
+        for name in ("lr", "weight_decay"):
+            given = optimizer.get("init_args", {}).get(name)
+            if name in defaults and given not in (None, defaults[name].default):
+                key = {"lr": "model.learning_rate", "weight_decay": "model.weight_decay"}[name]
+                raise UserError(
+                    f"model.optimizer.init_args.{name}={given} would be overridden: set {key} instead"
+                )
 
     def _derive(self, config: Any) -> None:
         """Set what follows from other keys, and refuse another value by hand."""
@@ -158,15 +172,20 @@ class SelfPlayCLI(LightningCLI):
         if config["enable_progress_bar"] is not False:
             defaults.append(SelfPlayProgress())
         defaults.append(RunConfigFile(yaml.safe_dump(self.run_config, sort_keys=False)))
-        given += [item for item in defaults if not any(isinstance(other, type(item)) for other in given)]
+        for item in defaults:
+            kind = ProgressBar if isinstance(item, ProgressBar) else type(item)
+            if not any(isinstance(other, kind) for other in given):
+                given.append(item)
         if config["enable_checkpointing"] is not False:
             given.append(checkpoint)  # beside a user's own one: the run goes on from it
         return self.trainer_class(**{**config, "callbacks": given, "logger": self._loggers(config["logger"])})
 
     def _loggers(self, given: Any) -> list[Logger]:
-        always: list[Logger] = [MetricsCSV(self.root / "metrics.csv")] if self.subcommand == "fit" else []
+        fits = self.subcommand == "fit"  # other commands must not write into its curves
+        always: list[Logger] = [MetricsCSV(self.root / "metrics.csv")] if fits else []
         if given is None or given is True:
-            return [TensorBoardLogger(save_dir=self.root, name="", version="tensorboard"), *always]
+            board = TensorBoardLogger(save_dir=self.root, name="", version="tensorboard")
+            return [board, *always] if fits else []
         if given is False:
             return always
         return [*(given if isinstance(given, list) else [given]), *always]

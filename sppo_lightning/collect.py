@@ -169,7 +169,16 @@ class Collector:
         self.ranks.barrier(f"scored {name}")
 
     def _read(self, store: ShardStore, name: str, shards: list[Sequence[Wanted]]) -> list[Rollout]:
-        return [row for number in range(len(shards)) for row in store.read(name, number) or []]
+        found: list[Rollout] = []
+        for number in range(len(shards)):
+            rows = store.read(name, number)
+            if rows is None:
+                raise UserError(
+                    f"{store.path(name, number)} was written by another process and is not here: "
+                    "trainer.default_root_dir must be a folder that all nodes share"
+                )
+            found += rows
+        return found
 
 
 def _present(store: ShardStore, name: str, number: int, shards: list[Sequence[Wanted]]) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from sppo_lightning.pairing import BestWorst, Pairing
 from sppo_lightning.prompt_sets import PromptSets
 from sppo_lightning.prompts import check_disjoint
 from sppo_lightning.rewards import Reward
-from sppo_lightning.rollouts import RunFolder
+from sppo_lightning.rollouts import RunFolder, describe
 from sppo_lightning.seeding import random_keys
 from sppo_lightning.selection import (
     AllPairs,
@@ -115,6 +117,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         self.curriculum = curriculum or RandomOrder()
         self.generator = generator
         self.reward = reward
+        self._made_with = {"generator": describe(generator), "reward": describe(reward)}
         self.epochs_per_iteration = epochs_per_iteration
         self.prompts_per_shard = prompts_per_shard
         self.prompt_sets = PromptSets(
@@ -138,22 +141,25 @@ class SelfPlayDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read and check the prompts, before any model loads."""
         assert self.trainer is not None
-        root = tempfile.mkdtemp() if is_dev_run(self.trainer) else self.trainer.default_root_dir
-        self.folder = RunFolder(Path(root))
         self.ranks = TrainerRanks(self.trainer)
+        self.folder = RunFolder(Path(self.trainer.default_root_dir))
+        if is_dev_run(self.trainer):
+            self.folder = RunFolder(self.ranks.same(Path(tempfile.mkdtemp(prefix="sppo-dev-"))))
         keys = ["prompts", "eval_prompts"] if stage == "fit" else [PROMPTS_OF[stage]]
         keys = [key for key in keys if stage != "fit" or key == "prompts" or self.prompt_sets.named(key)]
         for key in keys:
-            prompts = self.prompt_sets.read(key)
-            if stage != "predict":
-                self.reward.check_prompts(prompts)
-        if stage != "predict":
-            self.reward.check()
+            self.prompt_sets.read(key)
+        if stage == "test" and self.prompt_sets.named("prompts"):
+            self._check_disjoint("test_prompts")
         if stage == "fit":
             self._setup_fit(self.trainer)
+        if stage != "predict":
+            self.reward.check()
+            for key in keys:
+                self.reward.check_prompts(self.prompt_sets.read(key))
         self.module.check()
         for key in keys:
-            self._encoded(key)
+            self._check_context(key)
         if stage == "fit":
             self.rules.check_sizes(list(self._encoded("prompts")))
 
@@ -170,7 +176,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
                 if getattr(trainer, name) != value:
                     raise UserError(f"the Trainer needs {name}={value}, got {getattr(trainer, name)}")
         if sets.named("eval_prompts"):
-            check_disjoint(sets.read("prompts"), sets.read("eval_prompts"), key="data.eval_prompts")
+            self._check_disjoint("eval_prompts")
         trainer.accumulate_grad_batches = accumulation_steps(
             pairs_per_step=rules.pairs_per_step,
             batch_size=rules.batch_size,
@@ -178,15 +184,36 @@ class SelfPlayDataModule(pl.LightningDataModule):
         )
 
     def _shrink(self) -> None:
-        """Keep one optimizer step's worth of prompts, with room for ties."""
-        rules, sets = self.rules, self.prompt_sets
-        for count in range(2 * rules.pairs_per_step, len(sets.read("prompts"))):
-            size = rules.selection.size(count, iteration=0)
-            if size is None or size >= 2 * rules.pairs_per_step:
+        """Keep one optimizer step's worth of prompts, with room for ties, and one iteration."""
+        sets, wanted = self.prompt_sets, 2 * self.rules.pairs_per_step
+        self.rules = replace(self.rules, iterations=1)
+        ids = [prompt.id for prompt in sets.read("prompts")]
+        for count in range(wanted, len(ids), self.rules.pairs_per_step):
+            if self.rules.expected_pairs(ids[:count], 0)[1] >= wanted:
                 sets.keep_first("prompts", count)
                 break
         if sets.named("eval_prompts"):
-            sets.keep_first("eval_prompts", rules.pairs_per_step)
+            sets.keep_first("eval_prompts", self.rules.pairs_per_step)
+
+    def _check_disjoint(self, key: str) -> None:
+        check_disjoint(self.prompt_sets.read("prompts"), self.prompt_sets.read(key), key=f"data.{key}")
+
+    def _check_context(self, key: str) -> None:
+        """Refuse prompts that leave no room for a response in the policy's context."""
+        longest = max(len(item.token_ids) for item in self._encoded(key).values())
+        new = getattr(self.generator, "max_new_tokens", 0)
+        context = getattr(self.module.model_config, "max_position_embeddings", None)
+        if context is not None and longest + new > context:
+            raise UserError(
+                f"data.{key}: the longest prompt has {longest} tokens, with {new} new ones more than the policy's "
+                f"context of {context}: lower data.max_prompt_tokens or the generator's max_new_tokens"
+            )
+
+    def teardown(self, stage: str) -> None:
+        """Remove what a dev run left."""
+        assert self.trainer is not None
+        if is_dev_run(self.trainer) and self.ranks.rank == 0:
+            shutil.rmtree(self.folder.root, ignore_errors=True)
 
     @property
     def module(self) -> PreferenceModule:
@@ -221,6 +248,11 @@ class SelfPlayDataModule(pl.LightningDataModule):
         """
         assert self.trainer is not None
         position = fit_position(self.trainer)
+        if position.inside:
+            raise UserError(
+                "the checkpoint was saved in the middle of an epoch, where it cannot be continued: use the run's "
+                "own checkpoints/last.ckpt"
+            )
         iteration, epoch_in_iteration = divmod(position.epoch, self.epochs_per_iteration)
         if iteration != self._iteration and not position.epoch_is_over:
             if iteration == 0 and self.prompt_sets.named("eval_prompts"):
@@ -278,6 +310,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
             prompts=self._encoded("prompts"),
             too_long=self.prompt_sets.too_long("prompts"),
             collector=self._collector(),
+            made_with=self._made_with,
             reference=self.module,
             pad_token_id=self._pad_token_id,
         )
@@ -327,7 +360,16 @@ class SelfPlayDataModule(pl.LightningDataModule):
     def _held_out(self, key: str) -> HeldOut:
         prefix = "" if key == "eval_prompts" else f"{key.removesuffix('_prompts')}-"
         prompts = list(self._encoded(key).values())
-        return HeldOut(self.folder, prefix, prompts, self._collector(), self.module)
+        fitting = self.trainer is not None and self.trainer.state.fn == "fit"
+        return HeldOut(
+            folder=self.folder,
+            prefix=prefix,
+            prompts=prompts,
+            collector=self._collector(),
+            policy=self.module,
+            made_with=self._made_with,
+            replace_others=fitting,
+        )
 
     def _evaluation_loader(self, key: str) -> EvaluationLoader:
         held_out = self._held_out(key)
@@ -362,10 +404,11 @@ class SelfPlayDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside the store."""
+        assert self.trainer is not None
         due = self.reestimation
         return {
             "iteration": self._iteration,
-            "finished": self._finished_iterations(),
+            "finished": fit_position(self.trainer).trained // self.epochs_per_iteration,
             "table": self._table.state(),
             "reestimation": None
             if due is None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -47,6 +48,9 @@ class HeldOut:
         prompts: the held-out prompts.
         collector: samples and scores.
         policy: who answers.
+        made_with: settings of the generator and the reward, JSON types.
+        replace_others: make stored answers anew where another policy gave them (a restarted ``fit``), instead
+            of refusing to touch them.
     """
 
     folder: RunFolder
@@ -54,6 +58,8 @@ class HeldOut:
     prompts: Sequence[EncodedPrompt]
     collector: Collector
     policy: InitialPolicy
+    made_with: Mapping[str, Any]
+    replace_others: bool
 
     def place(self, finished: int) -> Path:
         """Return the folder of the evaluation after ``finished`` iterations."""
@@ -61,28 +67,63 @@ class HeldOut:
 
     def measure(self, finished: int) -> EvaluationBatch:
         """Ensure the current policy's answers, and the initial policy's to compare with, and measure them."""
-        initial = self.place(0)
-        if finished > 0 and load_evaluation(initial) is None:
+        baseline = self._stored(0) if finished > 0 else None
+        if finished > 0 and baseline is None:
             with self.policy.sampling_initial_policy():
-                self.answer(0, policy_fingerprint="initial")
+                baseline = self.answer(0, policy_fingerprint=None)
         rows = self.answer(finished, policy_fingerprint=self.policy.fingerprint())
-        return measure(rows, load_evaluation(initial))
+        return measure(rows, rows if baseline is None else baseline)
 
-    def answer(self, finished: int, *, policy_fingerprint: str) -> list[Rollout]:
+    def _asked(self) -> str:
+        """Return a digest of what decides the answers and their rewards, the policy aside."""
+        asked = [
+            [[item.prompt.id, item.token_ids, item.prompt.answer] for item in self.prompts],
+            self.made_with,
+        ]
+        return hashlib.blake2b(json.dumps(asked).encode(), digest_size=16).hexdigest()
+
+    def _stored(self, finished: int) -> list[Rollout] | None:
+        """Return the stored answers to these prompts, whichever policy gave them.
+
+        Raises:
+            UserError: if the folder holds answers to other prompts, or scores of another reward.
+        """
+        place = self.place(finished)
+        manifest = place / "manifest.json"
+        if not manifest.exists():
+            return None
+        if json.loads(manifest.read_bytes())["asked"] != self._asked():
+            raise UserError(
+                f"{place} holds answers to other prompts, or from another data.generator or data.reward: use "
+                "another trainer.default_root_dir, or delete that folder"
+            )
+        return read_rollouts(place / "rollouts.parquet")
+
+    def answer(self, finished: int, *, policy_fingerprint: str | None) -> list[Rollout]:
         """Answer and score the prompts greedily, once a policy; return the stored rows.
 
         Args:
             finished: self-play iterations behind the policy.
-            policy_fingerprint: of the policy; stored answers of another one are made anew.
+            policy_fingerprint: of the policy; ``None`` for the one that the run started from.
+
+        Raises:
+            UserError: if the folder holds another policy's answers that are not to be replaced.
         """
         place = self.place(finished)
         final, manifest = place / "rollouts.parquet", place / "manifest.json"
-        ids = [prompt.prompt.id for prompt in self.prompts]
-        made_by = {"policy_fingerprint": policy_fingerprint, "prompts": ids}
-        if final.exists() and manifest.exists() and json.loads(manifest.read_bytes()) == made_by:
-            return read_rollouts(final)
+        made_by = {"policy_fingerprint": policy_fingerprint, "asked": self._asked()}
+        stored = self._stored(finished)
+        if stored is not None:
+            if json.loads(manifest.read_bytes()) == made_by:
+                return stored
+            if not self.replace_others:
+                raise UserError(
+                    f"{place} holds the answers of another policy: name this one's checkpoint with --ckpt_path, or "
+                    "use another trainer.default_root_dir"
+                )
         ranks = self.collector.ranks
-        parts = place / f"parts-{policy_fingerprint[:12]}"
+        identity = hashlib.blake2b(json.dumps(made_by).encode(), digest_size=6).hexdigest()
+        parts = place / f"parts-{identity}"
         rows = self.collector.collect_greedy(
             ShardStore(parts), "greedy", self.prompts, iteration=finished, phase="evaluating"
         )

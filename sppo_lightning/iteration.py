@@ -75,6 +75,17 @@ class IterationRules:
                     f"this slot has {', '.join(columns)}"
                 )
 
+    def expected_pairs(self, prompt_ids: Sequence[str], iteration: int) -> tuple[int, int]:
+        """Return how many candidate prompts an iteration has, and the most pairs that it may get from them."""
+        candidates = self.schedule.candidates(
+            prompt_ids, iteration=iteration, iterations=self.iterations, seed=self.seed
+        )
+        size = len(candidates)
+        for rule in (self.selection, self.pair_selection):
+            kept = rule.size(size, iteration=iteration)
+            size = size if kept is None else kept
+        return len(candidates), size
+
     def check_sizes(self, prompt_ids: Sequence[str]) -> None:
         """Refuse rules that leave an iteration fewer prompts than one optimizer step needs pairs.
 
@@ -82,13 +93,10 @@ class IterationRules:
             UserError: naming the iteration and the sizes.
         """
         for iteration in range(self.iterations):
-            candidates = self.schedule.candidates(
-                prompt_ids, iteration=iteration, iterations=self.iterations, seed=self.seed
-            )
-            size = self.selection.size(len(candidates), iteration=iteration)
-            if size is not None and size < self.pairs_per_step:
+            total, size = self.expected_pairs(prompt_ids, iteration)
+            if size < self.pairs_per_step:
                 raise UserError(
-                    f"data.selection keeps {size} of {len(candidates)} candidate prompts in iteration {iteration}, "
+                    f"data.selection keeps {size} of {total} candidate prompts in iteration {iteration}, "
                     f"fewer than one optimizer step of data.pairs_per_step={self.pairs_per_step}: raise the "
                     "fraction, add prompts or lower pairs_per_step"
                 )
@@ -103,6 +111,7 @@ class IterationBuilder:
         prompts: encoded prompts by id, in file order.
         too_long: prompts that were dropped before.
         collector: samples and scores.
+        made_with: settings of the generator and the reward, for the manifest.
         reference: the frozen reference.
         pad_token_id: padding of the reference pass.
     """
@@ -111,6 +120,7 @@ class IterationBuilder:
     prompts: Mapping[str, EncodedPrompt]
     too_long: Sequence[str]
     collector: Collector
+    made_with: Mapping[str, Any]
     reference: ReferencePolicy
     pad_token_id: int
 
@@ -207,8 +217,7 @@ class IterationBuilder:
             "iteration": iteration,
             "policy_fingerprint": policy_fingerprint,
             "seed": rules.seed,
-            "generator": describe(self.collector.generator),
-            "reward": describe(self.collector.reward),
+            **self.made_with,
             "schedule": describe(rules.schedule),
             "selection": describe(rules.selection),
             "pairing": describe(rules.pairing),
@@ -216,6 +225,7 @@ class IterationBuilder:
             "samples_per_prompt": rules.samples_per_prompt,
             "probe_samples": reestimation.samples if reestimation else rules.probe_samples,
             "smoothing": reestimation.smoothing if reestimation else 0.0,
+            "too_long": list(self.too_long),
         }
 
     def _probe(

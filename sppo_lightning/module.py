@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,6 +22,7 @@ from sppo_lightning.losses import PairLogps, PreferenceLoss
 from sppo_lightning.metrics import EvaluationBatch, EvaluationMetrics, StepMetrics
 from sppo_lightning.policy import PolicyConfig
 from sppo_lightning.schedules import LearningRateSchedule, Linear
+from sppo_lightning.seeding import derive_seed
 from sppo_lightning.types import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ COMPUTE_DTYPES = {
     "bf16-mixed": torch.bfloat16,
     "16-mixed": torch.float16,
 }
-# largest |log-ratio| per token at an iteration's start, where the reference equals the policy
+# mean |log-ratio| per token at an iteration's start, where the reference equals the policy
 RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.02}
 MOVED_SAMPLE = 1 << 20  # weights watched through the first optimizer step
 
@@ -100,8 +103,19 @@ class PreferenceModule(pl.LightningModule):
                 f"trainer.precision={precision} holds the trained weights in 16 bits, where small updates round to "
                 "nothing: use bf16-mixed (float32 weights, bfloat16 products) or 32-true"
             )
+        if not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise UserError(
+                f"trainer.strategy={type(self.trainer.strategy).__name__} is not supported: use one device or ddp"
+            )
+        if torch.are_deterministic_algorithms_enabled() and isinstance(
+            self.trainer.accelerator, CUDAAccelerator
+        ):
+            raise UserError(
+                "trainer.deterministic=true: sampling sums in a way that CUDA cannot do deterministically: use "
+                "deterministic: warn"
+            )
         config = self.policy_config
-        pretrained.load_model_config(
+        self.model_config = pretrained.load_model_config(
             config.pretrained,
             key="model.policy.pretrained",
             trust_remote_code=config.trust_remote_code,
@@ -146,6 +160,12 @@ class PreferenceModule(pl.LightningModule):
         optimizer = self.optimizer_factory([group for group in groups if group["params"]])
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate
+        mixed = self.compute_dtype in (torch.bfloat16, torch.float16)
+        if mixed and self.trainer.gradient_clip_val and optimizer.defaults.get("fused"):
+            raise UserError(
+                "trainer.gradient_clip_val and a fused optimizer do not go together under mixed precision: leave "
+                "out one of them"
+            )
         return optimizer
 
     # ---------------------------------------------------------------- training
@@ -167,6 +187,10 @@ class PreferenceModule(pl.LightningModule):
         assert self.policy is not None
         self.policy.train()
         datamodule = cast(Any, self.trainer).datamodule
+        # an adapter's dropout draws from torch's own generator, which a resumed run does not inherit
+        torch.manual_seed(
+            derive_seed(datamodule.rules.seed, "epoch", self.trainer.current_epoch, self.trainer.global_rank)
+        )
         if self.trainer.current_epoch % datamodule.epochs_per_iteration == 0:
             self._log_now(datamodule.iteration_metrics)
             if not self.carry_optimizer:
@@ -183,14 +207,17 @@ class PreferenceModule(pl.LightningModule):
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the micro-batch's share of the step's mean loss, scaled for Lightning's accumulation."""
         assert self.policy is not None
-        policy = policies.pair_logps(self.policy, batch)
         if batch_idx == 0 and batch.slot.step == 0:
-            self._check_reference(policy, batch)
+            self._check_reference(batch)
+        policy = policies.pair_logps(self.policy, batch)
         terms = self.loss(policy, batch.reference)
         self.step_metrics.update(policy, batch.reference, terms, batch.weights)
         if batch.slot.last_in_step:
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-            self.log_dict({**self.step_metrics.result(), "train/lr": rate}, batch_size=1)
+            result = self.step_metrics.result()
+            self.log_dict({**result, "train/lr": rate}, batch_size=1)
+            if batch.slot.step == batch.slot.steps - 1:
+                self._warn_of_displacement(result)
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.slot.step_pairs
         return (terms.loss * batch.weights).sum() * scale
 
@@ -199,25 +226,38 @@ class PreferenceModule(pl.LightningModule):
         if self._watched is not None and batch.slot.last_in_step:
             parameter, before = self._watched
             moved = (parameter.detach().flatten()[:MOVED_SAMPLE] != before).float().mean()
+            if moved == 0 and self.compute_dtype == torch.float16:
+                return  # a gradient scaler skips steps until its scale fits
             self._watched = None
             self._log_now({"train/weights_moved": float(moved)})
             if moved == 0:
                 rank_zero_warn("The first optimizer step moved no weight: raise model.learning_rate.")
 
-    def _check_reference(self, policy: PairLogps, batch: PairBatch) -> None:
+    def _check_reference(self, batch: PairBatch) -> None:
         """Raise if the policy's log-probs differ from the reference's although the two are the same."""
+        assert self.policy is not None
         if self.reference == "initial" and self.trainer.current_epoch > 0:
             return
-        lengths = batch.target_mask.sum(-1).chunk(2)
-        drift = torch.maximum(
-            ((policy.chosen - batch.reference.chosen).abs() / lengths[0]).max(),
-            ((policy.rejected - batch.reference.rejected).abs() / lengths[1]).max(),
-        ).item()
+        with torch.no_grad(), policies.without_dropout(self.policy):
+            policy = policies.pair_logps(self.policy, batch)
+        apart = (policy.chosen - batch.reference.chosen).abs() + (
+            policy.rejected - batch.reference.rejected
+        ).abs()
+        drift = (apart.sum() / batch.target_mask.sum()).item()
         tolerance = RATIO_TOLERANCE[self.compute_dtype]
         if not drift <= tolerance:
             raise RuntimeError(
                 f"at the start of an iteration policy and reference are the same, but their log-probs differ by "
                 f"{drift:.2g} nat per token (tolerance {tolerance:g}): the reference is not the policy's own"
+            )
+
+    def _warn_of_displacement(self, result: dict[str, Tensor]) -> None:
+        """Say so if an iteration made the chosen responses less likely too."""
+        chosen, rejected = (float(result[f"train/logratios/{side}"]) for side in ("chosen", "rejected"))
+        if chosen < 0 and rejected < 0:
+            rank_zero_info(
+                f"By the iteration's last step chosen responses lost {-chosen:.2f} nat and rejected ones "
+                f"{-rejected:.2f}: both became less likely. A larger beta or a smaller learning rate holds them."
             )
 
     def _log_now(self, metrics: dict[str, float]) -> None:
@@ -232,9 +272,10 @@ class PreferenceModule(pl.LightningModule):
         assert self.policy is not None
         held = nullcontext(self.policy) if self.reference == "previous_iteration" else self._initial_model()
         with held as model:
-            self._reference_model = model.eval()
+            self._reference_model = model
             try:
-                yield
+                with policies.without_dropout(model):
+                    yield
             finally:
                 self._reference_model = None
 
@@ -248,7 +289,7 @@ class PreferenceModule(pl.LightningModule):
         else:
             model = policies.load_base_model(self.policy_config, compute_dtype=self.compute_dtype)
             policies.disable_dropout(model)
-            yield cast(nn.Module, model).to(self.device)
+            yield cast(nn.Module, model).to(self.device, next(self.policy.parameters()).dtype)
 
     def reference_logps(self, batch: PairBatch) -> PairLogps:
         """Return the reference's log-probs through the training forward, ``[B]`` each, float64, on the CPU."""

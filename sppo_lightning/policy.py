@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,11 @@ from sppo_lightning.logprobs import sequence_logps, token_logps
 from sppo_lightning.losses import PairLogps
 from sppo_lightning.pretrained import (
     DTYPES,
-    first_line,
     forget_gguf,
     hub_location,
     quantization_options,
 )
-from sppo_lightning.types import UserError
+from sppo_lightning.types import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -104,21 +104,25 @@ def load_base_model(config: PolicyConfig, *, compute_dtype: torch.dtype) -> PreT
         ) from error
     if "gguf_file" in extra:
         forget_gguf(model)
-    model.get_output_embeddings().register_forward_pre_hook(_contiguous_input)
+    keep_head_input_contiguous(model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes 0.50 repacks 4-bit weights on the CPU when a forward runs in eval mode, and leaves them
             # so: later training steps would get no gradient through them
-            module.support_avx512bf16_for_cpu = False
+            cast(Any, module).support_avx512bf16_for_cpu = False
     return model
 
 
-def _contiguous_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def keep_head_input_contiguous(model: PreTrainedModel) -> None:
     """Keep a frozen head from being copied once per sequence.
 
     ``logits_to_keep`` hands the head a strided slice; torch (2.13) then multiplies in batches, with the weight
     copied for each sequence, unless the weight requires a gradient.
     """
+    model.get_output_embeddings().register_forward_pre_hook(_contiguous_input)
+
+
+def _contiguous_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (args[0].contiguous(), *args[1:])
 
 
@@ -161,13 +165,35 @@ def load_policy(config: PolicyConfig, *, compute_dtype: torch.dtype) -> nn.Modul
 def disable_dropout(model: nn.Module) -> None:
     """Switch dropout off, except an adapter's own: policy and reference must see the same network.
 
-    TRL's ``disable_dropout`` does the same. Attention modules of transformers read a float attribute.
+    Dropout is a module in some architectures, a number in a module or in the config in others.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        _zero_dropout_rates(module)
+    _zero_dropout_rates(cast(Any, model).config)
+
+
+def _zero_dropout_rates(holder: object) -> None:
+    rates = [name for name, value in vars(holder).items() if isinstance(value, float) and "drop" in name]
+    for name in rates:
+        setattr(holder, name, 0.0)
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Hold a model in training mode, an adapter's dropout switched off, while the context lasts.
+
+    Training mode, since 8-bit layers of bitsandbytes compute differently in eval mode.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    try:
+        yield
+    finally:
+        model.train()
 
 
 def end_token_ids(

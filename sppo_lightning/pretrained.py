@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
-from sppo_lightning.types import UserError
+from sppo_lightning.types import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -35,8 +35,12 @@ def load_model_config(
 
     path = Path(pretrained)
     looks_local = path.is_absolute() or pretrained.startswith((".", "~")) or path.suffix == ".gguf"
-    if not path.exists() and (looks_local or pretrained.count("/") != 1):
+    if not path.exists() and (looks_local or pretrained.count("/") > 1):
         raise UserError(f"{key}={pretrained!r}: no such model; give a model folder, a hub id or a .gguf file")
+    if path.is_dir() and (path / "adapter_config.json").exists():
+        raise UserError(
+            f"{key}={pretrained!r} is an adapter: give its base model here, and the run's checkpoint with --ckpt_path"
+        )
     if path.is_dir() and not (path / "config.json").exists():
         raise UserError(f"{key}={pretrained!r}: the folder has no config.json, so it holds no model")
     if path.is_file() and path.suffix != ".gguf":
@@ -57,11 +61,6 @@ def load_model_config(
     if expect == "causal-lm" and any("SequenceClassification" in name for name in names):
         raise UserError(f"{key}={pretrained!r} is a {names[0]}, not a language model that can answer")
     return config
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def load_tokenizer(pretrained: str, *, key: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sppo_lightning.types import UserError
+from sppo_lightning.types import UserError, first_line
 
 Record = tuple[str, Mapping[str, Any]]  # where it stands, for error messages; its fields
 
@@ -157,8 +157,3 @@ def _hub_records(source: str, key: str) -> Iterator[Record]:
         ) from error
     for row, fields in enumerate(table, start=1):
         yield f"{source}:row {row}", fields
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error, for use inside a message of one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from jinja2 import TemplateError
 from lightning.pytorch.utilities import rank_zero_info
 
-from sppo_lightning.prompt_files import Record, first_line, records
-from sppo_lightning.types import EncodedPrompt, Message, Prompt, UserError
+from sppo_lightning.prompt_files import Record, records
+from sppo_lightning.types import EncodedPrompt, Message, Prompt, UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FIELDS = {"id", "prompt", "messages", "answer"}  # the others are metadata
-
 
 def read_prompts(source: str | Sequence[str], *, key: str) -> list[Prompt]:
     """Read prompts from files, globs, folders or hub datasets.
+
+    A record with both ``prompt`` and ``messages`` (as preference sets have) is its ``prompt``; the messages are
+    kept as metadata. Records without an id that repeat a prompt count once.
 
     Args:
         source: one or several of: a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, a glob of them, a
@@ -38,12 +39,13 @@ def read_prompts(source: str | Sequence[str], *, key: str) -> list[Prompt]:
         first, twin = found.setdefault(prompt.id, (record[0], prompt))
         if twin is not prompt:
             repeated += 1
-        if twin != prompt:
+        same = (twin.messages, twin.answer) == (prompt.messages, prompt.answer)
+        if not same or (record[1].get("id") is not None and twin != prompt):
             raise UserError(_clash(record, first))
     if not found:
         raise UserError(f"{key}={source!r} holds no prompts: add at least one record with a 'prompt' field")
     if repeated:
-        rank_zero_info(f"{key}: {repeated} records repeat another one, word for word, and count once")
+        rank_zero_info(f"{key}: {repeated} records repeat another prompt and count once")
     return [prompt for _, prompt in found.values()]
 
 
@@ -51,7 +53,7 @@ def _clash(record: Record, first: str) -> str:
     where, fields = record
     if fields.get("id") is None:
         return (
-            f"{where}: the same prompt stands at {first} with another answer or other metadata: remove one, "
+            f"{where}: the same prompt stands at {first} with another answer: remove one, "
             "or give each its own 'id'"
         )
     return (
@@ -83,12 +85,10 @@ def _spoken(prompt: Prompt) -> tuple[tuple[str, str], ...]:
 def _parse(record: Record) -> Prompt:
     where = record[0]
     fields = {name: value for name, value in record[1].items() if value is not None}
-    if ("prompt" in fields) == ("messages" in fields):
+    if "prompt" not in fields and "messages" not in fields:
         found = ", ".join(sorted(fields)) or "none"
-        raise UserError(
-            f"{where}: needs a 'prompt' (text) or 'messages' (list), one of the two; its fields are: {found}"
-        )
-    if "messages" in fields:
+        raise UserError(f"{where}: needs a 'prompt' (text) or 'messages' (list); its fields are: {found}")
+    if "prompt" not in fields:
         turns = _parse_messages(fields["messages"], where)
         text = "\n".join(turn["content"] for turn in turns if turn["role"] == "user")
     else:
@@ -99,6 +99,7 @@ def _parse(record: Record) -> Prompt:
                 "into 'messages'"
             )
         turns = (Message(role="user", content=text),)
+    used = {"id", "answer", "prompt" if "prompt" in fields else "messages"}
     for turn in turns:
         _check_encodable(turn["content"], where)
     return Prompt(
@@ -106,7 +107,7 @@ def _parse(record: Record) -> Prompt:
         text=text,
         messages=turns,
         answer=_parse_scalar("answer", fields["answer"], where) if "answer" in fields else None,
-        metadata={name: value for name, value in fields.items() if name not in _FIELDS},
+        metadata={name: value for name, value in fields.items() if name not in used},
     )
 
 

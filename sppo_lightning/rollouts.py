@@ -192,7 +192,10 @@ class RunFolder:
 
 
 def describe(component: object) -> dict[str, Any]:
-    """Return a component's class and public settings as JSON types, for a manifest."""
+    """Return a component's class and public settings as JSON types, for a manifest.
+
+    Batch sizes are left out: they decide speed, not results.
+    """
 
     def plain(value: object) -> Any:
         if value is None or isinstance(value, bool | int | float | str):
@@ -202,5 +205,6 @@ def describe(component: object) -> dict[str, Any]:
         named = value if callable(value) and hasattr(value, "__qualname__") else type(value)
         return f"{named.__module__}.{named.__qualname__}"
 
-    settings = {name: plain(value) for name, value in vars(component).items() if not name.startswith("_")}
+    public = {name: value for name, value in vars(component).items() if not name.startswith("_")}
+    settings = {name: plain(value) for name, value in public.items() if name != "batch_size"}
     return {"class_path": plain(component), "init_args": settings}

@@ -17,6 +17,11 @@ class UserError(ValueError):
     """Bad input from a user: printed as one line, without a traceback, by the command line."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, to be quoted in a :class:`UserError`."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class Message(TypedDict):
     """One turn of a conversation."""
 

@@ -20,6 +20,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+torch.set_num_threads(
+    1
+)  # threads that wait for each other on a busy machine make tiny models 20 times slower
+
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"

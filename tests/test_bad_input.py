@@ -301,12 +301,13 @@ def test_model_paths(arguments: Arguments, refused: Refused, weightless: Path, t
             (tmp_path / name / "config.json").write_text(config)
     wordings = {
         tmp_path / "missing": "no such model; give a model folder, a hub id or a .gguf file",
-        Path("missing-too"): "no such model; give a model folder, a hub id or a .gguf file",
-        Path("no-such-owner/no-such-model"): "cannot be read as a model: ",
+        Path("a/b/missing-too"): "no such model; give a model folder, a hub id or a .gguf file",
+        Path("missing-too"): "cannot be read as a model (",
+        Path("no-such-owner/no-such-model"): "cannot be read as a model (",
         text: "is a file but not .gguf: give the model's folder",
         tmp_path / "empty": "the folder has no config.json, so it holds no model",
-        tmp_path / "corrupt": "cannot be read as a model: ",
-        tmp_path / "typeless": "cannot be read as a model: ",
+        tmp_path / "corrupt": "cannot be read as a model (",
+        tmp_path / "typeless": "cannot be read as a model (",
     }
     for path, wording in wordings.items():
         line = refused(arguments(model__policy__pretrained=path))

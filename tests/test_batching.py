@@ -147,7 +147,6 @@ def test_collate_golden() -> None:
     assert batch.target_mask.int().tolist() == [[0, 0, 1], [1, 1, 1], [0, 1, 1], [0, 0, 1]]
     assert batch.reference.chosen.tolist() == [-0.1, -1.1]
     assert batch.reference.rejected.tolist() == [-0.2, -1.2]
-    assert batch.reward_margins.tolist() == [0.5, 1.5]
     assert batch.weights.tolist() == [1, 0]
     assert batch.slot == SLOT
 
@@ -157,7 +156,7 @@ def test_collate_dtypes() -> None:
     for ids in (batch.input_ids, batch.attention_mask, batch.position_ids, batch.targets):
         assert ids.dtype == torch.long
     assert batch.target_mask.dtype == torch.bool
-    for exact in (*batch.reference, batch.reward_margins):
+    for exact in batch.reference:
         assert exact.dtype == torch.float64
 
 

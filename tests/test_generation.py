@@ -193,7 +193,7 @@ def test_rows_that_leave_the_batch_change_nothing(
 
     monkeypatch.setattr(DynamicCache, "batch_select_indices", counted)
     expected = sampled(source, REQUESTS)
-    assert len(selections) > 2  # the first repeats each prompt for its responses
+    assert len(selections) >= 2  # the first repeats each prompt for its responses
     assert selections == sorted(selections, reverse=True)
     selections.clear()
     monkeypatch.setattr(hf, "COMPACT_BELOW", share)

@@ -151,10 +151,10 @@ def test_the_widths_change_nothing(
 @pytest.mark.parametrize("impossible", [[0], [5], [0, 1, 5], [2, 3], [1, 2, 3, 4, 5], [0, 1, 2, 3, 4]])
 @pytest.mark.parametrize("low", [-math.inf, -1e4])
 def test_impossible_tokens_are_never_drawn(warp: dict[str, Any], impossible: list[int], low: float) -> None:
-    """Also by the first and the last possible draw, and where exp underflows."""
+    """Also by the first and the last possible draw, by one rounded up to 1, and where exp underflows."""
     logits = logits_of(6)
     logits[impossible] = low
-    edges = torch.tensor([0.0, 5e-324, 0.25, 0.5, BELOW_ONE], dtype=torch.float64)
+    edges = torch.tensor([0.0, 5e-324, 0.25, 0.5, BELOW_ONE, 1.0], dtype=torch.float64)
     found = sample_tokens(logits.expand(len(edges), -1), edges, **warp)
     assert not set(impossible) & set(found.tolist())
 

@@ -69,6 +69,23 @@ class SequenceClassificationReward(Reward):
             raise UserError(
                 f"{KEY}={self.pretrained!r} has {config.num_labels} logits; a reward model has one"
             )
+        self._tokenizer = load_tokenizer(self.pretrained, key=KEY, trust_remote_code=self.trust_remote_code)
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Require conversations that the reward model can read; each sequence of roles is tried once."""
+        assert self._tokenizer is not None
+        tried: set[tuple[str, ...]] = set()
+        for prompt in prompts:
+            roles = tuple(turn["role"] for turn in prompt.messages)
+            if roles in tried:
+                continue
+            tried.add(roles)
+            if self._tokenizer.chat_template is None and len(roles) > 1:
+                raise UserError(
+                    f"prompt {prompt.id!r} has several messages, but the reward model {self.pretrained!r} has no chat "
+                    "template and reads one text: use single prompts, or another data.reward"
+                )
+            self._encode(prompt, "a")
 
     def load(self, device: torch.device) -> None:
         """Load model and tokenizer onto ``device``."""
@@ -142,7 +159,10 @@ class SequenceClassificationReward(Reward):
     def _encode(self, prompt: Prompt, response: str) -> dict[str, list[int]]:
         assert self._tokenizer is not None
         if self._tokenizer.chat_template is None:
-            return dict(self._tokenizer(prompt.text, response))
+            pair = self._tokenizer(
+                [prompt.text], [response]
+            )  # not in lists, an empty response would be no pair
+            return {name: values[0] for name, values in pair.items()}
         answer = Message(role="assistant", content=response)
         ids = template_token_ids(self._tokenizer, (*prompt.messages, answer), add_generation_prompt=False)
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}

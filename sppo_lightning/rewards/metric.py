@@ -8,9 +8,8 @@ from typing import Any
 import torchmetrics.text
 from torchmetrics import Metric
 
-from sppo_lightning.prompt_files import first_line
 from sppo_lightning.rewards.protocol import Reward
-from sppo_lightning.types import Prompt, UserError
+from sppo_lightning.types import Prompt, UserError, first_line
 
 
 def _squad(response: str, answer: str) -> tuple[Any, Any]:
@@ -59,6 +58,8 @@ class TorchmetricsReward(Reward):
 
     def __init__(self, metric: Metric, output: str | None = None, scale: float = 1.0) -> None:
         self.metric = metric
+        # each process scores its own responses: a mean over processes would mix them
+        metric.distributed_available_fn = lambda: False
         self.output = output
         self.scale = scale
         self._format = next(

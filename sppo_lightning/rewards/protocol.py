@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from sppo_lightning.prompt_files import first_line
-from sppo_lightning.types import Prompt, UserError
+from sppo_lightning.types import Prompt, UserError, first_line
 
 
 class Reward(ABC):

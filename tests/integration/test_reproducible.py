@@ -69,7 +69,10 @@ def assert_same_run(one: Path, other: Path) -> None:
 def arguments(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     folder = tmp_path_factory.mktemp("prompts")
     for name, start, count in (("train", 0, 14), ("eval", 50, 6)):
-        lines = [f'{{"id": "{name}{n}", "prompt": "Count to {start + n}"}}\n' for n in range(count)]
+        lines = [
+            f'{{"id": "{name}{n}", "prompt": "Count to {start + n}", "answer": "{n}ab"}}\n'
+            for n in range(count)
+        ]
         (folder / f"{name}.jsonl").write_text("".join(lines))
 
     def build(root: Path, **changes: Any) -> list[str]:
@@ -150,13 +153,22 @@ def test_a_deleted_iteration_is_not_sampled_again_from_newer_weights(
     assert "is gone or incomplete although the checkpoint was trained on it" in capsys.readouterr().err
 
 
+METRIC = {
+    "data__reward": "sppo_lightning.rewards.TorchmetricsReward",
+    "data__reward__function": None,
+    "data__reward__metric": "torchmetrics.text.EditDistance",
+}
+
+
+@pytest.mark.parametrize("reward", [{}, METRIC], ids=["function", "metric"])
 def test_two_processes_make_the_same_rollouts_and_pairs(
-    whole: Path, arguments: Callable[..., list[str]], tmp_path: Path
+    arguments: Callable[..., list[str]], tmp_path: Path, reward: dict[str, Any]
 ) -> None:
     """Two gloo processes: same rollouts and pairs; weights equal up to the order of sums."""
-    root = tmp_path / "run"
+    whole, root = tmp_path / "whole", tmp_path / "run"
+    main(arguments(whole, **reward))
     command = [sys.executable, "-m", "sppo_lightning"]
-    command += arguments(root, trainer__devices=2, trainer__strategy="ddp")
+    command += arguments(root, trainer__devices=2, trainer__strategy="ddp", **reward)
     path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

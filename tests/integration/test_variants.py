@@ -70,7 +70,24 @@ def test_lora_trains_an_adapter_only(
             assert pair["reference_rejected_logp"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_qlora_runs_on_the_cpu(write_prompts: WritePrompts, tmp_path: Path) -> None:
+def test_adapter_dropout_disturbs_neither_reference_nor_resuming(
+    tiny_policy: Path, write_prompts: WritePrompts, tmp_path: Path
+) -> None:
+    """Dropout is on while training only: log-ratios start at 0, and a second run draws the same masks."""
+    lora = {"rank": 4, "alpha": 8, "dropout": 0.3}
+    settings = {f"model__policy__lora__{name}": value for name, value in lora.items()}
+    one = fit(tiny_policy, write_prompts(), tmp_path / "one", **settings)
+    torch.rand(3)
+    two = fit(tiny_policy, write_prompts(), tmp_path / "two", **settings)
+    trained = [
+        torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in (one, two)
+    ]
+    assert trained[0]
+    assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_qlora_runs_on_the_cpu(write_prompts: WritePrompts, tmp_path: Path, quantization: str) -> None:
     torch.manual_seed(0)
     LlamaForCausalLM(tiny_config(hidden_size=64, intermediate_size=128)).save_pretrained(tmp_path / "policy")
     byte_tokenizer().save_pretrained(tmp_path / "policy")
@@ -79,7 +96,7 @@ def test_qlora_runs_on_the_cpu(write_prompts: WritePrompts, tmp_path: Path) -> N
         tmp_path / "policy",
         write_prompts(),
         tmp_path / "run",
-        model__policy__quantization="nf4",
+        model__policy__quantization=quantization,
         trainer__precision="bf16-mixed",
         **settings,
     )

@@ -1,0 +1,513 @@
+"""Filling a folder of rollout shards."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import byte_tokenizer
+from tiny import Source, random_tokens, tiny_model
+
+from sppo_lightning.collect import Collector, Wanted, by_prompt
+from sppo_lightning.generation import (
+    Generator,
+    HFGenerator,
+    PolicySource,
+    PromptResponses,
+    SampleRequest,
+)
+from sppo_lightning.rewards import Reward
+from sppo_lightning.rollouts import ShardStore
+from sppo_lightning.seeding import derive_seed
+from sppo_lightning.types import (
+    EncodedPrompt,
+    Message,
+    PhaseProgress,
+    Prompt,
+    Ranks,
+    Response,
+    Rollout,
+    UserError,
+)
+
+
+@dataclass
+class Alone:
+    """The only process, or one of several that run one after the other."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def barrier(self, name: str) -> None: ...
+
+    def gather(self, values: list[Any]) -> list[list[Any]]:
+        return [values]
+
+
+@dataclass
+class Threads:
+    """Processes that wait for each other, as threads."""
+
+    rank: int
+    world_size: int
+    meeting: threading.Barrier
+
+    def barrier(self, name: str) -> None:
+        self.meeting.wait(timeout=20)
+
+    def gather(self, values: list[Any]) -> list[list[Any]]:
+        raise NotImplementedError
+
+
+@dataclass
+class Echo(Generator):
+    """A deterministic engine: says the policy's level and the seed, answers in reverse order."""
+
+    fail_at: int = -1  # call of `generate` that breaks down
+    events: list[str] = field(default_factory=list)
+    asked: list[SampleRequest] = field(default_factory=list)
+    calls: int = 0
+
+    def load(self, policy: PolicySource) -> None:
+        self.events.append("load")
+        self.level = int(getattr(policy, "level", 0))
+
+    def generate(self, requests: Sequence[SampleRequest]) -> Iterator[PromptResponses]:
+        self.calls += 1
+        if self.calls - 1 == self.fail_at:
+            raise RuntimeError("out of memory")
+        self.events.append("generate")
+        self.asked += requests
+        for index in reversed(range(len(requests))):
+            request = requests[index]
+            yield PromptResponses(
+                index, [self.response(request.token_ids, seed) for seed in request.seeds or (0,)]
+            )
+
+    def response(self, prompt: tuple[int, ...], seed: int) -> Response:
+        ids = (*prompt, self.level, seed % 1000)
+        return Response(ids, f"level {self.level} seed {seed}", "stop" if seed % 2 else "length")
+
+    def unload(self) -> None:
+        self.events.append("unload")
+
+
+@dataclass
+class Digits(Reward):
+    """Rewards the last digit; shares its record of events with the engine."""
+
+    fail_at: int = -1
+    events: list[str] = field(default_factory=list)
+    calls: int = 0
+    scored: int = 0
+
+    def load(self, device: torch.device) -> None:
+        self.events.append(f"load reward on {device}")
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        self.calls += 1
+        if self.calls - 1 == self.fail_at:
+            raise RuntimeError("no connection")
+        self.events.append("score")
+        self.scored += len(responses)
+        return [float(response[-1]) if response[-1] != "7" else math.nan for response in responses]
+
+    def unload(self) -> None:
+        self.events.append("unload reward")
+
+
+def encoded(count: int, start: int = 0) -> list[EncodedPrompt]:
+    return [
+        EncodedPrompt(Prompt(f"p{number}", f"text {number}", ()), (number, number + 1))
+        for number in range(start, start + count)
+    ]
+
+
+def wanted_of(count: int, samples: range = range(2)) -> list[Wanted]:
+    return [Wanted(prompt, samples) for prompt in encoded(count)]
+
+
+def collector(
+    generator: Generator | None = None,
+    reward: Reward | None = None,
+    *,
+    ranks: Ranks | None = None,
+    prompts_per_shard: int = 2,
+    observers: Sequence[Any] = (),
+    policy: Any = None,
+    seed: int = 5,
+) -> Collector:
+    return Collector(
+        generator=generator or Echo(),
+        reward=reward or Digits(),
+        policy=policy,
+        device=torch.device("cpu"),
+        seed=seed,
+        prompts_per_shard=prompts_per_shard,
+        ranks=ranks or Alone(),
+        observers=observers,
+    )
+
+
+def collect(
+    store: ShardStore, wanted: Sequence[Wanted], iteration: int = 3, **settings: Any
+) -> list[Rollout]:
+    return collector(**settings).collect(store, "probe", wanted, iteration=iteration, phase="probing")
+
+
+def same(left: Sequence[Rollout], right: Sequence[Rollout]) -> bool:
+    """Equality, with NaN equal to NaN."""
+    return repr(list(left)) == repr(list(right))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ShardStore:
+    return ShardStore(tmp_path / "rollouts")
+
+
+def files(store: ShardStore) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(store.folder.iterdir())}
+
+
+# ------------------------------------------------------------------ what is kept
+
+
+def test_rows_hold_what_was_sampled_in_the_order_wanted(store: ShardStore) -> None:
+    """Seeds are derived from the run's seed, the iteration, the prompt and the sample, and nothing else."""
+    rows = collect(store, wanted_of(3, range(1, 3)))
+    expected = []
+    for number in range(3):
+        for index in (1, 2):
+            seed = derive_seed(5, 3, f"p{number}", index)
+            expected.append(
+                Rollout(
+                    prompt_id=f"p{number}",
+                    sample_index=index,
+                    prompt=f"text {number}",
+                    response=f"level 0 seed {seed}",
+                    token_ids=(number, number + 1, 0, seed % 1000),
+                    finish_reason="stop" if seed % 2 else "length",
+                    reward=math.nan if seed % 10 == 7 else float(seed % 10),
+                )
+            )
+    assert same(rows, expected)
+    assert list(files(store)) == ["probe-00000.parquet", "probe-00001.parquet"]
+
+
+@pytest.mark.parametrize("size", [1, 3, 50])
+def test_the_shards_size_changes_no_row(tmp_path: Path, size: int) -> None:
+    expected = collect(ShardStore(tmp_path / "a"), wanted_of(5))
+    assert same(collect(ShardStore(tmp_path / "b"), wanted_of(5), prompts_per_shard=size), expected)
+
+
+@pytest.mark.parametrize("change", [{"seed": 6}, {"iteration": 4}])
+def test_seed_and_iteration_change_every_sample(tmp_path: Path, change: dict[str, int]) -> None:
+    first = collect(ShardStore(tmp_path / "a"), wanted_of(3))
+    second = collect(ShardStore(tmp_path / "b"), wanted_of(3), **change)
+    assert all(a.response != b.response for a, b in zip(first, second, strict=True))
+
+
+def test_a_real_engine_gives_the_same_rows_whatever_the_shards(tmp_path: Path) -> None:
+    prompts = [
+        Wanted(EncodedPrompt(Prompt(f"p{n}", "", ()), tokens), range(2))
+        for n, tokens in enumerate(random_tokens(3, 20, 1, 8))
+    ]
+    found = []
+    for size in (1, 4):
+        engine = HFGenerator(max_new_tokens=6, temperature=1.0, batch_size=8 // size)
+        reward = Digits()
+        reward.score = lambda prompts, responses: [float(len(text)) for text in responses]  # type: ignore[method-assign]
+        found.append(
+            collect(
+                ShardStore(tmp_path / str(size)),
+                prompts,
+                generator=engine,
+                reward=reward,
+                policy=Source(tiny_model()),
+                prompts_per_shard=size,
+            )
+        )
+    assert found[0] == found[1]
+    assert len({row.token_ids for row in found[0]}) == 8
+    assert [row.response for row in found[0]] == [
+        byte_tokenizer().decode(row.token_ids, skip_special_tokens=True) for row in found[0]
+    ]
+
+
+def test_the_engine_is_freed_before_the_reward_is_loaded(store: ShardStore) -> None:
+    events: list[str] = []
+    collect(store, wanted_of(3), generator=Echo(events=events), reward=Digits(events=events))
+    assert events == [
+        *("load", "generate", "generate", "unload"),
+        *("load reward on cpu", "score", "score", "unload reward"),
+    ]
+
+
+# ------------------------------------------------------------- reuse and recovery
+
+
+def test_a_second_call_makes_nothing_again(store: ShardStore) -> None:
+    expected = collect(store, wanted_of(5))
+    before = files(store)
+    generator, reward = Echo(), Digits()
+    assert same(collect(store, wanted_of(5), generator=generator, reward=reward), expected)
+    assert generator.events == reward.events == []
+    assert files(store) == before
+
+
+def test_a_run_that_broke_down_while_sampling_repeats_the_missing_shards_only(
+    tmp_path: Path, store: ShardStore
+) -> None:
+    expected = collect(ShardStore(tmp_path / "whole"), wanted_of(6))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        collect(store, wanted_of(6), generator=Echo(fail_at=1))
+    assert list(files(store)) == ["probe-00000.parquet"]
+    generator, reward = Echo(), Digits()
+    assert same(collect(store, wanted_of(6), generator=generator, reward=reward), expected)
+    assert [request.token_ids[0] for request in generator.asked] == [2, 3, 4, 5]
+    assert reward.scored == 12
+
+
+def test_a_run_that_broke_down_while_scoring_scores_the_other_shards_only(
+    tmp_path: Path, store: ShardStore
+) -> None:
+    expected = collect(ShardStore(tmp_path / "whole"), wanted_of(6))
+    with pytest.raises(UserError, match="raised RuntimeError: no connection"):
+        collect(store, wanted_of(6), reward=Digits(fail_at=1))
+    scored = [row.reward is not None for row in store.read_all("probe")]
+    assert scored == [True] * 4 + [False] * 8
+    generator, reward = Echo(), Digits()
+    assert same(collect(store, wanted_of(6), generator=generator, reward=reward), expected)
+    assert generator.calls == 0
+    assert reward.scored == 8
+
+
+def test_a_hole_in_the_middle_is_filled(store: ShardStore) -> None:
+    expected = collect(store, wanted_of(6))
+    store.path("probe", 1).unlink()
+    generator = Echo()
+    assert same(collect(store, wanted_of(6), generator=generator), expected)
+    assert [request.token_ids[0] for request in generator.asked] == [2, 3]
+
+
+def test_a_reward_of_nan_is_a_score(store: ShardStore) -> None:
+    rows = collect(store, wanted_of(40))
+    assert any(row.reward is not None and math.isnan(row.reward) for row in rows)
+    reward = Digits()
+    collect(store, wanted_of(40), reward=reward)
+    assert reward.calls == 0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        [*wanted_of(3), Wanted(encoded(1, 9)[0], range(2))],
+        wanted_of(4, range(3)),
+        wanted_of(4)[::-1],
+        wanted_of(3),
+    ],
+    ids=["another prompt", "more samples", "another order", "fewer prompts"],
+)
+def test_shards_of_other_prompts_are_refused(store: ShardStore, other: list[Wanted]) -> None:
+    collect(store, wanted_of(4))
+    before = files(store)
+    message = (
+        r"probe-0000[01]\.parquet holds responses to other prompts than this config asks for: the prompt file "
+        r"changed since; use a new trainer\.default_root_dir$"
+    )
+    with pytest.raises(UserError, match=message):
+        collect(store, other)
+    assert files(store) == before
+
+
+def test_shards_of_another_name_are_others(store: ShardStore) -> None:
+    collect(store, wanted_of(4))
+    made = collector().collect(store, "topup", wanted_of(2, range(2, 5)), iteration=3, phase="generating")
+    assert [row.sample_index for row in made] == [2, 3, 4] * 2
+    assert sorted(files(store)) == ["probe-00000.parquet", "probe-00001.parquet", "topup-00000.parquet"]
+
+
+def test_nothing_wanted(store: ShardStore) -> None:
+    generator, reward = Echo(), Digits()
+    assert collect(store, [], generator=generator, reward=reward) == []
+    assert generator.events == reward.events == []
+
+
+# --------------------------------------------------------------- several processes
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_several_ranks_make_the_shards_of_one(tmp_path: Path, world_size: int) -> None:
+    """Also more ranks than shards; every rank reads all rows."""
+    for count in (2, 7):
+        alone = ShardStore(tmp_path / f"alone-{count}")
+        expected = collect(alone, wanted_of(count))
+        shared = ShardStore(tmp_path / f"shared-{count}")
+        meeting = threading.Barrier(world_size)
+        engines = [Echo() for _ in range(world_size)]
+        found: dict[int, list[Rollout]] = {}
+
+        def run(
+            rank: int,
+            count: int = count,
+            shared: ShardStore = shared,
+            meeting: threading.Barrier = meeting,
+            engines: list[Echo] = engines,
+            found: dict[int, list[Rollout]] = found,
+        ) -> None:
+            ranks = Threads(rank, world_size, meeting)
+            found[rank] = collect(shared, wanted_of(count), generator=engines[rank], ranks=ranks)
+
+        together(run, world_size)
+        assert files(shared) == files(alone)
+        assert all(same(found[rank], expected) for rank in range(world_size))
+        shards = -(-count // 2)
+        assert [engine.calls for engine in engines] == [
+            len(range(rank, shards, world_size)) for rank in range(world_size)
+        ]
+
+
+def together(run: Callable[[int], None], world_size: int) -> None:
+    """Run once a rank, at the same time."""
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_a_rank_takes_over_what_another_left(tmp_path: Path, store: ShardStore) -> None:
+    """One of two ranks ran; then the run goes on with one."""
+    expected = collect(ShardStore(tmp_path / "whole"), wanted_of(8))
+    collector(ranks=Alone(0, 2))._generate(
+        store,
+        "probe",
+        [wanted_of(8)[start : start + 2] for start in range(0, 8, 2)],
+        iteration=3,
+        phase="probing",
+        greedy=False,
+    )
+    assert list(files(store)) == ["probe-00000.parquet", "probe-00002.parquet"]
+    generator = Echo()
+    assert same(collect(store, wanted_of(8), generator=generator), expected)
+    assert [request.token_ids[0] for request in generator.asked] == [2, 3, 6, 7]
+
+
+# ------------------------------------------------------------------------ greedy
+
+
+def test_greedy_answers_ask_without_seeds(store: ShardStore) -> None:
+    generator = Echo()
+    rows = collector(generator).collect_greedy(store, "greedy", encoded(3), iteration=1, phase="evaluating")
+    assert [request.seeds for request in generator.asked] == [()] * 3
+    assert [(row.prompt_id, row.sample_index, row.reward) for row in rows] == [
+        (f"p{number}", 0, 0.0) for number in range(3)
+    ]
+
+
+def test_greedy_answers_can_stay_unscored(store: ShardStore) -> None:
+    reward = Digits()
+    rows = collector(reward=reward).collect_greedy(
+        store, "greedy", encoded(3), iteration=0, phase="predicting", score=False
+    )
+    assert reward.events == []
+    assert [row.reward for row in rows] == [None] * 3
+    scored = collector(reward=reward).collect_greedy(
+        store, "greedy", encoded(3), iteration=0, phase="evaluating"
+    )
+    assert [row.reward for row in scored] == [0.0] * 3
+
+
+# ------------------------------------------------------- observers and bad engines
+
+
+class Watcher:
+    def __init__(self) -> None:
+        self.seen: list[PhaseProgress] = []
+
+    def on_phase_progress(self, progress: PhaseProgress) -> None:
+        self.seen.append(progress)
+
+
+def test_observers_see_every_prompt(store: ShardStore) -> None:
+    """Four tokens a response, two responses a prompt, three prompts in shards of two."""
+    watcher = Watcher()
+    collect(store, wanted_of(3), observers=[watcher])
+    assert watcher.seen == [
+        PhaseProgress("probing", 3, 0, 3, 0),
+        PhaseProgress("probing", 3, 1, 3, 8),
+        PhaseProgress("probing", 3, 2, 3, 16),
+        PhaseProgress("probing", 3, 3, 3, 24),
+        PhaseProgress("scoring", 3, 0, 3, 0),
+        PhaseProgress("scoring", 3, 2, 3, 16),
+        PhaseProgress("scoring", 3, 3, 3, 24),
+    ]
+    watcher.seen.clear()
+    collect(store, wanted_of(3), observers=[watcher])
+    assert watcher.seen == []
+
+
+def test_an_engine_that_forgets_a_prompt(store: ShardStore) -> None:
+    class Forgetful(Echo):
+        def generate(self, requests: Sequence[SampleRequest]) -> Iterator[PromptResponses]:
+            yield from list(super().generate(requests))[:1]
+
+    message = (
+        r"^data\.generator Forgetful left 1 of 2 prompts without a response: it must answer every request$"
+    )
+    with pytest.raises(UserError, match=message):
+        collect(store, wanted_of(2), generator=Forgetful())
+    assert not store.folder.exists()
+
+
+def test_an_engine_that_gives_too_few_responses(store: ShardStore) -> None:
+    class Stingy(Echo):
+        def generate(self, requests: Sequence[SampleRequest]) -> Iterator[PromptResponses]:
+            for answer in super().generate(requests):
+                yield answer._replace(responses=answer.responses[:1])
+
+    with pytest.raises(ValueError, match="shorter"):
+        collect(store, wanted_of(2), generator=Stingy())
+    assert not store.folder.exists()
+
+
+def test_a_reward_sees_each_responses_own_prompt(store: ShardStore) -> None:
+    class Recorder(Digits):
+        def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+            seen.extend(zip([prompt.id for prompt in prompts], responses, strict=True))
+            return super().score(prompts, responses)
+
+    seen: list[tuple[str, str]] = []
+    rows = collect(store, wanted_of(5), reward=Recorder())
+    assert seen == [(row.prompt_id, row.response) for row in rows]
+
+
+def test_by_prompt() -> None:
+    def row(prompt_id: str, index: int) -> Rollout:
+        return Rollout(prompt_id, index, "", "", (1,), "stop", None)
+
+    rows = [row("b", 0), row("a", 0), row("b", 1)]
+    assert by_prompt(rows) == {"b": [rows[0], rows[2]], "a": [rows[1]]}
+    assert list(by_prompt(rows)) == ["b", "a"]
+    assert by_prompt([]) == {}
+
+
+def test_messages_reach_the_reward(store: ShardStore) -> None:
+    """The prompt that is scored is the one that was read, with all its turns."""
+    turns = (Message(role="system", content="be kind"), Message(role="user", content="hi"))
+    prompt = EncodedPrompt(Prompt("p0", "hi", turns, answer="yes", metadata={"level": 1}), (1, 2))
+    seen: list[Prompt] = []
+
+    class Recorder(Digits):
+        def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+            seen.extend(prompts)
+            return [1.0] * len(responses)
+
+    collect(store, [Wanted(prompt, range(2))], reward=Recorder())
+    assert seen == [prompt.prompt] * 2
