@@ -445,6 +445,7 @@ def test_misspelt_config_keys(
         ("max_epochs", 3, "data.iterations and data.epochs_per_iteration"),
         ("check_val_every_n_epoch", 3, "data.epochs_per_iteration"),
         ("max_steps", 10, "data.iterations and data.epochs_per_iteration"),
+        ("max_time", "00:01:00:00", "by a signal instead"),
         ("limit_train_batches", 0.5, "data.schedule"),
         ("limit_val_batches", 2, "data.eval_prompts"),
         ("overfit_batches", 2, "data.prompts"),
@@ -612,3 +613,57 @@ def test_some_non_finite_rewards_drop_their_prompts(tiny_policy: Path, tmp_path:
     pairs = pq.read_table(iteration / "pairs.parquet").column("prompt_id").to_pylist()
     assert len(pairs) == manifest["counts"]["pairs"]
     assert not {"p0", "p5"} & set(pairs)
+
+
+# ------------------------------------------------- settings that do not go together
+
+
+@pytest.mark.parametrize(
+    ("changes", "wording"),
+    [
+        ({"trainer__strategy": "fsdp"}, "is not supported: use one device or ddp"),
+        (
+            {"model__optimizer": "torch.optim.AdamW", "model__optimizer__lr": 0.5},
+            "model.optimizer.init_args.lr=0.5 would be overridden: set model.learning_rate instead",
+        ),
+        (
+            {"model__optimizer": "torch.optim.AdamW", "model__optimizer__weight_decay": 0.5},
+            "model.optimizer.init_args.weight_decay=0.5 would be overridden: set model.weight_decay instead",
+        ),
+        (
+            {"data__generator__max_new_tokens": 500},
+            "with 500 new ones more than the policy's context of 512: lower data.max_prompt_tokens",
+        ),
+        (
+            {
+                "data__pair_selection": "sppo_lightning.selection.Hardest",
+                "data__pair_selection__fraction": 0.1,
+            },
+            "keeps",
+        ),
+    ],
+)
+def test_combinations(arguments: Arguments, refused: Refused, changes: dict[str, Any], wording: str) -> None:
+    assert wording in refused(arguments(**changes))
+
+
+def test_conversations_need_a_reward_model_with_a_chat_template(
+    arguments: Arguments, refused: Refused, tiny_reward_model: Path, tmp_path: Path
+) -> None:
+    plain = tmp_path / "plain-reward"
+    shutil.copytree(tiny_reward_model, plain)
+    (plain / "chat_template.jinja").unlink()
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    lines = [
+        json.dumps({"messages": [*turns, {"role": "user", "content": f"c{n}"}]}) + "\n" for n in range(12)
+    ]
+    (tmp_path / "turns.jsonl").write_text("".join(lines))
+    changes: dict[str, Any] = {
+        "data__prompts": tmp_path / "turns.jsonl",
+        "data__reward": "sppo_lightning.rewards.SequenceClassificationReward",
+        "data__reward__function": None,
+        "data__reward__pretrained": plain,
+    }
+    line = refused(arguments(**changes))
+    assert "has several messages, but the reward model" in line
+    assert "has no chat template and reads one text: use single prompts" in line
