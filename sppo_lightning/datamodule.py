@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,14 @@ from sppo_lightning.generation import Generator
 from sppo_lightning.iteration import IterationBuilder, IterationRules, difficulty_after
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.pairing import BestWorst, Pairing
+from sppo_lightning.preflight import (
+    check_context,
+    check_sizes,
+    check_trainer,
+    read_stage_prompts,
+    shrink,
+)
 from sppo_lightning.prompt_sets import PromptSets
-from sppo_lightning.prompts import check_disjoint
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rollouts import RunFolder, describe
 from sppo_lightning.seeding import random_keys
@@ -41,7 +46,6 @@ from sppo_lightning.trainer import TrainerRanks, fit_position, is_dev_run
 from sppo_lightning.types import EncodedPrompt, PhaseObserver, PreferencePair, UserError
 
 Sources = str | list[str]
-PROMPTS_OF = {"validate": "eval_prompts", "test": "test_prompts", "predict": "predict_prompts"}
 
 
 class SelfPlayDataModule(pl.LightningDataModule):
@@ -143,71 +147,30 @@ class SelfPlayDataModule(pl.LightningDataModule):
         assert self.trainer is not None
         self.ranks = TrainerRanks(self.trainer)
         self.folder = RunFolder(Path(self.trainer.default_root_dir))
-        if is_dev_run(self.trainer):
-            self.folder = RunFolder(self.ranks.same(Path(tempfile.mkdtemp(prefix="sppo-dev-"))))
-        keys = ["prompts", "eval_prompts"] if stage == "fit" else [PROMPTS_OF[stage]]
-        keys = [key for key in keys if stage != "fit" or key == "prompts" or self.prompt_sets.named(key)]
-        for key in keys:
-            self.prompt_sets.read(key)
-        if stage == "test" and self.prompt_sets.named("prompts"):
-            self._check_disjoint("test_prompts")
+        keys = read_stage_prompts(self.prompt_sets, stage)
         if stage == "fit":
-            self._setup_fit(self.trainer)
+            if is_dev_run(self.trainer):
+                self.rules = shrink(self.prompt_sets, self.rules)
+            else:
+                check_trainer(self.trainer, epochs=self.rules.iterations * self.epochs_per_iteration)
+            self.trainer.accumulate_grad_batches = accumulation_steps(
+                pairs_per_step=self.rules.pairs_per_step,
+                batch_size=self.rules.batch_size,
+                world_size=self.trainer.world_size,
+            )
         if stage != "predict":
             self.reward.check()
             for key in keys:
                 self.reward.check_prompts(self.prompt_sets.read(key))
         self.module.check()
         for key in keys:
-            self._check_context(key)
+            prompts = self._encoded(key).values()
+            check_context(prompts, self.generator, self.module.model_config, key=key)
         if stage == "fit":
-            self.rules.check_sizes(list(self._encoded("prompts")))
-
-    def _setup_fit(self, trainer: pl.Trainer) -> None:
-        rules, sets = self.rules, self.prompt_sets
-        if is_dev_run(trainer):
-            self._shrink()
-        else:
-            wanted = {
-                "max_epochs": rules.iterations * self.epochs_per_iteration,
-                "reload_dataloaders_every_n_epochs": 1,
-            }
-            for name, value in wanted.items():
-                if getattr(trainer, name) != value:
-                    raise UserError(f"the Trainer needs {name}={value}, got {getattr(trainer, name)}")
-        if sets.named("eval_prompts"):
-            self._check_disjoint("eval_prompts")
-        trainer.accumulate_grad_batches = accumulation_steps(
-            pairs_per_step=rules.pairs_per_step,
-            batch_size=rules.batch_size,
-            world_size=trainer.world_size,
-        )
-
-    def _shrink(self) -> None:
-        """Keep one optimizer step's worth of prompts, with room for ties, and one iteration."""
-        sets, wanted = self.prompt_sets, 2 * self.rules.pairs_per_step
-        self.rules = replace(self.rules, iterations=1)
-        ids = [prompt.id for prompt in sets.read("prompts")]
-        for count in range(wanted, len(ids), self.rules.pairs_per_step):
-            if self.rules.expected_pairs(ids[:count], 0)[1] >= wanted:
-                sets.keep_first("prompts", count)
-                break
-        if sets.named("eval_prompts"):
-            sets.keep_first("eval_prompts", self.rules.pairs_per_step)
-
-    def _check_disjoint(self, key: str) -> None:
-        check_disjoint(self.prompt_sets.read("prompts"), self.prompt_sets.read(key), key=f"data.{key}")
-
-    def _check_context(self, key: str) -> None:
-        """Refuse prompts that leave no room for a response in the policy's context."""
-        longest = max(len(item.token_ids) for item in self._encoded(key).values())
-        new = getattr(self.generator, "max_new_tokens", 0)
-        context = getattr(self.module.model_config, "max_position_embeddings", None)
-        if context is not None and longest + new > context:
-            raise UserError(
-                f"data.{key}: the longest prompt has {longest} tokens, with {new} new ones more than the policy's "
-                f"context of {context}: lower data.max_prompt_tokens or the generator's max_new_tokens"
-            )
+            check_sizes(self.rules, list(self._encoded("prompts")))
+        if is_dev_run(self.trainer):
+            own = tempfile.mkdtemp(prefix="sppo-dev-") if self.ranks.rank == 0 else ""
+            self.folder = RunFolder(Path(self.ranks.same(own)))
 
     def teardown(self, stage: str) -> None:
         """Remove what a dev run left."""

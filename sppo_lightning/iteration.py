@@ -86,21 +86,6 @@ class IterationRules:
             size = size if kept is None else kept
         return len(candidates), size
 
-    def check_sizes(self, prompt_ids: Sequence[str]) -> None:
-        """Refuse rules that leave an iteration fewer prompts than one optimizer step needs pairs.
-
-        Raises:
-            UserError: naming the iteration and the sizes.
-        """
-        for iteration in range(self.iterations):
-            total, size = self.expected_pairs(prompt_ids, iteration)
-            if size < self.pairs_per_step:
-                raise UserError(
-                    f"data.selection keeps {size} of {total} candidate prompts in iteration {iteration}, "
-                    f"fewer than one optimizer step of data.pairs_per_step={self.pairs_per_step}: raise the "
-                    "fraction, add prompts or lower pairs_per_step"
-                )
-
 
 @dataclass(frozen=True)
 class IterationBuilder:

@@ -13,7 +13,7 @@ LAYERS = {
     1: ["losses", "logprobs", "difficulty", "selection", "pairing", "schedules", "seeding"],
     2: ["prompts", "prompt_files", "prompt_sets", "rollouts", "batching", "metrics", "pretrained"],
     3: ["policy", "generation", "rewards", "collect", "evaluation", "iteration"],
-    4: ["module", "datamodule", "trainer"],
+    4: ["module", "datamodule", "preflight", "trainer"],
     5: ["callbacks"],
     6: ["cli", "parse_errors", "run_config", "metrics_csv", "__main__", "__init__"],
 }

@@ -621,7 +621,10 @@ def test_some_non_finite_rewards_drop_their_prompts(tiny_policy: Path, tmp_path:
 @pytest.mark.parametrize(
     ("changes", "wording"),
     [
-        ({"trainer__strategy": "fsdp"}, "is not supported: use one device or ddp"),
+        (
+            {"trainer__strategy": "lightning.pytorch.strategies.ModelParallelStrategy"},
+            "trainer.strategy=ModelParallelStrategy is not supported: use one device or ddp",
+        ),
         (
             {"model__optimizer": "torch.optim.AdamW", "model__optimizer__lr": 0.5},
             "model.optimizer.init_args.lr=0.5 would be overridden: set model.learning_rate instead",

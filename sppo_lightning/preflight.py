@@ -1,0 +1,92 @@
+"""Checks of a run before any weights load: prompts, Trainer, sizes, context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import lightning.pytorch as pl
+
+from sppo_lightning.generation import Generator
+from sppo_lightning.iteration import IterationRules
+from sppo_lightning.prompt_sets import PromptSets
+from sppo_lightning.prompts import check_disjoint
+from sppo_lightning.types import EncodedPrompt, UserError
+
+PROMPTS_OF = {"validate": "eval_prompts", "test": "test_prompts", "predict": "predict_prompts"}
+
+
+def read_stage_prompts(sets: PromptSets, stage: str) -> list[str]:
+    """Read the prompts that a stage needs, and return their keys.
+
+    Raises:
+        UserError: if some are missing, broken, or also among the training prompts.
+    """
+    keys = ["prompts", "eval_prompts"] if stage == "fit" else [PROMPTS_OF[stage]]
+    keys = [key for key in keys if stage != "fit" or key == "prompts" or sets.named(key)]
+    for key in keys:
+        sets.read(key)
+    if stage != "predict" and sets.named("prompts"):
+        for key in set(keys) - {"prompts"}:
+            check_disjoint(sets.read("prompts"), sets.read(key), key=f"data.{key}")
+    return keys
+
+
+def check_trainer(trainer: pl.Trainer, *, epochs: int) -> None:
+    """Refuse a Trainer, made without the command line, that would not run the loop.
+
+    Raises:
+        UserError: naming the argument and its value.
+    """
+    for name, value in {"max_epochs": epochs, "reload_dataloaders_every_n_epochs": 1}.items():
+        if getattr(trainer, name) != value:
+            raise UserError(f"the Trainer needs {name}={value}, got {getattr(trainer, name)}")
+
+
+def shrink(sets: PromptSets, rules: IterationRules) -> IterationRules:
+    """Keep one optimizer step's worth of prompts, with room for ties, and one iteration; for a dev run."""
+    wanted = 2 * rules.pairs_per_step
+    rules = replace(rules, iterations=1)
+    ids = [prompt.id for prompt in sets.read("prompts")]
+    for count in range(wanted, len(ids), rules.pairs_per_step):
+        if rules.expected_pairs(ids[:count], 0)[1] >= wanted:
+            sets.keep_first("prompts", count)
+            break
+    if sets.named("eval_prompts"):
+        sets.keep_first("eval_prompts", rules.pairs_per_step)
+    return rules
+
+
+def check_sizes(rules: IterationRules, prompt_ids: Sequence[str]) -> None:
+    """Refuse rules that leave an iteration fewer prompts than one optimizer step needs pairs.
+
+    Raises:
+        UserError: naming the iteration and the sizes.
+    """
+    for iteration in range(rules.iterations):
+        total, size = rules.expected_pairs(prompt_ids, iteration)
+        if size < rules.pairs_per_step:
+            raise UserError(
+                f"data.selection keeps {size} of {total} candidate prompts in iteration {iteration}, fewer than one "
+                f"optimizer step of data.pairs_per_step={rules.pairs_per_step}: raise the fraction, add prompts or "
+                "lower pairs_per_step"
+            )
+
+
+def check_context(
+    prompts: Iterable[EncodedPrompt], generator: Generator, model_config: Any, *, key: str
+) -> None:
+    """Refuse prompts that leave no room for a response in the policy's context.
+
+    Raises:
+        UserError: with the lengths, in tokens.
+    """
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    new = getattr(generator, "max_new_tokens", 0)
+    context = getattr(model_config, "max_position_embeddings", None)
+    if context is not None and longest + new > context:
+        raise UserError(
+            f"data.{key}: the longest prompt has {longest} tokens, with {new} new ones more than the policy's "
+            f"context of {context}: lower data.max_prompt_tokens or the generator's max_new_tokens"
+        )
