@@ -622,7 +622,7 @@ def test_some_non_finite_rewards_drop_their_prompts(tiny_policy: Path, tmp_path:
     ("changes", "wording"),
     [
         (
-            {"trainer__strategy": "lightning.pytorch.strategies.ModelParallelStrategy"},
+            {"trainer__strategy": '{"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}'},
             "trainer.strategy=ModelParallelStrategy is not supported: use one device or ddp",
         ),
         (
