@@ -81,6 +81,8 @@ def load_tokenizer(pretrained: str, *, key: str, trust_remote_code: bool) -> Pre
             f"{key}={pretrained!r} has no tokenizer that can be read ({first_line(error)}): save the tokenizer "
             "beside the model"
         ) from error
+    if extra and tokenizer.eos_token_id == tokenizer.bos_token_id:
+        _special_tokens_of_gguf(tokenizer, location, extra)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -105,3 +107,14 @@ def forget_gguf(model: PreTrainedModel) -> None:
     cast(Any, model).hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+def _special_tokens_of_gguf(tokenizer: PreTrainedTokenizerBase, location: str, extra: dict[str, str]) -> None:
+    """Name the special tokens that the file's metadata names; transformers 5.17 takes BOS for all."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(location, **extra)
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token_id = getattr(config, f"{name}_id", None)
+        if token_id is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))

@@ -447,7 +447,7 @@ def test_misspelt_config_keys(
         ("max_steps", 10, "data.iterations and data.epochs_per_iteration"),
         ("max_time", "00:01:00:00", "by a signal instead"),
         ("limit_train_batches", 0.5, "data.schedule"),
-        ("limit_val_batches", 2, "data.eval_prompts"),
+        ("limit_val_batches", 0.5, "data.eval_prompts"),
         ("overfit_batches", 2, "data.prompts"),
         ("val_check_interval", 2, "data.eval_prompts"),
         ("accumulate_grad_batches", 2, "data.pairs_per_step and data.batch_size"),
