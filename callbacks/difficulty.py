@@ -7,11 +7,10 @@ from typing import Literal
 
 import lightning.pytorch as pl
 
-from sppo_lightning.datamodule import SelfPlayDataModule
+from sppo_lightning.datamodule import self_play_data
 from sppo_lightning.difficulty import Reestimation
 from sppo_lightning.iteration import IterationRules
 from sppo_lightning.seeding import random_keys
-from sppo_lightning.types import UserError
 
 
 class DifficultyReestimation(pl.Callback):
@@ -54,12 +53,12 @@ class DifficultyReestimation(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Require the data module that owns the difficulty table."""
-        if stage == "fit" and not isinstance(_datamodule(trainer), SelfPlayDataModule):
-            raise UserError("DifficultyReestimation works with SelfPlayDataModule only")
+        if stage == "fit":
+            self_play_data(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hand the decision to the data module once the iteration is over."""
-        datamodule = _datamodule(trainer)
+        datamodule = self_play_data(trainer)
         if not datamodule.iteration_ends:
             return
         iteration = datamodule.current_iteration
@@ -80,7 +79,3 @@ class DifficultyReestimation(pl.Callback):
         keys = random_keys(pool, rules.seed, iteration, "reestimation").tolist()
         due = tuple(prompt_id for prompt_id, key in zip(pool, keys, strict=True) if key < self.share)
         return Reestimation(due, samples, self.smoothing)
-
-
-def _datamodule(trainer: pl.Trainer) -> SelfPlayDataModule:
-    return trainer.datamodule  # type: ignore[attr-defined, no-any-return]

@@ -9,7 +9,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
-from sppo_lightning.datamodule import SelfPlayDataModule
+from sppo_lightning.datamodule import self_play_data
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.trainer import is_dev_run
 
@@ -34,7 +34,7 @@ class PolicyExport(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export once the iteration is over."""
-        datamodule = cast(SelfPlayDataModule, cast(Any, trainer).datamodule)
+        datamodule = self_play_data(trainer)
         if datamodule.iteration_ends and not is_dev_run(trainer):
             root = datamodule.folder.root
             self.export(cast(PreferenceModule, pl_module), root / "policy")

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from sppo_lightning.batching import PairBatch
-from sppo_lightning.datamodule import SelfPlayDataModule
+from sppo_lightning.datamodule import SelfPlayDataModule, self_play_data
 from sppo_lightning.types import PhaseProgress
 
 SECONDS_BETWEEN_LINES = 10.0  # where the output is a file
@@ -65,7 +65,7 @@ class SelfPlayProgress(ProgressBar):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the bar of a training epoch."""
-        datamodule = cast(SelfPlayDataModule, cast(Any, trainer).datamodule)
+        datamodule = self_play_data(trainer)
         epoch = trainer.current_epoch % datamodule.epochs_per_iteration
         name = f"iteration {datamodule.current_iteration} training"
         if datamodule.epochs_per_iteration > 1:

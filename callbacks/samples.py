@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from sppo_lightning.datamodule import SelfPlayDataModule
+from sppo_lightning.datamodule import self_play_data
 from sppo_lightning.evaluation import load_evaluation
 from sppo_lightning.rollouts import write_atomically
 from sppo_lightning.types import Rollout
@@ -34,7 +33,7 @@ class SampleTable(pl.Callback):
     @rank_zero_only
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the table once the iteration is over."""
-        datamodule = cast(SelfPlayDataModule, cast(Any, trainer).datamodule)
+        datamodule = self_play_data(trainer)
         if not datamodule.prompt_sets.named("eval_prompts") or not datamodule.iteration_ends:
             return
         finished = datamodule.current_iteration + 1

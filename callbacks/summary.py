@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
-from sppo_lightning.datamodule import SelfPlayDataModule
+from sppo_lightning.datamodule import self_play_data
 from sppo_lightning.evaluation import load_evaluation, measure, paired_difference
 from sppo_lightning.metrics import mean_with_error
 from sppo_lightning.rollouts import RunFolder
@@ -30,7 +29,7 @@ class RunSummary(pl.Callback):
     @rank_zero_only
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the summary."""
-        datamodule = cast(SelfPlayDataModule, cast(Any, trainer).datamodule)
+        datamodule = self_play_data(trainer)
         print("\n" + self.render(datamodule.folder, datamodule.rules.iterations), flush=True)
 
     def render(self, folder: RunFolder, iterations: int) -> str:

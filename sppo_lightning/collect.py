@@ -83,7 +83,8 @@ class Collector:
     def _mine(self, shards: list[Sequence[Wanted]]) -> list[int]:
         return list(range(self.ranks.rank, len(shards), self.ranks.world_size))
 
-    def _notify(self, phase: Phase, iteration: int, done: int, total: int, tokens: int) -> None:
+    def notify(self, phase: Phase, iteration: int, done: int, total: int, tokens: int) -> None:
+        """Tell the observers how far a phase has come."""
         for observer in self.observers:
             observer.on_phase_progress(PhaseProgress(phase, iteration, done, total, tokens))
 
@@ -101,7 +102,7 @@ class Collector:
         total = sum(len(shards[number]) for number in missing)
         if missing:
             done = tokens = 0
-            self._notify(phase, iteration, done, total, tokens)
+            self.notify(phase, iteration, done, total, tokens)
             self.generator.load(self.policy)
             for number in missing:
                 rows: list[list[Rollout]] = [[] for _ in shards[number]]
@@ -122,7 +123,7 @@ class Collector:
                     ]
                     done += 1
                     tokens += sum(len(response.token_ids) for response in answer.responses)
-                    self._notify(phase, iteration, done, total, tokens)
+                    self.notify(phase, iteration, done, total, tokens)
                 unanswered = rows.count([])
                 if unanswered:
                     raise UserError(
@@ -150,7 +151,7 @@ class Collector:
         total = sum(len(shards[number]) for number, _ in pending)
         if pending:
             done = tokens = 0
-            self._notify("scoring", iteration, done, total, tokens)
+            self.notify("scoring", iteration, done, total, tokens)
             self.reward.load(self.device)
             for number, rows in pending:
                 prompts = {item.prompt.prompt.id: item.prompt.prompt for item in shards[number]}
@@ -164,7 +165,7 @@ class Collector:
                 )
                 done += len(shards[number])
                 tokens += sum(len(row.token_ids) for row in rows)
-                self._notify("scoring", iteration, done, total, tokens)
+                self.notify("scoring", iteration, done, total, tokens)
             self.reward.unload()
         self.ranks.barrier(f"scored {name}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
@@ -361,7 +361,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
             self.folder.root, list(self._encoded("predict_prompts").values()), self._collector()
         )
         rank_zero_info(f"{len(lines)} answers written to {self.folder.root / 'predictions.jsonl'}")
-        return DataLoader(lines, batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(cast(Any, lines), batch_size=None)
 
     # ------------------------------------------------------------- checkpoints
 
@@ -385,3 +385,15 @@ class SelfPlayDataModule(pl.LightningDataModule):
         self._table = StatisticsTable.from_state(state_dict["table"])
         due = state_dict["reestimation"]
         self.reestimation = due and Reestimation(tuple(due["prompt_ids"]), due["samples"], due["smoothing"])
+
+
+def self_play_data(trainer: pl.Trainer) -> SelfPlayDataModule:
+    """Return a Trainer's data module, for callbacks of the loop.
+
+    Raises:
+        UserError: if it is none of this package's.
+    """
+    datamodule = cast(Any, trainer).datamodule
+    if not isinstance(datamodule, SelfPlayDataModule):
+        raise UserError(f"the loop's callbacks need a SelfPlayDataModule, got {type(datamodule).__name__}")
+    return datamodule

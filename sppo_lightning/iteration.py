@@ -27,7 +27,7 @@ from sppo_lightning.losses import PairLogps
 from sppo_lightning.pairing import PAIR_COLUMNS, Pairing, build_pairs, pair_statistics
 from sppo_lightning.rollouts import IterationStore, describe
 from sppo_lightning.selection import Schedule, Selection
-from sppo_lightning.types import EncodedPrompt, PhaseProgress, PreferencePair, Rollout, UserError
+from sppo_lightning.types import EncodedPrompt, PreferencePair, Rollout, UserError
 
 
 class ReferencePolicy(Protocol):
@@ -260,7 +260,7 @@ class IterationBuilder:
         found: list[tuple[int, float, float]] = []
         total, done, tokens = sum(map(len, mine)), 0, 0
         if mine:
-            self._notify(iteration, done, total, tokens)
+            self.collector.notify("reference", iteration, done, total, tokens)
         with self.reference.reference_pass():
             for rows in mine:
                 slot = StepSlot(step=0, steps=1, step_pairs=len(rows), last_in_step=True)
@@ -271,15 +271,11 @@ class IterationBuilder:
                 found += zip(rows, logps.chosen.tolist(), logps.rejected.tolist(), strict=True)
                 done += len(rows)
                 tokens += int(batch.attention_mask.sum())
-                self._notify(iteration, done, total, tokens)
+                self.collector.notify("reference", iteration, done, total, tokens)
         filled = list(pairs)
         for row, chosen, rejected in (item for part in ranks.gather(found) for item in part):
             filled[row] = replace(filled[row], reference_chosen_logp=chosen, reference_rejected_logp=rejected)
         return filled
-
-    def _notify(self, iteration: int, done: int, total: int, tokens: int) -> None:
-        for observer in self.collector.observers:
-            observer.on_phase_progress(PhaseProgress("reference", iteration, done, total, tokens))
 
 
 def difficulty_after(

@@ -5,7 +5,7 @@ Shapes: N positions, V vocabulary, S sequences, T tokens.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -57,7 +57,8 @@ def token_logps(logits: Tensor, targets: Tensor, *, chunk: int | None = None) ->
         chunk = max(1, CHUNK_ELEMENTS // logits.shape[-1])
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1")
-    return _TokenLogps.apply(logits, targets, chunk)  # type: ignore[no-untyped-call, no-any-return]
+    logps: Tensor = cast(Any, _TokenLogps).apply(logits, targets, chunk)
+    return logps
 
 
 def sequence_logps(logps: Tensor, mask: Tensor) -> Tensor:

@@ -150,6 +150,11 @@ class PreferenceModule(pl.LightningModule):
         assert self.policy is not None
         return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
 
+    def _trained_names(self) -> set[str]:
+        """Return the names that trained weights have in a checkpoint."""
+        assert self.policy is not None
+        return {f"policy.{name}" for name, p in self.policy.named_parameters() if p.requires_grad}
+
     def configure_optimizers(self) -> Optimizer:
         """Build the optimizer; the rate is set at every batch."""
         parameters = self._trainable()
@@ -374,9 +379,7 @@ class PreferenceModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained weights only, and no optimizer state that the next iteration would clear."""
-        trained = {
-            f"policy.{name}" for name, p in cast(nn.Module, self.policy).named_parameters() if p.requires_grad
-        }
+        trained = self._trained_names()
         checkpoint["state_dict"] = {
             name: value for name, value in checkpoint["state_dict"].items() if name in trained
         }
@@ -387,8 +390,7 @@ class PreferenceModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another policy."""
-        assert self.policy is not None
-        expected = {f"policy.{name}" for name, p in self.policy.named_parameters() if p.requires_grad}
+        expected = self._trained_names()
         found = set(checkpoint["state_dict"])
         if found != expected:
             some = sorted(expected ^ found)[0]

@@ -139,7 +139,8 @@ class HFGenerator(Generator):
                 use_cache=True,
                 logits_to_keep=1,
             )
-            return output.logits[:, -1].float()  # type: ignore[no-any-return]
+            last: Tensor = output.logits[:, -1]
+            return last.float()
 
         logits = forward(input_ids, width, positions)
         copies = torch.tensor([max(1, len(request.seeds)) for request in batch], device=device)
