@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
@@ -51,11 +51,7 @@ class PolicyExport(pl.Callback):
         stale = _stale(folder)
         for leftover in (fresh, stale):
             shutil.rmtree(leftover, ignore_errors=True)
-        model = cast(Any, module.policy)
-        model.config.use_cache = True
-        model.save_pretrained(fresh, safe_serialization=True)
-        model.config.use_cache = False
-        module.tokenizer.save_pretrained(fresh)
+        module.export(fresh)
         if folder.exists():
             folder.rename(stale)
         fresh.rename(folder)

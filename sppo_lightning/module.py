@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -341,9 +342,21 @@ class PreferenceModule(pl.LightningModule):
                 self._sampled_instead = None
 
     def fingerprint(self) -> str:
-        """Return a digest of the current policy."""
-        assert self.policy is not None
-        return policies.fingerprint(self.policy, self.policy_config.pretrained)
+        """Return a digest of the policy that is sampled."""
+        model = self._sampled_instead or self.policy
+        assert model is not None
+        return policies.fingerprint(model, self.policy_config.pretrained)
+
+    def export(self, folder: Path) -> None:
+        """Write the policy that is sampled as a Hugging Face folder; an adapter in PEFT's layout."""
+        model = self._sampled_instead or self.policy
+        assert model is not None
+        if self._sampled_instead is not None and self.policy_config.lora is not None:
+            raise UserError(
+                "the initial policy of a run with lora is its adapter switched off, which no folder holds: evaluate "
+                "it in fit, or with generator HFGenerator"
+            )
+        policies.write_folder(model, self.tokenizer, folder)
 
     # -------------------------------------------------------------- evaluation
 

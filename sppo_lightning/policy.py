@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -178,6 +179,17 @@ def _zero_dropout_rates(holder: object) -> None:
     rates = [name for name, value in vars(holder).items() if isinstance(value, float) and "drop" in name]
     for name in rates:
         setattr(holder, name, 0.0)
+
+
+def write_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write model (an adapter in PEFT's layout), tokenizer, chat template and generation config."""
+    config = cast(Any, model).config
+    use_cache, config.use_cache = config.use_cache, True
+    try:
+        cast(Any, model).save_pretrained(folder, safe_serialization=True)
+    finally:
+        config.use_cache = use_cache
+    tokenizer.save_pretrained(folder)
 
 
 @contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypedDict
 
-FinishReason = Literal["stop", "length"]
-"""``stop``: the model sampled an end-of-sequence token; ``length``: cut by ``max_new_tokens``."""
+FinishReason = Literal["stop", "length", "failed"]
+"""``stop``: the model sampled an end-of-sequence token or a stop string; ``length``: cut by ``max_new_tokens`` or
+``max_total_tokens``; ``failed``: no usable answer came back."""
 
 Phase = Literal["evaluating", "probing", "generating", "predicting", "scoring", "reference"]
 """What a run is doing between two training phases."""
@@ -55,6 +57,7 @@ class Response:
     token_ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason
+    drop_reason: str | None = None  # why the response takes no part in anything, e.g. ``server_error``
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,13 @@ class Rollout:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     reward: float | None
+    reward_parts: Mapping[str, float] = field(default_factory=dict)  # numbers behind the reward, logged apart
+    drop_reason: str | None = None  # why the response takes no part in difficulty and pairing
+
+    @property
+    def usable(self) -> bool:
+        """Whether the response takes part in difficulty and pairing."""
+        return self.drop_reason is None and self.reward is not None and math.isfinite(self.reward)
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,46 @@ Shapes: P prompts of a batch, B rows (responses still growing), V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from sppo_lightning.generation.protocol import Generator, PolicySource, PromptResponses, SampleRequest
 from sppo_lightning.generation.sampling import sample_tokens
-from sppo_lightning.types import Response
+from sppo_lightning.memory import TokenBudget, free_bytes, ran_out, release
+from sppo_lightning.types import Response, UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 COMPACT_BELOW = 0.75  # share of rows still growing under which finished rows leave the batch
+MEMORY_SHARE = 0.4  # of the free memory, for the keys and values of a batch; the rest is for activations
+MOST_ROWS = {"cpu": 128, "cuda": 512}  # where more rows at once gain nothing
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Responses wanted to one request that grow in the same batch."""
+
+    index: int  # of the request
+    request: SampleRequest
+
+    @property
+    def rows(self) -> int:
+        return max(1, len(self.request.seeds))
+
+    def split(self, rows: int) -> tuple[_Part, _Part]:
+        seeds = self.request.seeds
+        return (
+            replace(self, request=self.request._replace(seeds=seeds[:rows])),
+            replace(self, request=self.request._replace(seeds=seeds[rows:])),
+        )
 
 
 class HFGenerator(Generator):
@@ -25,100 +54,117 @@ class HFGenerator(Generator):
     near-tie may fall the other way).
 
     Args:
-        max_new_tokens: longest response, in tokens, its end token included.
-        temperature: divides the logits; greater than 0. Held-out answers are greedy whatever it is.
-        top_p: sample from the smallest set of tokens that holds this probability, in (0, 1].
-        top_k: sample from the k most likely tokens; 0 for all.
-        batch_size: responses that grow at once.
+        batch_size: responses that grow at once; ``None``: what the memory holds. Too many are halved and tried again.
+        sampling: lengths, temperature and the like, see :class:`~sppo_lightning.generation.Generator`.
     """
 
-    def __init__(
-        self,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        batch_size: int = 32,
-    ) -> None:
-        if max_new_tokens < 1:
-            raise ValueError(f"HFGenerator.max_new_tokens={max_new_tokens} must be at least 1")
-        if not temperature > 0:
-            raise ValueError(
-                f"HFGenerator.temperature={temperature} must be greater than 0: identical samples make no pair"
-            )
-        if not 0 < top_p <= 1:
-            raise ValueError(f"HFGenerator.top_p={top_p} must lie in (0, 1]")
-        if top_k < 0:
-            raise ValueError(f"HFGenerator.top_k={top_k} must be 0 (all tokens) or more")
-        if batch_size < 1:
+    def __init__(self, batch_size: int | None = None, **sampling: Any) -> None:
+        super().__init__(**sampling)
+        if batch_size is not None and batch_size < 1:
             raise ValueError(f"HFGenerator.batch_size={batch_size} must be at least 1")
-        self.max_new_tokens = max_new_tokens
-        self.temperature = temperature
-        self.top_p = top_p
-        self.top_k = top_k
         self.batch_size = batch_size
         self._policy: PolicySource | None = None
         self._model: torch.nn.Module | None = None
+        self._budget: TokenBudget | None = None
 
     def load(self, policy: PolicySource) -> None:
         """Take a sampling model from the policy."""
         self._policy = policy
         self._model = policy.sampling_model()
+        if self._budget is None and self.batch_size is not None:
+            self._budget = TokenBudget(sys.maxsize)
+        elif self._budget is None:
+            bytes_per_token = cache_bytes_per_token(
+                cast(Any, self._model).config, next(self._model.parameters()).dtype
+            )
+            self._budget = TokenBudget(int(MEMORY_SHARE * free_bytes(self._device) / bytes_per_token))
 
     def unload(self) -> None:
         """Free the sampling model."""
-        self._model = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if self._model is not None:
+            device = self._device
+            self._model = None
+            release(device)
+
+    @property
+    def _device(self) -> torch.device:
+        assert self._model is not None
+        return next(self._model.parameters()).device
 
     def generate(self, requests: Sequence[SampleRequest]) -> Iterator[PromptResponses]:
         """Yield responses batch by batch, prompts of similar length together."""
+        by_length = sorted(range(len(requests)), key=lambda index: len(requests[index].token_ids))
+        queue = deque(_Part(index, requests[index]) for index in by_length)
         grown: dict[int, list[Response]] = {}
-        for batch in self._batches(requests):
-            for index, responses in self._answer(batch):
-                have = grown.setdefault(index, [])
+        while queue:
+            batch = self._next_batch(queue)
+            answers = self._answer(batch)
+            if answers is None:
+                queue.extendleft(reversed(batch))
+                continue
+            for part, responses in zip(batch, answers, strict=True):
+                have = grown.setdefault(part.index, [])
                 have += responses
-                if len(have) == max(1, len(requests[index].seeds)):
-                    yield PromptResponses(index, grown.pop(index))
+                if len(have) == max(1, len(requests[part.index].seeds)):
+                    yield PromptResponses(part.index, grown.pop(part.index))
 
-    def _batches(self, requests: Sequence[SampleRequest]) -> Iterator[list[tuple[int, SampleRequest]]]:
-        """Yield parts of requests that fit ``batch_size`` together, with the position of their request."""
-        batch: list[tuple[int, SampleRequest]] = []
+    def _next_batch(self, queue: deque[_Part]) -> list[_Part]:
+        """Take from the queue, prompts in ascending length, what may grow at once."""
+        assert self._budget is not None
+        most = self.batch_size or MOST_ROWS.get(self._device.type, MOST_ROWS["cuda"])
+        batch: list[_Part] = []
         rows = 0
-        for index in sorted(range(len(requests)), key=lambda index: len(requests[index].token_ids)):
-            seeds = requests[index].seeds
-            for start in range(0, max(1, len(seeds)), self.batch_size):
-                part = requests[index]._replace(seeds=seeds[start : start + self.batch_size])
-                wanted = max(1, len(part.seeds))
-                if batch and rows + wanted > self.batch_size:
-                    yield batch
-                    batch, rows = [], 0
-                batch.append((index, part))
-                rows += wanted
-        if batch:
-            yield batch
+        while queue and rows < most:
+            part = queue[0]
+            length = len(part.request.token_ids) + self.max_new_tokens
+            room = min(most - rows, part.rows)
+            while room > 0 and not self._budget.holds(rows + room, length):
+                room -= 1
+            if room < part.rows and (batch or room == 0):
+                break  # a prompt's responses stay together where they fit a batch of their own
+            queue.popleft()
+            if room < part.rows:
+                part, rest = part.split(room)
+                queue.appendleft(rest)
+            batch.append(part)
+            rows += part.rows
+        return batch
 
-    def _answer(self, batch: list[tuple[int, SampleRequest]]) -> Iterator[tuple[int, list[Response]]]:
+    def _answer(self, batch: list[_Part]) -> list[list[Response]] | None:
+        """Return the responses of each part, or ``None`` if the batch did not fit into memory."""
         assert self._policy is not None
-        ends = self._policy.end_token_ids
-        rows = iter(self._decode([part for _, part in batch], ends))
-        for index, part in batch:
-            yield index, [self._response(next(rows), ends) for _ in range(max(1, len(part.seeds)))]
-
-    def _response(self, tokens: list[int], ends: frozenset[int]) -> Response:
-        assert self._policy is not None
-        finished = tokens[-1] in ends
-        text = self._policy.tokenizer.decode(tokens[:-1] if finished else tokens, skip_special_tokens=True)
-        return Response(tuple(tokens), str(text), "stop" if finished else "length")
+        assert self._budget is not None
+        rows = sum(part.rows for part in batch)
+        length = len(batch[-1].request.token_ids) + self.max_new_tokens
+        try:
+            tokens = iter(self._decode([part.request for part in batch], self._policy.end_token_ids))
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            if rows == 1:
+                raise UserError(
+                    f"one response of up to {length} tokens, prompt included, does not fit into the memory of "
+                    f"{self._device}: lower max_new_tokens or data.max_prompt_tokens, or use a smaller policy"
+                ) from error
+        else:
+            policy = self._policy
+            return [[self.as_response(next(tokens), policy) for _ in range(part.rows)] for part in batch]
+        self._budget.halve(rows, length)
+        release(self._device)
+        warnings.warn(
+            f"{rows} responses of up to {length} tokens did not fit into memory at once: going on with half",
+            stacklevel=2,
+        )
+        return None
 
     @torch.inference_mode()
     def _decode(self, batch: list[SampleRequest], ends: frozenset[int]) -> list[list[int]]:
         """Return the sampled token ids of every response, in request order."""
-        from transformers import DynamicCache
+        from sppo_lightning.generation.cache import reserved_cache
 
         model = self._model
         assert model is not None
-        device = next(model.parameters()).device
+        device = self._device
         lengths = [len(request.token_ids) for request in batch]
         width = max(lengths)
         input_ids = torch.zeros(len(batch), width, dtype=torch.long)
@@ -128,7 +174,7 @@ class HFGenerator(Generator):
             mask[row, width - lengths[row] : width] = 1
         positions = (mask[:, :width].cumsum(-1) - 1).clamp_(min=0)
         input_ids, mask, positions = input_ids.to(device), mask.to(device), positions.to(device)
-        cache = DynamicCache(config=cast(Any, model).config)
+        cache = reserved_cache(cast(Any, model).config)
 
         def forward(tokens: Tensor, seen: int, position_ids: Tensor) -> Tensor:
             output = model(
@@ -148,17 +194,18 @@ class HFGenerator(Generator):
         cache.batch_select_indices(source)
         logits, mask = logits[source], mask[source]
         position = positions[source, -1]
+        longest = torch.tensor([self.longest_response(length) for length in lengths], device=device)[source]
         uniforms = self._uniforms(batch).to(device)
-        end_ids = torch.tensor(sorted(ends), device=device)
+        ended = self._end_test(ends)
         tokens = torch.full((len(source), self.max_new_tokens), -1, dtype=torch.long, device=device)
         alive = torch.arange(len(source), device=device)  # the response that each row of the batch grows
         growing = torch.ones(len(source), dtype=torch.bool, device=device)  # [B]
         for step in range(self.max_new_tokens):
             picked = self._pick(logits, uniforms[alive, step])
             tokens[alive[growing], step] = picked[growing]
-            growing &= ~torch.isin(picked, end_ids)
+            growing &= ~ended(tokens[alive, : step + 1]) & (longest[alive] > step + 1)
             left = int(growing.sum())
-            if left == 0 or step + 1 == self.max_new_tokens:
+            if left == 0:
                 break
             if left < COMPACT_BELOW * len(alive):
                 rows = growing.nonzero().flatten()
@@ -169,6 +216,17 @@ class HFGenerator(Generator):
             mask[:, width + step] = 1
             logits = forward(picked[:, None], width + step + 1, position[:, None])
         return [[token for token in row if token >= 0] for row in tokens.tolist()]
+
+    def _end_test(self, ends: frozenset[int]) -> Callable[[Tensor], Tensor]:
+        """Return a test of responses ``[B, T]``, the newest token last, for being over, ``[B]``."""
+        end_ids = torch.tensor(sorted(ends), device=self._device)
+        if self.stop is None:
+            return lambda tokens: torch.isin(tokens[:, -1], end_ids)
+        from transformers import StopStringCriteria
+
+        assert self._policy is not None
+        stops = StopStringCriteria(self._policy.tokenizer, self.stop)
+        return lambda tokens: torch.isin(tokens[:, -1], end_ids) | stops(tokens.clamp(min=0), None)
 
     def _pick(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """Return the next token of each row; a NaN draw asks for the most likely one."""
@@ -196,3 +254,11 @@ class HFGenerator(Generator):
             if not request.seeds:
                 rows.append(torch.full((self.max_new_tokens,), float("nan"), dtype=torch.float64))
         return torch.stack(rows)
+
+
+def cache_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Return the bytes that one token's keys and values take in all layers together."""
+    text: Any = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * size * dtype.itemsize)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
-from sppo_lightning.types import Response
+from sppo_lightning.types import FinishReason, Response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +29,12 @@ class PolicySource(Protocol):
     def sampling_model(self) -> torch.nn.Module:
         """Return the current policy, ready to sample from: compute dtype, eval mode, on its device."""
 
+    def fingerprint(self) -> str:
+        """Return a digest of the current policy."""
+
+    def export(self, folder: Path) -> None:
+        """Write the current policy as a Hugging Face folder; an adapter in PEFT's layout."""
+
 
 class SampleRequest(NamedTuple):
     """One prompt to answer."""
@@ -44,7 +51,55 @@ class PromptResponses(NamedTuple):
 
 
 class Generator(ABC):
-    """Answers prompts with the current policy; chosen in the config by ``class_path``."""
+    """Answers prompts with the current policy; chosen in the config by ``class_path``.
+
+    Args:
+        max_new_tokens: longest response, in tokens, its end token included.
+        temperature: divides the logits; greater than 0. Held-out answers are greedy whatever it is.
+        top_p: sample from the smallest set of tokens that holds this probability, in (0, 1].
+        top_k: sample from the k most likely tokens; 0 for all.
+        stop: texts that end a response as an end token does; they are cut off its text, not off its tokens.
+        max_total_tokens: most tokens of prompt and response together; ``None``: no limit of its own.
+    """
+
+    def __init__(
+        self,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        stop: list[str] | None = None,
+        max_total_tokens: int | None = None,
+    ) -> None:
+        name = type(self).__name__
+        if max_new_tokens < 1:
+            raise ValueError(f"{name}.max_new_tokens={max_new_tokens} must be at least 1")
+        if not temperature > 0:
+            raise ValueError(
+                f"{name}.temperature={temperature} must be greater than 0: identical samples make no pair"
+            )
+        if not 0 < top_p <= 1:
+            raise ValueError(f"{name}.top_p={top_p} must lie in (0, 1]")
+        if top_k < 0:
+            raise ValueError(f"{name}.top_k={top_k} must be 0 (all tokens) or more")
+        if stop is not None and (not stop or "" in stop):
+            raise ValueError(f"{name}.stop={stop} must hold texts that are not empty")
+        if max_total_tokens is not None and max_total_tokens < 2:
+            raise ValueError(f"{name}.max_total_tokens={max_total_tokens} must be at least 2")
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.top_p = top_p
+        self.top_k = top_k
+        self.stop = stop
+        self.max_total_tokens = max_total_tokens
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether a response depends on its request and seed only, so that a run started again samples the same."""
+        return True
+
+    def check(self) -> None:
+        """Raise :class:`~sppo_lightning.types.UserError` if the engine cannot work; called before any model loads."""
 
     @abstractmethod
     def load(self, policy: PolicySource) -> None:
@@ -61,3 +116,22 @@ class Generator(ABC):
     @abstractmethod
     def unload(self) -> None:
         """Free what :meth:`load` took."""
+
+    def longest_response(self, prompt_tokens: int) -> int:
+        """Return how many tokens a response to a prompt of ``prompt_tokens`` may have."""
+        if self.max_total_tokens is None:
+            return self.max_new_tokens
+        return min(self.max_new_tokens, self.max_total_tokens - prompt_tokens)
+
+    def as_response(self, token_ids: Sequence[int], policy: PolicySource) -> Response:
+        """Return sampled tokens with their text, and whether an end token or a stop string ended them."""
+        ended = token_ids[-1] in policy.end_token_ids
+        shown = list(token_ids[:-1] if ended else token_ids)
+        text = str(policy.tokenizer.decode(shown, skip_special_tokens=True))
+        if self.stop is not None:
+            whole = str(policy.tokenizer.decode(shown, skip_special_tokens=False))
+            ended = ended or any(stop in whole for stop in self.stop)
+            cuts = [place for stop in self.stop if (place := text.find(stop)) >= 0]
+            text = text[: min(cuts, default=None)]
+        finish: FinishReason = "stop" if ended else "length"
+        return Response(tuple(token_ids), text, finish)

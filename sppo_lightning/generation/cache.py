@@ -1,0 +1,59 @@
+"""A key-value cache that is written in place.
+
+transformers' ``DynamicCache`` concatenates: each new token copies all that came before, which is most of the time
+of decoding on a CPU. Shapes: B rows, H key-value heads, T tokens, D head dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+RESERVE = 256  # tokens of room made at once
+
+
+class ReservedLayer(DynamicLayer):
+    """Full attention's keys and values ``[B, H, T, D]``, as views of a buffer with room to grow."""
+
+    _buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append the keys and values of new tokens, and return all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            return self.keys, self.values
+        assert self.keys is not None
+        assert self.values is not None
+        start, stop = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if self._buffers is None or self._buffers[0].shape[2] < stop:
+            self._buffers = (self._reserved(self.keys, stop), self._reserved(self.values, stop))
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:stop] = new
+        self.keys, self.values = (buffer[:, :, :stop] for buffer in self._buffers)
+        return self.keys, self.values
+
+    @staticmethod
+    def _reserved(tokens: Tensor, length: int) -> Tensor:
+        rows, heads, have, size = tokens.shape
+        buffer = tokens.new_empty(rows, heads, length + RESERVE, size)
+        buffer[:, :, :have] = tokens
+        return buffer
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows at ``indices``, which may name one several times."""
+        super().batch_select_indices(indices)
+        self._buffers = None
+
+
+def reserved_cache(config: Any) -> DynamicCache:
+    """Return an empty cache for a model; layers other than full attention are transformers' own."""
+    cache = DynamicCache(config=config)
+    reserved: Any = ReservedLayer
+    cache.layers = [reserved() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache

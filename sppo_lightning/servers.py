@@ -1,0 +1,216 @@
+"""Talk to an HTTP server that answers JSON: bounded concurrency, time-outs, retries with back-off.
+
+Retries are the openai package's: connection errors, time-outs, 408, 409, 429 and 5xx, with growing, jittered waits,
+or those that the server asks for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future
+from importlib.util import find_spec
+from itertools import islice
+from queue import SimpleQueue
+from threading import Thread
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+from sppo_lightning.types import UserError, first_line
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+NO_KEY = "none"  # sent to servers that ask for no key
+CONNECT_SECONDS = 30.0  # a server that takes longer to accept a connection counts as not there
+LONGEST_MESSAGE = 300  # characters; some servers send the whole request back
+
+Result = TypeVar("Result")
+Jobs = SimpleQueue[tuple[int, Callable[[], Result]] | None]
+Answers = SimpleQueue[tuple[int, Future[Result]]]
+
+
+class Failure(NamedTuple):
+    """A request that the server did not answer, although others may fare better."""
+
+    reason: str  # ``server_error`` or ``server_time_out``
+    message: str
+
+
+class ServerClient:
+    """A server at ``base_url``.
+
+    Args:
+        key: config key to name in errors, e.g. ``data.generator``.
+        base_url: e.g. ``http://localhost:8000/v1``.
+        api_key_env: environment variable that holds the key; ``None``: the server asks for none.
+        max_concurrency: requests under way at once.
+        timeout: seconds that one try may take.
+        max_retries: tries after the first one.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        base_url: str,
+        *,
+        api_key_env: str | None = None,
+        max_concurrency: int = 32,
+        timeout: float = 600.0,
+        max_retries: int = 5,
+    ) -> None:
+        if not base_url.startswith(("http://", "https://")):
+            raise ValueError(f"{key}.base_url={base_url!r} must start with http:// or https://")
+        parts = urlsplit(base_url)
+        if parts.username or parts.password or parts.query:
+            raise ValueError(
+                f"{key}.base_url must hold no user name, password or query: a key comes from the environment variable "
+                "that api_key_env names"
+            )
+        if api_key_env is not None and not re.fullmatch(r"[A-Za-z_]\w*", api_key_env):
+            raise ValueError(f"{key}.api_key_env must be the name of an environment variable, not a key")
+        if max_concurrency < 1:
+            raise ValueError(f"{key}.max_concurrency={max_concurrency} must be at least 1")
+        if not timeout > 0:
+            raise ValueError(f"{key}.timeout={timeout} must be greater than 0 seconds")
+        if max_retries < 0:
+            raise ValueError(f"{key}.max_retries={max_retries} must be 0 or more")
+        self.key = key
+        self.base_url = base_url
+        self.api_key_env = api_key_env
+        self.max_concurrency = max_concurrency
+        self.timeout = timeout
+        self.max_retries = max_retries
+        self._client: OpenAI | None = None
+
+    def check(self) -> None:
+        """Raise :class:`~sppo_lightning.types.UserError` if the client library is missing or the key cannot be one."""
+        if find_spec("openai") is None:
+            raise UserError(f"{self.key} talks to a server: pip install 'sppo-lightning[server]'")
+        if not (self._secret.isascii() and self._secret.isprintable()):
+            raise UserError(
+                f"the environment variable {self.api_key_env} holds a character that no key has: set it again"
+            )
+
+    def open(self) -> None:
+        """Open the connection pool."""
+        from openai import OpenAI, Timeout
+
+        if self._client is None:
+            self._client = OpenAI(
+                base_url=self.base_url,
+                api_key=self._secret or NO_KEY,
+                timeout=Timeout(self.timeout, connect=min(self.timeout, CONNECT_SECONDS)),
+                max_retries=self.max_retries,
+            )
+
+    def close(self) -> None:
+        """Close the connection pool."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def get(self, path: str) -> Any:
+        """Return what the server answers at ``path`` (below ``base_url``, or a whole address).
+
+        Returns:
+            The JSON, the text of an answer that is none, or a :class:`Failure` that concerns this request only.
+
+        Raises:
+            UserError: if the server cannot be reached, refuses the key, or knows no such address or model.
+        """
+        return self._answer(lambda client: client.get(path, cast_to=object))
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """Send ``body`` to ``path`` and return what comes back, as :meth:`get` does."""
+        return self._answer(lambda client: client.post(path, cast_to=object, body=body))
+
+    def run(self, calls: Iterable[Callable[[], Result]]) -> Generator[tuple[int, Result], None, None]:
+        """Run calls in threads, ``max_concurrency`` at once; yield (position, result) as they come.
+
+        ``calls`` is read by the caller's thread, no further than what is under way. Whoever stops early, by an
+        exception or Ctrl-C too, waits for nothing: requests under way end unheard.
+        """
+        todo: Jobs[Result] = SimpleQueue()
+        done: Answers[Result] = SimpleQueue()
+        queue = enumerate(calls)
+        threads = under_way = 0
+        try:
+            while True:
+                for job in islice(queue, self.max_concurrency - under_way):
+                    todo.put(job)
+                    under_way += 1
+                    if threads < under_way:
+                        # daemons, unlike an executor's threads, which the interpreter waits for when it ends
+                        Thread(target=_work, args=(todo, done), daemon=True).start()
+                        threads += 1
+                if not under_way:
+                    return
+                position, answer = done.get()
+                under_way -= 1
+                yield position, answer.result()
+        finally:
+            for _ in range(threads):
+                todo.put(None)
+
+    @property
+    def _secret(self) -> str:
+        return os.environ.get(self.api_key_env, "").strip() if self.api_key_env else ""
+
+    def _answer(self, call: Callable[[OpenAI], Any]) -> Any:
+        import openai
+
+        assert self._client is not None
+        where = f"{self.key}.base_url={self.base_url!r}"
+        # the causes are left out of what is raised: a traceback would show the key that they may quote
+        try:
+            return call(self._client)
+        except openai.APIConnectionError as error:
+            if type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout"):  # of httpx or httpx2
+                raise UserError(
+                    f"{where} cannot be reached ({self._said(error.__cause__ or error)}): start the server, or "
+                    "correct the address"
+                ) from None
+            if isinstance(error, openai.APITimeoutError):
+                tries = self.max_retries + 1
+                return Failure(
+                    "server_time_out", f"{where} gave no answer within {self.timeout:g} s, {tries} times"
+                )
+            return Failure(
+                "server_error", f"{where} broke the connection off: {self._said(error.__cause__ or error)}"
+            )
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise UserError(
+                f"{where} refuses the key ({self._said(error)}): set the environment variable "
+                f"{self.api_key_env or 'that api_key_env is to name'}"
+            ) from None
+        except openai.NotFoundError as error:
+            raise UserError(
+                f"{where} knows no such address or model ({self._said(error)}): correct base_url or model"
+            ) from None
+        except (openai.APIError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            return Failure("server_error", f"{where} answered: {self._said(error)}")
+
+    def _said(self, error: BaseException) -> str:
+        """Return what an error says, in one short line and without the key."""
+        text = first_line(error)
+        body = getattr(error, "body", None)
+        if isinstance(body, dict):
+            message = body.get("message") or body.get("detail") or body
+            text = " ".join(f"{getattr(error, 'status_code', '')} {message}".split())
+        if self._secret:
+            text = text.replace(self._secret, "…")
+        return text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + "…"
+
+
+def _work(todo: Jobs[Result], done: Answers[Result]) -> None:
+    while (job := todo.get()) is not None:
+        position, call = job
+        answer: Future[Result] = Future()
+        try:
+            answer.set_result(call())
+        except BaseException as error:
+            answer.set_exception(error)
+        done.put((position, answer))
