@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 from sppo_lightning.rewards import FunctionReward, Reward, SequenceClassificationReward, TorchmetricsReward
-from sppo_lightning.rewards.protocol import checked_scores
+from sppo_lightning.rewards.protocol import Scores, checked_scores
 from sppo_lightning.types import Message, Prompt, UserError
 
 CPU = torch.device("cpu")
@@ -198,14 +199,64 @@ def scores_of(result: Any) -> list[float]:
     "result", [[1, 2.0], (1.0, 2), torch.tensor([1.0, 2.0]), [True, torch.tensor(2)], iter([1, 2])]
 )
 def test_whatever_holds_numbers_is_a_list_of_scores(result: Any) -> None:
-    assert scores_of(result) == [1.0, 2.0]
+    assert scores_of(result).rewards == [1.0, 2.0]
 
 
-def test_non_finite_scores_pass() -> None:
-    """They drop the response under a named reason, later."""
-    first, second = scores_of([float("nan"), float("-inf")])
-    assert math.isnan(first)
-    assert second == -math.inf
+@pytest.mark.parametrize("lost", [float("nan"), float("-inf"), None])
+def test_a_response_without_a_finite_score_has_a_reason(lost: float | None) -> None:
+    found = scores_of([1.0, lost])
+    assert found.rewards[0] == 1.0
+    assert not math.isfinite(found.rewards[1])
+    assert found.reasons == {1: "non_finite_reward"}
+    assert found.error is None
+
+
+def failing_at(*broken: str, comparative: bool = False) -> tuple[Reward, list[list[str]]]:
+    """A reward that raises where it meets a response of ``broken``, and what it was asked."""
+    asked: list[list[str]] = []
+
+    class Failing(Reward):
+        @property
+        def comparative(self) -> bool:
+            return comparative
+
+        def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
+            asked.append(list(responses))
+            if set(responses) & set(broken):
+                raise KeyError("level")
+            return Scores(
+                [float(len(response)) for response in responses],
+                reasons={row: "rude" for row, response in enumerate(responses) if response == "damn"},
+                parts={"first": [float(ord(response[0])) for response in responses]},
+            )
+
+    return Failing(), asked
+
+
+def test_a_response_that_cannot_be_scored_is_dropped_alone() -> None:
+    """Prompts are told apart first, then the responses of the one that fails."""
+    reward, asked = failing_at("bb")
+    prompts = [prompt_of(text) for text in "xxxyyz"]
+    found = checked_scores(reward, prompts, ["a", "bb", "ccc", "damn", "eeeee", "f"])
+    assert found.rewards[0] == 1
+    assert math.isnan(found.rewards[1])
+    assert found.rewards[2:] == [3, 4, 5, 1]
+    assert found.reasons == {1: "failed_score", 3: "rude"}
+    assert [math.isnan(value) for value in found.parts["first"]] == [False, True] + [False] * 4
+    assert found.parts["first"][5] == ord("f")
+    assert found.error is not None
+    message = r"^data\.reward Failing raised KeyError: 'level' \(.*test_rewards\.py:\d+, in score\)$"
+    assert re.match(message, found.error)
+    assert ["damn", "eeeee"] in [part[:2] for part in asked]
+
+
+def test_a_comparative_reward_gets_all_responses_of_a_prompt_or_none() -> None:
+    reward, asked = failing_at("bb", comparative=True)
+    prompts = [prompt_of(text) for text in "xxxyy"]
+    found = checked_scores(reward, prompts, ["a", "bb", "ccc", "d", "e"])
+    assert found.reasons == dict.fromkeys(range(3), "failed_score")
+    assert found.rewards[3:] == [1, 1]
+    assert asked == [["a", "bb", "ccc", "d", "e"], ["a", "bb", "ccc"], ["d", "e"]]
 
 
 @pytest.mark.parametrize(
@@ -216,9 +267,7 @@ def test_non_finite_scores_pass() -> None:
         (1.0, r"returned a float: it must return a list of numbers$"),
         (None, r"returned a NoneType: it must return a list of numbers$"),
         ([1.0, "2"], r"returned '2', which is no number: it must return one number a response$"),
-        ([1.0, None], r"returned None, which is no number"),
         ([1.0, [2.0, 3.0]], r"returned \[2\.0, 3\.0\], which is no number"),
-        (KeyError("level"), r"raised KeyError: 'level' \(.*test_rewards\.py:\d+, in function\): correct it"),
     ],
 )
 def test_rewards_that_break_their_contract(result: Any, message: str) -> None:
@@ -240,7 +289,8 @@ def test_a_reward_needs_a_score_and_nothing_else() -> None:
     reward.check()
     reward.check_prompts(PROMPTS)
     reward.load(CPU)
-    assert checked_scores(reward, PROMPTS, RESPONSES) == [3, 2, 38, 0]
+    assert checked_scores(reward, PROMPTS, RESPONSES) == ([3, 2, 38, 0], {}, {}, None)
+    assert not reward.comparative
     reward.unload()
 
 
@@ -257,7 +307,7 @@ def scored(
     model: Any = reward._model
     inputs: list[dict[str, Tensor]] = []
     model.register_forward_pre_hook(lambda module, args, kwargs: inputs.append(kwargs), with_kwargs=True)
-    return reward.score(prompts, responses), inputs
+    return list(reward.score(prompts, responses).rewards), inputs
 
 
 def chat_ids(prompt: Prompt, response: str) -> list[int]:
@@ -280,11 +330,11 @@ def last_token_scores(
     return scores
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("batch_tokens", [1, 100, None])
 def test_a_reward_model_scores_each_conversation_as_if_alone(
-    tiny_reward_model: Path, batch_size: int
+    tiny_reward_model: Path, batch_tokens: int | None
 ) -> None:
-    found, _ = scored(tiny_reward_model, batch_size=batch_size)
+    found, _ = scored(tiny_reward_model, batch_tokens=batch_tokens)
     assert found == pytest.approx(last_token_scores(tiny_reward_model), abs=1e-5)
     assert len(set(found)) == 4
 
@@ -471,7 +521,7 @@ def test_a_reward_model_has_one_logit(tmp_path: Path, tiny_policy: Path) -> None
         SequenceClassificationReward(str(tiny_policy)).check()
 
 
-@pytest.mark.parametrize(("setting", "value"), [("batch_size", 0), ("max_tokens", 0), ("max_tokens", -5)])
+@pytest.mark.parametrize(("setting", "value"), [("batch_tokens", 0), ("max_tokens", 0), ("max_tokens", -5)])
 def test_reward_model_settings_out_of_range(setting: str, value: int) -> None:
     message = rf"^SequenceClassificationReward\.{setting}={value} must be at least 1$"
     with pytest.raises(ValueError, match=message):
@@ -487,5 +537,14 @@ def test_reward_model_dtype(tiny_reward_model: Path, dtype: Any, expected: torch
     model: Any = reward._model
     assert {parameter.dtype for parameter in model.parameters()} == {expected}
     assert not model.training
-    reward.unload()
-    assert reward._model is None
+
+
+def test_between_phases_the_model_waits_or_is_read_again(tiny_reward_model: Path) -> None:
+    for place in ("host", "free"):
+        reward = SequenceClassificationReward(str(tiny_reward_model), between_phases=place)  # type: ignore[arg-type]
+        reward.load(CPU)
+        before, model = reward.score(PROMPTS, RESPONSES), reward._model
+        reward.unload()
+        assert (reward._model is model) == (place == "host")
+        reward.load(CPU)
+        assert reward.score(PROMPTS, RESPONSES) == before

@@ -1,8 +1,31 @@
 """Reward models and functions."""
 
 from sppo_lightning.rewards.classifier import SequenceClassificationReward
+from sppo_lightning.rewards.combined import CombinedReward
 from sppo_lightning.rewards.function import FunctionReward
+from sppo_lightning.rewards.judge import OpenAIJudge
+from sppo_lightning.rewards.length import LengthPenalty
 from sppo_lightning.rewards.metric import TorchmetricsReward
-from sppo_lightning.rewards.protocol import Reward
+from sppo_lightning.rewards.pairwise import Comparison, FunctionJudge, Judge, PairwiseReward
+from sppo_lightning.rewards.protocol import Reward, Scores
+from sppo_lightning.rewards.server import JSONRewards, ScoreFormat, ServerReward, SGLangClassify, VLLMPooling
 
-__all__ = ["FunctionReward", "Reward", "SequenceClassificationReward", "TorchmetricsReward"]
+__all__ = [
+    "CombinedReward",
+    "Comparison",
+    "FunctionJudge",
+    "FunctionReward",
+    "JSONRewards",
+    "Judge",
+    "LengthPenalty",
+    "OpenAIJudge",
+    "PairwiseReward",
+    "Reward",
+    "SGLangClassify",
+    "ScoreFormat",
+    "Scores",
+    "SequenceClassificationReward",
+    "ServerReward",
+    "TorchmetricsReward",
+    "VLLMPooling",
+]

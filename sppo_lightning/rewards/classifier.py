@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from sppo_lightning.pretrained import DTYPES, load_model_config, load_tokenizer
+from sppo_lightning.memory import release
+from sppo_lightning.pretrained import DTYPES, load_model_config, load_tokenizer, quantization_options
 from sppo_lightning.prompts import template_token_ids
-from sppo_lightning.rewards.protocol import Reward
-from sppo_lightning.types import Message, Prompt, UserError
+from sppo_lightning.rewards.classifier_forward import ClassifierForward
+from sppo_lightning.rewards.protocol import Reward, Scores
+from sppo_lightning.types import Message, Prompt, UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,38 +24,45 @@ class SequenceClassificationReward(Reward):
     """Scores with the logit of a ``…ForSequenceClassification`` model.
 
     The conversation goes through the model's own chat template; a model without one gets the text pair
-    (prompt, response). A response whose conversation exceeds ``max_tokens`` scores NaN, and is dropped under
-    a named reason: a truncated answer has no honest score.
+    (prompt, response). A response whose conversation exceeds ``max_tokens`` is dropped as ``too_long_to_score``: a
+    truncated answer has no honest score. A causal model reads a prompt once for all its responses.
 
     Args:
         pretrained: a HF folder or hub id.
-        batch_size: conversations scored at once.
+        batch_tokens: most tokens of a batch, padding included; ``None``: what the memory holds.
         max_tokens: longest conversation, in the reward model's tokens; ``None``: what the model and its
             tokenizer allow.
         dtype: dtype of the weights; ``auto``: bfloat16 on CUDA, float32 on CPU.
+        quantization: 4-bit NF4 or 8-bit weights through bitsandbytes. 8-bit scores depend a little on what shares
+            their batch: set ``batch_tokens`` then, so that batches do not follow the free memory.
+        between_phases: where the model waits while it is not needed: in ``host`` memory, or nowhere (``free``: it is
+            read again each time).
         trust_remote_code: run code that comes with the model.
     """
 
     def __init__(
         self,
         pretrained: str,
-        batch_size: int = 16,
+        batch_tokens: int | None = None,
         max_tokens: int | None = None,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        quantization: Literal["none", "nf4", "int8"] = "none",
+        between_phases: Literal["host", "free"] = "host",
         trust_remote_code: bool = False,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"SequenceClassificationReward.batch_size={batch_size} must be at least 1")
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"SequenceClassificationReward.max_tokens={max_tokens} must be at least 1")
+        for name, value in {"batch_tokens": batch_tokens, "max_tokens": max_tokens}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"SequenceClassificationReward.{name}={value} must be at least 1")
         self.pretrained = pretrained
-        self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
         self.max_tokens = max_tokens
         self.dtype = dtype
+        self.quantization = quantization
+        self.between_phases = between_phases
         self.trust_remote_code = trust_remote_code
         self._model: PreTrainedModel | None = None
+        self._forward: ClassifierForward | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._padding: int | None = None
 
     def check(self) -> None:
         """Read the model's configuration and require a single logit."""
@@ -88,67 +95,63 @@ class SequenceClassificationReward(Reward):
             self._encode(prompt, "a")
 
     def load(self, device: torch.device) -> None:
-        """Load model and tokenizer onto ``device``."""
+        """Bring the model onto ``device``; read it first, if it does not wait in host memory."""
+        self._tokenizer = load_tokenizer(self.pretrained, key=KEY, trust_remote_code=self.trust_remote_code)
+        if self._model is None:
+            self._model = self._read(device)
+        _move(self._model, device)
+        if self._forward is None:
+            self._forward = ClassifierForward(self._model, self.batch_tokens)
+
+    def _read(self, device: torch.device) -> PreTrainedModel:
         from transformers import AutoModelForSequenceClassification
 
-        default = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self._tokenizer = load_tokenizer(self.pretrained, key=KEY, trust_remote_code=self.trust_remote_code)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            self.pretrained,
-            dtype=DTYPES.get(self.dtype, default),
-            trust_remote_code=self.trust_remote_code,
-        )
-        self._padding = model.config.get_text_config().pad_token_id
-        self._model = model.to(device).eval()
+        dtype = DTYPES.get(self.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": self.trust_remote_code}
+        if self.quantization != "none":
+            options["quantization_config"] = quantization_options(self.quantization, dtype)
+            options["device_map"] = {"": str(device)}
+        try:
+            model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+                self.pretrained, **options
+            )
+        except OSError as error:
+            raise UserError(
+                f"{KEY}={self.pretrained!r} has no weights that can be read ({first_line(error)}): put the model's "
+                "safetensors files into the folder"
+            ) from error
+        model.eval()
+        return model
 
     def unload(self) -> None:
-        """Free the model."""
-        self._model = None
-        self._tokenizer = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        """Leave the device: to host memory, or altogether."""
+        if self._model is None:
+            return
+        device = self._model.device
+        if self.between_phases == "host":
+            _move(self._model, torch.device("cpu"))
+        else:
+            self._model = self._forward = None
+        release(device)
 
-    @torch.inference_mode()
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
         """Return the model's logit for each conversation."""
-        assert self._model is not None
-        assert self._tokenizer is not None
+        assert self._forward is not None
         encoded = [
             self._encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)
         ]
-        scores = [float("nan")] * len(encoded)
+        rewards = [float("nan")] * len(encoded)
         limit = self.max_tokens or self._position_limit()
         fitting = [row for row, tokens in enumerate(encoded) if len(tokens["input_ids"]) <= limit]
-        fitting.sort(key=lambda row: len(encoded[row]["input_ids"]))
-        for start in range(0, len(fitting), self.batch_size):
-            rows = fitting[start : start + self.batch_size]
-            logits = self._logits([encoded[row] for row in rows])
-            for row, score in zip(rows, logits.float().tolist(), strict=True):
-                scores[row] = score
-        return scores
-
-    def _logits(self, rows: Sequence[dict[str, list[int]]]) -> Tensor:
-        """Return one logit a conversation, ``[len(rows)]``.
-
-        A decoder's logit is read at the last token that is not the model's padding token. Hence that token
-        pads, whatever the tokenizer would take; for a model without one, a token that ends no conversation.
-        """
-        assert self._model is not None
-        padding = self._padding
-        if padding is None:
-            ends = {row["input_ids"][-1] for row in rows}
-            padding = next(token for token in range(len(ends) + 1) if token not in ends)
-            self._model.config.get_text_config().pad_token_id = padding
-        batch = {
-            name: pad_sequence(
-                [torch.tensor(row[name]) for row in rows],
-                batch_first=True,
-                padding_value=padding if name == "input_ids" else 0,
-            ).to(self._model.device)
-            for name in rows[0]
-        }
-        logits: Tensor = self._model(**batch).logits
-        return logits[:, 0]
+        if fitting:
+            found = self._forward.scores(
+                [encoded[row] for row in fitting], [prompts[row].id for row in fitting]
+            )
+            for row, score in zip(fitting, found, strict=True):
+                rewards[row] = score
+        return Scores(
+            rewards, reasons=dict.fromkeys(set(range(len(encoded))) - set(fitting), "too_long_to_score")
+        )
 
     def _position_limit(self) -> int:
         assert self._model is not None
@@ -166,3 +169,13 @@ class SequenceClassificationReward(Reward):
         answer = Message(role="assistant", content=response)
         ids = template_token_ids(self._tokenizer, (*prompt.messages, answer), add_generation_prompt=False)
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+
+
+def _move(model: PreTrainedModel, device: torch.device) -> None:
+    """Move a model; bitsandbytes 0.50 holds 8-bit weights where ``to`` of the whole model does not reach them."""
+    model.to(cast(Any, device))
+    for layer in model.modules():
+        state: Any = getattr(layer, "state", None)
+        if getattr(state, "CB", None) is not None:
+            state.CB, state.SCB = state.CB.to(device), state.SCB.to(device)
+            cast(Any, layer).weight.data = state.CB

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from sppo_lightning.types import Prompt, UserError, first_line
 
 
+class Scores(NamedTuple):
+    """Rewards with what stands behind them."""
+
+    rewards: list[float]  # one a response; a non-finite one drops that response
+    reasons: Mapping[int, str] = {}  # row of a dropped response: why, e.g. ``too_long_to_score``
+    parts: Mapping[str, Sequence[float]] = {}  # numbers behind the rewards, by name, one a response
+    error: str | None = None  # what the first failure said, for the error that ends a run of failures
+
+
 class Reward(ABC):
     """Scores responses; higher is better. Chosen in the config by ``class_path``.
 
-    A subclass needs :meth:`score` only. A non-finite number drops that response under a named reason.
+    A subclass needs :meth:`score` only. A non-finite number, or ``None``, drops that response under a named reason.
     """
 
+    @property
+    def comparative(self) -> bool:
+        """Whether a score compares a prompt's responses with each other: all come in one call, side by side."""
+        return False
+
     @abstractmethod
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """Return one reward for each (prompt, response)."""
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[float] | Scores:
+        """Return one reward for each (prompt, response); responses to the same prompt are neighbours."""
 
     def check(self) -> None:
         """Raise :class:`~sppo_lightning.types.UserError` if the reward cannot work; called before any model loads."""
@@ -32,37 +47,100 @@ class Reward(ABC):
         """Take up what scoring needs."""
 
     def unload(self) -> None:
-        """Free what :meth:`load` took."""
+        """Leave the device to others."""
 
 
-def checked_scores(reward: Reward, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-    """Score responses and refuse a reward that breaks its contract.
+class CheckedScores(NamedTuple):
+    """Rewards that keep the contract."""
+
+    rewards: list[float]
+    reasons: dict[int, str]  # every row whose reward is not finite, and others that the reward dropped
+    parts: dict[str, list[float]]
+    error: str | None  # what the first failed call said
+
+
+def checked_scores(reward: Reward, prompts: Sequence[Prompt], responses: Sequence[str]) -> CheckedScores:
+    """Score responses; one that cannot be scored is dropped alone, and a reward that breaks its contract is refused.
+
+    Where a call raises, its prompts are scored apart, then their responses: those that still raise are dropped as
+    ``failed_score``.
 
     Raises:
-        UserError: if the reward raises, returns the wrong count, or something that is no number.
+        UserError: if the reward raises one, returns the wrong count, or something that is no number.
     """
-    name = f"data.reward {type(reward).__name__}"
     try:
-        scores = reward.score(prompts, responses)
+        found = reward.score(prompts, responses)
     except UserError:
         raise
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
+        cut = _middle(prompts, whole_prompts=reward.comparative)
+        if cut is None:
+            rows = range(len(responses))
+            return CheckedScores(
+                [math.nan] * len(rows), dict.fromkeys(rows, "failed_score"), {}, _said(reward, error)
+            )
+        halves = [
+            checked_scores(reward, prompts[part], responses[part]) for part in (slice(cut), slice(cut, None))
+        ]
+        return _joined(halves, cut)
+    return _checked(found, len(responses), _name(reward))
+
+
+def _middle(prompts: Sequence[Prompt], *, whole_prompts: bool) -> int | None:
+    """Return where to cut a call in two, between two prompts if there are several."""
+    starts = [row for row in range(1, len(prompts)) if prompts[row].id != prompts[row - 1].id]
+    if not starts and not whole_prompts:
+        starts = list(range(1, len(prompts)))
+    return starts[len(starts) // 2] if starts else None
+
+
+def _said(reward: Reward, error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{frame.filename}:{frame.lineno}, in {frame.name}"
+    return f"{_name(reward)} raised {type(error).__name__}: {first_line(error)} ({place})"
+
+
+def _name(reward: Reward) -> str:
+    return f"data.reward {type(reward).__name__}"
+
+
+def _joined(halves: Sequence[CheckedScores], cut: int) -> CheckedScores:
+    first, second = halves
+    names = {**first.parts, **second.parts}
+    return CheckedScores(
+        first.rewards + second.rewards,
+        first.reasons | {row + cut: reason for row, reason in second.reasons.items()},
+        {name: _column(first, name) + _column(second, name) for name in names},
+        first.error or second.error,
+    )
+
+
+def _column(scores: CheckedScores, name: str) -> list[float]:
+    return scores.parts.get(name, [math.nan] * len(scores.rewards))
+
+
+def _checked(found: object, count: int, name: str) -> CheckedScores:
+    scores = found if isinstance(found, Scores) else Scores(cast(Any, found))
+    rewards = _numbers(scores.rewards, count, name)
+    reasons = {row: "non_finite_reward" for row, value in enumerate(rewards) if not math.isfinite(value)}
+    parts = {part: _numbers(values, count, f"{name} part {part!r}") for part, values in scores.parts.items()}
+    return CheckedScores(rewards, {**reasons, **scores.reasons}, parts, scores.error)
+
+
+def _numbers(values: object, count: int, name: str) -> list[float]:
+    if not isinstance(values, Iterable):
+        raise UserError(f"{name} returned a {type(values).__name__}: it must return a list of numbers")
+    numbers = [_number(value, name) for value in values]
+    if len(numbers) != count:
         raise UserError(
-            f"{name} raised {type(error).__name__}: {first_line(error)} ({frame.filename}:{frame.lineno}, in "
-            f"{frame.name}): correct it there"
-        ) from error
-    if not isinstance(scores, Iterable):
-        raise UserError(f"{name} returned a {type(scores).__name__}: it must return a list of numbers")
-    scores = list(scores)
-    if len(scores) != len(responses):
-        raise UserError(
-            f"{name} returned {len(scores)} rewards for {len(responses)} responses: it must return one for each"
+            f"{name} returned {len(numbers)} rewards for {count} responses: it must return one for each"
         )
-    return [_number(score, name) for score in scores]
+    return numbers
 
 
 def _number(score: Any, name: str) -> float:
+    if score is None:
+        return math.nan
     try:
         if not isinstance(score, str):
             return float(score)
