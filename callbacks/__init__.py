@@ -10,5 +10,13 @@ from sppo_lightning.callbacks.export import PolicyExport
 from sppo_lightning.callbacks.progress import SelfPlayProgress
 from sppo_lightning.callbacks.samples import SampleTable
 from sppo_lightning.callbacks.summary import RunSummary
+from sppo_lightning.callbacks.times import PhaseTimes
 
-__all__ = ["DifficultyReestimation", "PolicyExport", "RunSummary", "SampleTable", "SelfPlayProgress"]
+__all__ = [
+    "DifficultyReestimation",
+    "PhaseTimes",
+    "PolicyExport",
+    "RunSummary",
+    "SampleTable",
+    "SelfPlayProgress",
+]

@@ -11,6 +11,7 @@ from sppo_lightning.datamodule import self_play_data
 from sppo_lightning.difficulty import Reestimation
 from sppo_lightning.iteration import IterationRules
 from sppo_lightning.seeding import random_keys
+from sppo_lightning.types import UserError
 
 
 class DifficultyReestimation(pl.Callback):
@@ -52,9 +53,16 @@ class DifficultyReestimation(pl.Callback):
         self.smoothing = smoothing
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Require the data module that owns the difficulty table."""
-        if stage == "fit":
-            self_play_data(trainer)
+        """Require the data module that owns the difficulty table, and samples enough for its reward."""
+        if stage != "fit":
+            return
+        datamodule = self_play_data(trainer)
+        wanted = datamodule.rules.samples_per_prompt
+        if datamodule.reward.comparative and self.samples is not None and self.samples < wanted:
+            raise UserError(
+                f"DifficultyReestimation.samples={self.samples}: data.reward {type(datamodule.reward).__name__} "
+                f"compares a prompt's responses with each other, so that all {wanted} have to be there at once"
+            )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hand the decision to the data module once the iteration is over."""

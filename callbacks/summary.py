@@ -93,7 +93,7 @@ class RunSummary(pl.Callback):
             wins = "" if finished == 0 else f"{batch.win.nanmean():.1%}"
             lines.append(
                 f"  {name:>16} {f'{mean:.3f} ± {stderr:.3f}':>16} {against:>20} {wins:>9} "
-                f"{batch.length.mean():>7.1f}"
+                f"{batch.length.nanmean():>7.1f}"
             )
         if last is not initial and self.prompts:
             lines += ["", "Some answers, before and after"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pkgutil
 import sys
 import warnings
 from inspect import signature
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -16,8 +17,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
-from sppo_lightning.callbacks import PolicyExport, RunSummary, SampleTable, SelfPlayProgress
+from sppo_lightning.callbacks import PhaseTimes, PolicyExport, RunSummary, SampleTable, SelfPlayProgress
 from sppo_lightning.callbacks.run_config import RunConfigFile
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.metrics_csv import MetricsCSV
@@ -168,7 +170,7 @@ class SelfPlayCLI(LightningCLI):
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         )
-        defaults: list[Callback] = [SampleTable(), PolicyExport(), RunSummary()]
+        defaults: list[Callback] = [PhaseTimes(), SampleTable(), PolicyExport(), RunSummary()]
         if config["enable_progress_bar"] is not False:
             defaults.append(SelfPlayProgress())
         defaults.append(RunConfigFile(yaml.safe_dump(self.run_config, sort_keys=False)))
@@ -230,6 +232,7 @@ def run(args: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for message in UNACTIONABLE:
         warnings.filterwarnings("ignore", message=message)
+    _show_messages()
     SelfPlayCLI(
         PreferenceModule,
         SelfPlayDataModule,
@@ -241,3 +244,11 @@ def run(args: list[str] | None = None) -> None:
         load_from_checkpoint_support=False,
         parser_kwargs={"prog": "sppo-lightning", "description": "Self-play preference optimisation"},
     )
+
+
+def _show_messages() -> None:
+    """Print what the engines and rewards say about their choices, on the first process."""
+    logger = logging.getLogger("sppo_lightning")
+    logger.setLevel(logging.INFO if cast(Any, rank_zero_only).rank == 0 else logging.WARNING)
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())

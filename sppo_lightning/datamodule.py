@@ -5,14 +5,14 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from sppo_lightning.batching import PairBatch, PairDataset, StepSampler, accumulation_steps
-from sppo_lightning.collect import Collector, by_prompt
+from sppo_lightning.collect import Collector
 from sppo_lightning.difficulty import (
     Reestimation,
     StatisticsTable,
@@ -23,7 +23,9 @@ from sppo_lightning.generation import Generator
 from sppo_lightning.iteration import IterationBuilder, IterationRules, difficulty_after
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.pairing import BestWorst, Pairing
+from sppo_lightning.pairs import PairTable
 from sppo_lightning.preflight import (
+    check_comparative,
     check_context,
     check_sizes,
     check_trainer,
@@ -31,8 +33,10 @@ from sppo_lightning.preflight import (
     shrink,
 )
 from sppo_lightning.prompt_sets import PromptSets
+from sppo_lightning.prompt_table import EncodedPrompts
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rollouts import RunFolder, describe
+from sppo_lightning.scoring import UnfinishedRule
 from sppo_lightning.seeding import random_keys
 from sppo_lightning.selection import (
     AllPairs,
@@ -43,7 +47,7 @@ from sppo_lightning.selection import (
     Selection,
 )
 from sppo_lightning.trainer import TrainerRanks, fit_position, is_dev_run
-from sppo_lightning.types import EncodedPrompt, PhaseObserver, PreferencePair, UserError
+from sppo_lightning.types import PhaseObserver, UserError
 
 Sources = str | list[str]
 
@@ -71,6 +75,13 @@ class SelfPlayDataModule(pl.LightningDataModule):
         predict_prompts: prompts of ``predict``.
         max_prompt_tokens: longer prompts are dropped and counted, never truncated.
         prompts_per_shard: prompts of one rollout file, the unit of work and of recovery.
+        system_prompt: opens the conversations that have no system message of their own; the policy sees it, the
+            reward does not.
+        unfinished: what becomes of a response that its length limit cut: ``keep`` it as it is, ``drop`` it, or
+            ``penalise`` it. Held-out answers are always kept.
+        unfinished_penalty: taken off the reward of such a response; with ``penalise`` only.
+        max_failed_share: share of a phase's responses that may fail (no finite reward, no answer from a server),
+            in [0, 1]; more is an error.
         seed: decides every random choice of the loop; linked to ``seed_everything`` by the CLI.
     """
 
@@ -95,6 +106,10 @@ class SelfPlayDataModule(pl.LightningDataModule):
         predict_prompts: Sources | None = None,
         max_prompt_tokens: int = 1024,
         prompts_per_shard: int = 32,
+        system_prompt: str | None = None,
+        unfinished: Literal["keep", "drop", "penalise"] = "keep",
+        unfinished_penalty: float | None = None,
+        max_failed_share: float = 0.5,
         seed: int = 42,
     ) -> None:
         super().__init__()
@@ -106,6 +121,10 @@ class SelfPlayDataModule(pl.LightningDataModule):
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"data.{name}={value} must be at least 1")
+        if not 0 <= max_failed_share <= 1:
+            raise ValueError(f"data.max_failed_share={max_failed_share} must lie in [0, 1]")
+        self.unfinished = UnfinishedRule(unfinished, unfinished_penalty)
+        self.max_failed_share = max_failed_share
         self.rules = IterationRules(
             iterations=iterations,
             samples_per_prompt=samples_per_prompt,
@@ -121,7 +140,11 @@ class SelfPlayDataModule(pl.LightningDataModule):
         self.curriculum = curriculum or RandomOrder()
         self.generator = generator
         self.reward = reward
-        self._made_with = {"generator": describe(generator), "reward": describe(reward)}
+        self._made_with = {
+            "generator": describe(generator),
+            "reward": describe(reward),
+            "system_prompt": system_prompt,
+        }
         self.epochs_per_iteration = epochs_per_iteration
         self.prompts_per_shard = prompts_per_shard
         self.prompt_sets = PromptSets(
@@ -132,12 +155,13 @@ class SelfPlayDataModule(pl.LightningDataModule):
                 "predict_prompts": predict_prompts,
             },
             max_prompt_tokens,
+            system_prompt,
         )
         self.observers: list[PhaseObserver] = []
         self.reestimation: Reestimation | None = None  # set by DifficultyReestimation, for the next iteration
         self._iteration = -1  # whose data was made last
         self._table = empty_difficulty_table()  # known before that iteration
-        self.pairs: list[PreferencePair] = []  # of that iteration, in pair order
+        self.pairs = PairTable.collect([])  # of that iteration, in pair order
         self._finished = 0  # iterations that the loaded checkpoint has finished
 
     # ------------------------------------------------------------------ set-up
@@ -158,16 +182,23 @@ class SelfPlayDataModule(pl.LightningDataModule):
                 batch_size=self.rules.batch_size,
                 world_size=self.trainer.world_size,
             )
+        self.generator.check()
+        if stage == "fit":
+            check_comparative(self.reward, self.rules, self.curriculum)
+            if not self.generator.reproducible:
+                rank_zero_info(
+                    f"data.generator {type(self.generator).__name__}: responses depend on more than their seeds. A run "
+                    "that is started again keeps its finished shards, and samples the others anew."
+                )
         if stage != "predict":
             self.reward.check()
             for key in keys:
                 self.reward.check_prompts(self.prompt_sets.read(key))
         self.module.check()
         for key in keys:
-            prompts = self._encoded(key).values()
-            check_context(prompts, self.generator, self.module.model_config, key=key)
+            check_context(self._encoded(key), self.generator, self.module.model_config, key=key)
         if stage == "fit":
-            check_sizes(self.rules, list(self._encoded("prompts")))
+            check_sizes(self.rules, self._encoded("prompts").ids)
         if is_dev_run(self.trainer):
             own = tempfile.mkdtemp(prefix="sppo-dev-") if self.ranks.rank == 0 else ""
             self.folder = RunFolder(Path(self.ranks.same(own)))
@@ -186,7 +217,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         assert isinstance(module, PreferenceModule)
         return module
 
-    def _encoded(self, key: str) -> dict[str, EncodedPrompt]:
+    def _encoded(self, key: str) -> EncodedPrompts:
         return self.prompt_sets.encode(key, self.module.tokenizer)
 
     def _collector(self) -> Collector:
@@ -199,6 +230,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
             prompts_per_shard=self.prompts_per_shard,
             ranks=self.ranks,
             observers=self.observers,
+            unfinished=self.unfinished,
+            max_failed_share=self.max_failed_share,
         )
 
     # ---------------------------------------------------------------- training
@@ -224,7 +257,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         elif not self.pairs:
             self.pairs = self._finished_pairs(iteration)
         difficulty, _ = self.folder.iteration(iteration).read_difficulty()
-        ids = [pair.prompt_id for pair in self.pairs]
+        ids = self.pairs.prompt_ids
         keys = random_keys(ids, self.rules.seed, iteration, epoch_in_iteration, "order")
         sampler = StepSampler(
             self.curriculum.order(difficulty.rows(ids)["difficulty"], keys).tolist(),
@@ -270,15 +303,15 @@ class SelfPlayDataModule(pl.LightningDataModule):
     def _builder(self) -> IterationBuilder:
         return IterationBuilder(
             rules=self.rules,
-            prompts=self._encoded("prompts"),
+            prompts=self._encoded("prompts").by_id(),
             too_long=self.prompt_sets.too_long("prompts"),
             collector=self._collector(),
-            made_with=self._made_with,
+            made_with={**self._made_with, "unfinished": vars(self.unfinished)},
             reference=self.module,
             pad_token_id=self._pad_token_id,
         )
 
-    def _finished_pairs(self, iteration: int) -> list[PreferencePair]:
+    def _finished_pairs(self, iteration: int) -> PairTable:
         store = self.folder.iteration(iteration)
         if not store.complete:
             raise UserError(
@@ -293,9 +326,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
         store = self.folder.iteration(iteration)
         manifest = store.read_manifest()
         assert manifest is not None
-        rollouts = by_prompt(list(store.shards.read_all()))
         return difficulty_after(
-            rollouts, self._table, iteration=iteration, smoothing=float(manifest["smoothing"])
+            store.shards.rewards(), self._table, iteration=iteration, smoothing=float(manifest["smoothing"])
         )
 
     @property
@@ -322,12 +354,11 @@ class SelfPlayDataModule(pl.LightningDataModule):
 
     def _held_out(self, key: str) -> HeldOut:
         prefix = "" if key == "eval_prompts" else f"{key.removesuffix('_prompts')}-"
-        prompts = list(self._encoded(key).values())
         fitting = self.trainer is not None and self.trainer.state.fn == "fit"
         return HeldOut(
             folder=self.folder,
             prefix=prefix,
-            prompts=prompts,
+            prompts=self._encoded(key),
             collector=self._collector(),
             policy=self.module,
             made_with=self._made_with,
@@ -357,9 +388,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Answer ``predict_prompts`` greedily into ``predictions.jsonl``."""
-        lines = write_predictions(
-            self.folder.root, list(self._encoded("predict_prompts").values()), self._collector()
-        )
+        lines = write_predictions(self.folder.root, self._encoded("predict_prompts"), self._collector())
         rank_zero_info(f"{len(lines)} answers written to {self.folder.root / 'predictions.jsonl'}")
         return DataLoader(cast(Any, lines), batch_size=None)
 

@@ -6,6 +6,8 @@ Shapes: P prompts.
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,17 +81,15 @@ def reward_statistics(rewards: Mapping[str, Sequence[float]]) -> StatisticsTable
     Returns:
         The :data:`REWARD_COLUMNS`; the standard deviation is the population's (0 for one sample).
     """
-    values = [torch.tensor(row, dtype=torch.float64) for row in rewards.values()]
-    columns = {
-        "mean_reward": [row.mean() for row in values],
-        "std_reward": [row.std(correction=0) for row in values],
-        "min_reward": [row.min() for row in values],
-        "max_reward": [row.max() for row in values],
-        "samples": [torch.tensor(float(len(row)), dtype=torch.float64) for row in values],
-    }
-    empty = torch.zeros(0, dtype=torch.float64)
+    columns: dict[str, array[float]] = {name: array("d") for name in REWARD_COLUMNS}
+    for values in rewards.values():
+        mean = math.fsum(values) / len(values)
+        variance = math.fsum((value - mean) ** 2 for value in values) / len(values)
+        row = (mean, math.sqrt(variance), min(values), max(values), float(len(values)))
+        for column, value in zip(columns.values(), row, strict=True):
+            column.append(value)
     return StatisticsTable(
-        tuple(rewards), {name: torch.stack(column) if column else empty for name, column in columns.items()}
+        tuple(rewards), {name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()}
     )
 
 

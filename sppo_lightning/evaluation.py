@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -70,8 +71,11 @@ class HeldOut:
         baseline = self._stored(0) if finished > 0 else None
         if finished > 0 and baseline is None:
             with self.policy.sampling_initial_policy():
-                baseline = self.answer(0, policy_fingerprint=None)
-        rows = self.answer(finished, policy_fingerprint=self.policy.fingerprint())
+                baseline = self.answer(0, policy_fingerprint=self.policy.fingerprint())
+        opponents = {row.prompt_id: row.response for row in baseline or () if row.drop_reason is None}
+        rows = self.answer(
+            finished, policy_fingerprint=self.policy.fingerprint(), opponents=MappingProxyType(opponents)
+        )
         return measure(rows, rows if baseline is None else baseline)
 
     def _asked(self) -> str:
@@ -99,12 +103,19 @@ class HeldOut:
             )
         return read_rollouts(place / "rollouts.parquet")
 
-    def answer(self, finished: int, *, policy_fingerprint: str | None) -> list[Rollout]:
+    def answer(
+        self,
+        finished: int,
+        *,
+        policy_fingerprint: str,
+        opponents: Mapping[str, str] = MappingProxyType({}),
+    ) -> list[Rollout]:
         """Answer and score the prompts greedily, once a policy; return the stored rows.
 
         Args:
             finished: self-play iterations behind the policy.
-            policy_fingerprint: of the policy; ``None`` for the one that the run started from.
+            policy_fingerprint: of the policy.
+            opponents: by prompt id, the initial policy's answers, for a comparative reward.
 
         Raises:
             UserError: if the folder holds another policy's answers that are not to be replaced.
@@ -125,7 +136,12 @@ class HeldOut:
         identity = hashlib.blake2b(json.dumps(made_by).encode(), digest_size=6).hexdigest()
         parts = place / f"parts-{identity}"
         rows = self.collector.collect_greedy(
-            ShardStore(parts), "greedy", self.prompts, iteration=finished, phase="evaluating"
+            ShardStore(parts),
+            "greedy",
+            self.prompts,
+            iteration=finished,
+            phase="evaluating",
+            opponents=opponents,
         )
         ranks.barrier("evaluation read")
         if ranks.rank == 0:
@@ -182,7 +198,9 @@ def measure(rows: Sequence[Rollout], baseline: Sequence[Rollout] | None) -> Eval
     return EvaluationBatch(
         reward=torch.tensor(rewards, dtype=torch.float32),
         win=torch.tensor(wins, dtype=torch.float32),
-        length=torch.tensor([float(len(row.token_ids)) for row in rows]),
+        length=torch.tensor(
+            [float(len(row.token_ids)) if row.finish_reason != "failed" else math.nan for row in rows]
+        ),
         failed=torch.tensor([0.0 if math.isfinite(reward) else 1.0 for reward in rewards]),
     )
 

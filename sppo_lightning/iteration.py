@@ -5,17 +5,17 @@ Everything lands in the iteration's store as it comes; a second call goes on whe
 
 from __future__ import annotations
 
-import math
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from sppo_lightning.batching import PairBatch, StepSlot, collate
-from sppo_lightning.collect import Collector, Wanted, by_prompt
+from sppo_lightning.collect import Collector, WantedRows
 from sppo_lightning.difficulty import (
     DIFFICULTY_COLUMNS,
     Reestimation,
@@ -24,10 +24,19 @@ from sppo_lightning.difficulty import (
     reward_statistics,
 )
 from sppo_lightning.losses import PairLogps
-from sppo_lightning.pairing import PAIR_COLUMNS, Pairing, build_pairs, pair_statistics
-from sppo_lightning.rollouts import IterationStore, describe
+from sppo_lightning.pairing import (
+    PAIR_COLUMNS,
+    Pairing,
+    main_drop_reason,
+    pair_responses,
+    pair_statistics,
+)
+from sppo_lightning.pairs import PairTable
+from sppo_lightning.prompt_table import EncodedById
+from sppo_lightning.rollouts import IterationStore, by_prompt, describe, merged
 from sppo_lightning.selection import Schedule, Selection
-from sppo_lightning.types import EncodedPrompt, PreferencePair, Rollout, UserError
+from sppo_lightning.tally import ResponseTally
+from sppo_lightning.types import Phase, PreferencePair, UserError
 
 
 class ReferencePolicy(Protocol):
@@ -102,7 +111,7 @@ class IterationBuilder:
     """
 
     rules: IterationRules
-    prompts: Mapping[str, EncodedPrompt]
+    prompts: EncodedById
     too_long: Sequence[str]
     collector: Collector
     made_with: Mapping[str, Any]
@@ -141,37 +150,29 @@ class IterationBuilder:
         )
         dropped["not_scheduled"] = len(self.prompts) - len(candidates)
 
-        probed = self._probe(store, candidates, iteration, previous, reestimation)
-        table = difficulty_after(probed, previous, iteration=iteration, smoothing=manifest["smoothing"])
-        known = set(table.prompt_ids)
-        dropped["non_finite_reward"] = sum(prompt_id not in known for prompt_id in candidates)
-        ranked = table.rows([prompt_id for prompt_id in candidates if prompt_id in known])
-        keep = rules.selection.select(ranked, iteration=iteration, seed=rules.seed).tolist()
-        selected = [prompt_id for prompt_id, kept in zip(ranked.prompt_ids, keep, strict=True) if kept]
-        dropped["not_selected"] = len(ranked) - len(selected)
-        if first:
-            store.write_difficulty(table, set(selected))
-
-        rollouts = self._top_up(store, selected, probed, iteration)
-        result = build_pairs(
-            rollouts,
-            self.prompts,
-            rules.pairing,
-            samples_per_prompt=rules.samples_per_prompt,
-            iteration=iteration,
-            seed=rules.seed,
+        due = self._due(candidates, previous, reestimation)
+        samples = reestimation.samples if reestimation else rules.probe_samples
+        self._collect(store, "probe", dict.fromkeys(due, range(samples)), iteration, "probing")
+        ranked, selected = self._select(
+            store, candidates, previous, iteration=iteration, smoothing=manifest["smoothing"], dropped=dropped
         )
-        dropped.update(result.dropped)
-        pairs = self._reference_pass(result.pairs, iteration)
-        rewards = {prompt_id: finite_rewards(rows) for prompt_id, rows in rollouts.items()}
-        difficulty = dict(zip(table.prompt_ids, table["difficulty"].tolist(), strict=True))
-        statistics = pair_statistics(pairs, rewards, difficulty)
+        missing = self._missing(selected, set(due), samples)
+        self._collect(store, "topup", missing, iteration, "generating")
+        tally = ResponseTally()
+        rewards: dict[str, array[float]] = {}
+        pairs = PairTable.collect(
+            self._paired(store, candidates, set(selected), iteration, tally, rewards, dropped)
+        )
+        pairs = self._reference_pass(pairs, iteration)
+        paired = ranked.rows(pairs.prompt_ids)
+        difficulty = dict(zip(paired.prompt_ids, paired["difficulty"].tolist(), strict=True))
+        statistics = pair_statistics(pairs.prompt_ids, pairs.statistics(), rewards, difficulty)
         keep = rules.pair_selection.select(statistics, iteration=iteration, seed=rules.seed).tolist()
         dropped["pair_not_selected"] = keep.count(False)
-        pairs = [pair for pair, kept in zip(pairs, keep, strict=True) if kept]
+        pairs = pairs.kept(keep)
 
         counts = {"prompts": len(self.prompts) + len(self.too_long), "pairs": len(pairs)}
-        counts |= {"probed": len(probed), "selected": len(selected)}
+        counts |= {"probed": len(due), "selected": len(selected)}
         dropped += Counter()  # forget the reasons that dropped nothing
         assert counts["prompts"] == counts["pairs"] + dropped.total()
         if len(pairs) < rules.pairs_per_step:
@@ -189,7 +190,8 @@ class IterationBuilder:
                     "complete": True,
                     "counts": counts,
                     "dropped": dict(dropped),
-                    "metrics": _iteration_metrics(ranked, pairs, {**probed, **rollouts}),
+                    "responses": tally.counts(),
+                    "metrics": {**tally.metrics(), **_iteration_metrics(ranked, pairs)},
                 }
             )
         self.collector.ranks.barrier("iteration complete")
@@ -213,51 +215,105 @@ class IterationBuilder:
             "too_long": list(self.too_long),
         }
 
-    def _probe(
+    def _collect(
+        self, store: IterationStore, name: str, samples: Mapping[str, range], iteration: int, phase: Phase
+    ) -> None:
+        wanted = WantedRows(self.prompts.taken(samples), list(samples.values()))
+        self.collector.collect(store.shards, name, wanted, iteration=iteration, phase=phase)
+
+    def _missing(self, selected: Sequence[str], probed: set[str], samples: int) -> dict[str, range]:
+        """Return the sample indices that the selected prompts lack; ``samples``: how many the probed ones have."""
+        every = range(self.rules.samples_per_prompt)
+        others = every[samples:]
+        missing = {prompt_id: others if prompt_id in probed else every for prompt_id in selected}
+        return {prompt_id: indices for prompt_id, indices in missing.items() if indices}
+
+    def _due(
+        self, candidates: Sequence[str], previous: StatisticsTable, reestimation: Reestimation | None
+    ) -> list[str]:
+        """Return the candidates whose difficulty is unknown, or due."""
+        known = set(previous.prompt_ids)
+        again = set(reestimation.prompt_ids) if reestimation else set()
+        return [prompt_id for prompt_id in candidates if prompt_id not in known or prompt_id in again]
+
+    def _select(
         self,
         store: IterationStore,
         candidates: Sequence[str],
-        iteration: int,
         previous: StatisticsTable,
-        reestimation: Reestimation | None,
-    ) -> dict[str, list[Rollout]]:
-        """Sample the candidates whose difficulty is unknown or due."""
-        known = set(previous.prompt_ids)
-        due = set(reestimation.prompt_ids) if reestimation else set()
-        samples = reestimation.samples if reestimation else self.rules.probe_samples
-        wanted = [
-            Wanted(self.prompts[prompt_id], range(samples))
-            for prompt_id in candidates
-            if prompt_id not in known or prompt_id in due
-        ]
-        rows = self.collector.collect(store.shards, "probe", wanted, iteration=iteration, phase="probing")
-        return dict(by_prompt(rows))
+        *,
+        iteration: int,
+        smoothing: float,
+        dropped: Counter[str],
+    ) -> tuple[StatisticsTable, list[str]]:
+        """Write the difficulties after the probe; return those of the candidates, and the ids of the selected ones.
 
-    def _top_up(
+        ``dropped`` gets the reasons of the others.
+        """
+        table = difficulty_after(
+            store.shards.rewards("probe"), previous, iteration=iteration, smoothing=smoothing
+        )
+        known = set(table.prompt_ids)
+        dropped.update(self._drop_reasons(store, [key for key in candidates if key not in known]))
+        ranked = table.rows([prompt_id for prompt_id in candidates if prompt_id in known])
+        keep = self.rules.selection.select(ranked, iteration=iteration, seed=self.rules.seed).tolist()
+        selected = [prompt_id for prompt_id, kept in zip(ranked.prompt_ids, keep, strict=True) if kept]
+        dropped["not_selected"] = len(ranked) - len(selected)
+        if self.collector.ranks.rank == 0:
+            store.write_difficulty(table, set(selected))
+        return ranked, selected
+
+    def _drop_reasons(self, store: IterationStore, unknown: Sequence[str]) -> Counter[str]:
+        """Return why prompts have no difficulty although they were probed."""
+        if not unknown:
+            return Counter()
+        lost = set(unknown)
+        groups = by_prompt(store.shards.read_all("probe"))
+        return Counter(main_drop_reason(rows) for prompt_id, rows in groups if prompt_id in lost)
+
+    def _paired(
         self,
         store: IterationStore,
-        selected: Sequence[str],
-        probed: Mapping[str, list[Rollout]],
+        candidates: Sequence[str],
+        selected: set[str],
         iteration: int,
-    ) -> dict[str, list[Rollout]]:
-        """Sample what the selected prompts still lack, and return all their responses."""
-        target = self.rules.samples_per_prompt
-        wanted = [
-            Wanted(self.prompts[prompt_id], range(have, target))
-            for prompt_id in selected
-            if (have := len(probed.get(prompt_id, ()))) < target
-        ]
-        rows = self.collector.collect(store.shards, "topup", wanted, iteration=iteration, phase="generating")
-        more = by_prompt(rows)
-        return {prompt_id: [*probed.get(prompt_id, ()), *more.get(prompt_id, ())] for prompt_id in selected}
+        tally: ResponseTally,
+        rewards: dict[str, array[float]],
+        dropped: Counter[str],
+    ) -> Iterator[PreferencePair]:
+        """Stream all responses by: count them in ``tally``, and yield the pairs of the selected prompts.
 
-    def _reference_pass(self, pairs: Sequence[PreferencePair], iteration: int) -> list[PreferencePair]:
+        ``rewards`` gets the usable rewards of the paired prompts, ``dropped`` the reasons of the others.
+        """
+        sources = (by_prompt(store.shards.read_all(name)) for name in ("probe", "topup"))
+        for prompt_id, rows in merged(candidates, *sources):
+            tally.add(rows)
+            if prompt_id not in selected:
+                continue
+            pair, reason = pair_responses(
+                rows,
+                self.prompts[prompt_id],
+                self.rules.pairing,
+                samples_per_prompt=self.rules.samples_per_prompt,
+                iteration=iteration,
+                seed=self.rules.seed,
+            )
+            if pair is None:
+                dropped[str(reason)] += 1
+            else:
+                usable = (row.reward for row in rows if row.usable and row.reward is not None)
+                rewards[prompt_id] = array("d", usable)
+                yield pair
+
+    def _reference_pass(self, pairs: PairTable, iteration: int) -> PairTable:
         """Fill in the reference's log-probs, pairs of similar length together."""
         ranks, size = self.collector.ranks, self.rules.batch_size
-        order = sorted(range(len(pairs)), key=lambda row: -_length(pairs[row]))
+        responses = torch.maximum(pairs.lengths("chosen_token_ids"), pairs.lengths("rejected_token_ids"))
+        lengths = pairs.lengths("prompt_token_ids") + responses
+        order = lengths.argsort(descending=True, stable=True).tolist()
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         mine = batches[ranks.rank :: ranks.world_size]
-        found: list[tuple[int, float, float]] = []
+        sides = torch.full((2, len(pairs)), float("nan"), dtype=torch.float64)  # chosen, rejected
         total, done, tokens = sum(map(len, mine)), 0, 0
         if mine:
             self.collector.notify("reference", iteration, done, total, tokens)
@@ -268,56 +324,37 @@ class IterationBuilder:
                     [pairs[row] for row in rows], real=len(rows), slot=slot, pad_token_id=self.pad_token_id
                 )
                 logps = self.reference.reference_logps(batch)
-                found += zip(rows, logps.chosen.tolist(), logps.rejected.tolist(), strict=True)
+                sides[:, rows] = torch.stack([logps.chosen, logps.rejected])
                 done += len(rows)
                 tokens += int(batch.attention_mask.sum())
                 self.collector.notify("reference", iteration, done, total, tokens)
-        filled = list(pairs)
-        for row, chosen, rejected in (item for part in ranks.gather(found) for item in part):
-            filled[row] = replace(filled[row], reference_chosen_logp=chosen, reference_rejected_logp=rejected)
-        return filled
+        for part in ranks.gather([sides]):
+            sides = torch.where(sides.isnan(), part[0], sides)
+        return pairs.with_reference(*sides.tolist())
 
 
 def difficulty_after(
-    rollouts: Mapping[str, Sequence[Rollout]],
+    rewards: Mapping[str, Sequence[float]],
     previous: StatisticsTable,
     *,
     iteration: int,
     smoothing: float,
 ) -> StatisticsTable:
-    """Return ``previous`` with the prompts in ``rollouts`` estimated anew; non-finite rewards do not count."""
-    rewards = {prompt_id: finite_rewards(rows) for prompt_id, rows in rollouts.items()}
-    statistics = reward_statistics({key: values for key, values in rewards.items() if values})
+    """Return ``previous`` with the prompts that have usable ``rewards`` estimated anew."""
     return previous.updated(
-        estimate_difficulty(statistics, previous, iteration=iteration, smoothing=smoothing)
+        estimate_difficulty(reward_statistics(rewards), previous, iteration=iteration, smoothing=smoothing)
     )
 
 
-def finite_rewards(rows: Sequence[Rollout]) -> list[float]:
-    """Return the finite rewards among ``rows``."""
-    return [row.reward for row in rows if row.reward is not None and math.isfinite(row.reward)]
-
-
-def _length(pair: PreferencePair) -> int:
-    responses = max(len(pair.chosen_token_ids), len(pair.rejected_token_ids))
-    return len(pair.prompt_token_ids) + responses
-
-
-def _iteration_metrics(
-    ranked: StatisticsTable, pairs: Sequence[PreferencePair], sampled: Mapping[str, Sequence[Rollout]]
-) -> dict[str, float]:
-    """Return what the loggers get at an iteration's start; lengths in tokens."""
+def _iteration_metrics(ranked: StatisticsTable, pairs: PairTable) -> dict[str, float]:
+    """Return what the loggers get about difficulty and pairs at an iteration's start."""
     quartiles = torch.quantile(ranked["difficulty"], torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
-    means = [sum(values) / len(values) for rows in sampled.values() if (values := finite_rewards(rows))]
-    rows = [row for group in sampled.values() for row in group]
+    columns = pairs.statistics()
     return {
-        "iteration/reward/mean": sum(means) / len(means),
         "iteration/difficulty/mean": float(ranked["difficulty"].mean()),
         "iteration/difficulty/q25": float(quartiles[0]),
         "iteration/difficulty/q50": float(quartiles[1]),
         "iteration/difficulty/q75": float(quartiles[2]),
-        "iteration/response_length/mean": sum(len(row.token_ids) for row in rows) / len(rows),
-        "iteration/response_unfinished/share": sum(row.finish_reason == "length" for row in rows) / len(rows),
         "iteration/pairs/count": float(len(pairs)),
-        "iteration/pairs/gap": sum(p.chosen_reward - p.rejected_reward for p in pairs) / len(pairs),
+        "iteration/pairs/gap": float((columns["chosen_reward"] - columns["rejected_reward"]).mean()),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -71,99 +70,89 @@ class BestRandom(Pairing):
         return Choice(int(rewards.argmax()), int(lower[pick]))
 
 
-class PairingResult(NamedTuple):
-    """The pairs, and the prompts that gave none, by reason."""
+class Outcome(NamedTuple):
+    """A prompt's pair, or why it has none."""
 
-    pairs: list[PreferencePair]
-    dropped: Counter[str]
+    pair: PreferencePair | None
+    drop_reason: str | None
 
 
-def build_pairs(
-    rollouts: Mapping[str, Sequence[Rollout]],
-    prompts: Mapping[str, EncodedPrompt],
+def pair_responses(
+    rows: Sequence[Rollout],
+    prompt: EncodedPrompt,
     pairing: Pairing,
     *,
     samples_per_prompt: int,
     iteration: int,
     seed: int,
-) -> PairingResult:
-    """Pair each prompt's first ``samples_per_prompt`` responses.
+) -> Outcome:
+    """Pair the first ``samples_per_prompt`` responses to a prompt.
 
-    A prompt is dropped as ``non_finite_reward`` (fewer than two finite rewards), ``tied_rewards`` (all
-    equal), or ``identical_responses`` (chosen and rejected are the same tokens or read the same).
+    Without two usable responses the prompt is dropped for the reason that most of the others have (most often
+    ``non_finite_reward``); else as ``tied_rewards`` (all equal) or ``identical_responses`` (chosen and rejected are
+    the same tokens or read the same).
 
     Args:
-        rollouts: scored responses by prompt id.
-        prompts: encoded prompts by id.
+        rows: scored responses; those with the lowest ``sample_index`` take part.
+        prompt: what they answer.
         pairing: the rule.
-        samples_per_prompt: responses that take part; the lowest ``sample_index`` values are used.
+        samples_per_prompt: responses that take part.
         iteration: self-play iteration, for the rule's randomness.
         seed: the run's seed.
     """
-    pairs: list[PreferencePair] = []
-    dropped: Counter[str] = Counter()
-    for prompt_id, rows in rollouts.items():
-        taken = sorted(rows, key=lambda row: row.sample_index)[:samples_per_prompt]
-        scored = [row for row in taken if row.reward is not None and math.isfinite(row.reward)]
-        if len(scored) < 2:
-            dropped["non_finite_reward"] += 1
-            continue
-        rewards = torch.tensor([row.reward for row in scored], dtype=torch.float64)
-        if bool(rewards.max() == rewards.min()):
-            identical = len({row.response for row in scored}) == 1
-            dropped["identical_responses" if identical else "tied_rewards"] += 1
-            continue
-        generator = torch.Generator().manual_seed(derive_seed(seed, iteration, prompt_id, "pairing"))
-        choice = pairing.choose(rewards, generator)
-        chosen, rejected = scored[choice.chosen], scored[choice.rejected]
-        if chosen.token_ids == rejected.token_ids or chosen.response == rejected.response:
-            dropped["identical_responses"] += 1
-            continue
-        assert chosen.reward is not None
-        assert rejected.reward is not None
-        pairs.append(
-            PreferencePair(
-                prompt_id=prompt_id,
-                prompt_token_ids=prompts[prompt_id].token_ids,
-                chosen_token_ids=chosen.token_ids,
-                rejected_token_ids=rejected.token_ids,
-                chosen=chosen.response,
-                rejected=rejected.response,
-                chosen_reward=chosen.reward,
-                rejected_reward=rejected.reward,
-            )
-        )
-    return PairingResult(pairs, dropped)
+    taken = sorted(rows, key=lambda row: row.sample_index)[:samples_per_prompt]
+    scored = [row for row in taken if row.usable]
+    if len(scored) < 2:
+        return Outcome(None, main_drop_reason(taken))
+    rewards = torch.tensor([row.reward for row in scored], dtype=torch.float64)
+    if bool(rewards.max() == rewards.min()):
+        identical = len({row.response for row in scored}) == 1
+        return Outcome(None, "identical_responses" if identical else "tied_rewards")
+    generator = torch.Generator().manual_seed(derive_seed(seed, iteration, prompt.prompt.id, "pairing"))
+    choice = pairing.choose(rewards, generator)
+    chosen, rejected = scored[choice.chosen], scored[choice.rejected]
+    if chosen.token_ids == rejected.token_ids or chosen.response == rejected.response:
+        return Outcome(None, "identical_responses")
+    assert chosen.reward is not None
+    assert rejected.reward is not None
+    pair = PreferencePair(
+        prompt_id=prompt.prompt.id,
+        prompt_token_ids=prompt.token_ids,
+        chosen_token_ids=chosen.token_ids,
+        rejected_token_ids=rejected.token_ids,
+        chosen=chosen.response,
+        rejected=rejected.response,
+        chosen_reward=chosen.reward,
+        rejected_reward=rejected.reward,
+    )
+    return Outcome(pair, None)
+
+
+def main_drop_reason(rows: Sequence[Rollout]) -> str:
+    """Return the reason that most of a prompt's unusable responses have."""
+    reasons = Counter(row.drop_reason or "non_finite_reward" for row in rows if not row.usable)
+    return reasons.most_common(1)[0][0] if reasons else "non_finite_reward"
 
 
 def pair_statistics(
-    pairs: Sequence[PreferencePair],
+    prompt_ids: Sequence[str],
+    pairs: Mapping[str, Tensor],
     rewards: Mapping[str, Sequence[float]],
     difficulty: Mapping[str, float],
 ) -> StatisticsTable:
     """Return the :data:`PAIR_COLUMNS` of each pair.
 
     Args:
-        pairs: pairs with their reference log-probs.
-        rewards: finite rewards by prompt id.
+        prompt_ids: of the pairs.
+        pairs: rewards, lengths and reference log-probs of chosen and rejected responses, ``[pairs]`` each.
+        rewards: usable rewards by prompt id.
         difficulty: difficulty by prompt id.
     """
-    statistics = reward_statistics({pair.prompt_id: rewards[pair.prompt_id] for pair in pairs})
-
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64)
-
-    return StatisticsTable(
-        statistics.prompt_ids,
-        {
-            **statistics.columns,
-            "difficulty": column([difficulty[pair.prompt_id] for pair in pairs]),
-            "gap": column([pair.chosen_reward - pair.rejected_reward for pair in pairs]),
-            "chosen_reward": column([pair.chosen_reward for pair in pairs]),
-            "rejected_reward": column([pair.rejected_reward for pair in pairs]),
-            "chosen_length": column([len(pair.chosen_token_ids) for pair in pairs]),
-            "rejected_length": column([len(pair.rejected_token_ids) for pair in pairs]),
-            "reference_chosen_logp": column([pair.reference_chosen_logp for pair in pairs]),
-            "reference_rejected_logp": column([pair.reference_rejected_logp for pair in pairs]),
-        },
-    )
+    statistics = reward_statistics({prompt_id: rewards[prompt_id] for prompt_id in prompt_ids})
+    columns = {
+        **statistics.columns,
+        **pairs,
+        "difficulty": torch.tensor([difficulty[key] for key in prompt_ids], dtype=torch.float64),
+        "gap": pairs["chosen_reward"] - pairs["rejected_reward"],
+    }
+    return StatisticsTable(statistics.prompt_ids, {name: columns[name] for name in PAIR_COLUMNS})

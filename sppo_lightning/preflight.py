@@ -12,6 +12,8 @@ from sppo_lightning.generation import Generator
 from sppo_lightning.iteration import IterationRules
 from sppo_lightning.prompt_sets import PromptSets
 from sppo_lightning.prompts import check_disjoint
+from sppo_lightning.rewards import Reward
+from sppo_lightning.selection import Curriculum, EasyToHard, HardToEasy
 from sppo_lightning.types import EncodedPrompt, UserError
 
 PROMPTS_OF = {"validate": "eval_prompts", "test": "test_prompts", "predict": "predict_prompts"}
@@ -48,7 +50,7 @@ def shrink(sets: PromptSets, rules: IterationRules) -> IterationRules:
     """Keep one optimizer step's worth of prompts, with room for ties, and one iteration; for a dev run."""
     wanted = 2 * rules.pairs_per_step
     rules = replace(rules, iterations=1)
-    ids = [prompt.id for prompt in sets.read("prompts")]
+    ids = sets.read("prompts").ids
     for count in range(wanted, len(ids), rules.pairs_per_step):
         if rules.expected_pairs(ids[:count], 0)[1] >= wanted:
             sets.keep_first("prompts", count)
@@ -74,6 +76,35 @@ def check_sizes(rules: IterationRules, prompt_ids: Sequence[str]) -> None:
             )
 
 
+def check_comparative(reward: Reward, rules: IterationRules, curriculum: Curriculum) -> None:
+    """Refuse what a reward that compares a prompt's responses with each other cannot give.
+
+    Its mean over a prompt's responses is the same for every prompt, so that there is no difficulty; and responses
+    that are sampled in two steps would be compared apart.
+
+    Raises:
+        UserError: naming the key to change.
+    """
+    if not reward.comparative:
+        return
+    name = f"data.reward {type(reward).__name__} compares a prompt's responses with each other"
+    if rules.probe_samples < rules.samples_per_prompt:
+        raise UserError(
+            f"{name}, so that all have to be there at once: set data.probe_samples={rules.samples_per_prompt}"
+        )
+    for slot, rule in (("selection", rules.selection), ("pair_selection", rules.pair_selection)):
+        if {"difficulty", "mean_reward"} & set(rule.requires):
+            raise UserError(
+                f"{name}, so that every prompt has the same mean reward and data.{slot} {type(rule).__name__} has "
+                "nothing to choose by: use a rule that needs no difficulty"
+            )
+    if isinstance(curriculum, EasyToHard | HardToEasy):
+        raise UserError(
+            f"{name}, so that every prompt has the same mean reward and data.curriculum {type(curriculum).__name__} "
+            "has nothing to order by: use RandomOrder"
+        )
+
+
 def check_context(
     prompts: Iterable[EncodedPrompt], generator: Generator, model_config: Any, *, key: str
 ) -> None:
@@ -83,7 +114,12 @@ def check_context(
         UserError: with the lengths, in tokens.
     """
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    new = getattr(generator, "max_new_tokens", 0)
+    new = generator.longest_response(longest)
+    if new < 1:
+        raise UserError(
+            f"data.{key}: the longest prompt has {longest} tokens, which leaves no room for a response under the "
+            f"generator's max_total_tokens={generator.max_total_tokens}: lower data.max_prompt_tokens or raise it"
+        )
     context = getattr(model_config, "max_position_embeddings", None)
     if context is not None and longest + new > context:
         raise UserError(

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from sppo_lightning.prompt_table import EncodedPrompts, PromptTable
 from sppo_lightning.prompts import encode_prompts, read_prompts
-from sppo_lightning.types import EncodedPrompt, Prompt, UserError
+from sppo_lightning.types import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,20 +23,27 @@ class PromptSets:
     Args:
         sources: file(s), folder or hub dataset of each key; ``None`` where the config names none.
         max_tokens: longer prompts are left out.
+        system_prompt: opens the conversations that have no system message.
     """
 
-    def __init__(self, sources: Mapping[str, str | list[str] | None], max_tokens: int) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, str | list[str] | None],
+        max_tokens: int,
+        system_prompt: str | None = None,
+    ) -> None:
         self.sources = sources
         self.max_tokens = max_tokens
-        self._read: dict[str, list[Prompt]] = {}
-        self._encoded: dict[str, dict[str, EncodedPrompt]] = {}
+        self.system_prompt = system_prompt
+        self._read: dict[str, PromptTable] = {}
+        self._encoded: dict[str, EncodedPrompts] = {}
         self._too_long: dict[str, list[str]] = {}
 
     def named(self, key: str) -> bool:
         """Whether the config names prompts for ``key``."""
         return self.sources[key] is not None
 
-    def read(self, key: str) -> list[Prompt]:
+    def read(self, key: str) -> PromptTable:
         """Return the prompts of ``key``.
 
         Raises:
@@ -52,15 +60,17 @@ class PromptSets:
         """Leave out all but the first ``count`` prompts of ``key``."""
         self._read[key] = self.read(key)[:count]
 
-    def encode(self, key: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, EncodedPrompt]:
-        """Return the prompts of ``key`` that fit, encoded, by id; say which do not.
+    def encode(self, key: str, tokenizer: PreTrainedTokenizerBase) -> EncodedPrompts:
+        """Return the prompts of ``key`` that fit, encoded; say which do not.
 
         Raises:
             UserError: if none fits.
         """
         if key not in self._encoded:
             prompts = self.read(key)
-            kept, too_long = encode_prompts(tokenizer, prompts, max_tokens=self.max_tokens)
+            kept, too_long = encode_prompts(
+                tokenizer, prompts, max_tokens=self.max_tokens, system_prompt=self.system_prompt
+            )
             if too_long:
                 more = " …" if len(too_long) > LISTED else ""
                 rank_zero_info(
@@ -71,7 +81,7 @@ class PromptSets:
                 raise UserError(
                     f"every prompt of data.{key} is over data.max_prompt_tokens={self.max_tokens}: raise it"
                 )
-            self._encoded[key] = {item.prompt.id: item for item in kept}
+            self._encoded[key] = kept
             self._too_long[key] = too_long
         return self._encoded[key]
 

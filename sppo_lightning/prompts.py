@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from jinja2 import TemplateError
 from lightning.pytorch.utilities import rank_zero_info
 
 from sppo_lightning.prompt_files import Record, records
-from sppo_lightning.types import EncodedPrompt, Message, Prompt, UserError, first_line
+from sppo_lightning.prompt_table import EncodedPrompts, PromptTable, user_text
+from sppo_lightning.ragged import RaggedColumn
+from sppo_lightning.types import Message, Prompt, UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def read_prompts(source: str | Sequence[str], *, key: str) -> list[Prompt]:
+def read_prompts(source: str | Sequence[str], *, key: str) -> PromptTable:
     """Read prompts from files, globs, folders or hub datasets.
 
     A record with both ``prompt`` and ``messages`` (as preference sets have) is its ``prompt``; the messages are
@@ -32,21 +35,30 @@ def read_prompts(source: str | Sequence[str], *, key: str) -> list[Prompt]:
         UserError: naming the file and line, if there is nothing to read or a record is no prompt.
     """
     sources = [source] if isinstance(source, str) else list(source)
-    found: dict[str, tuple[str, Prompt]] = {}  # by id: where it stands, and the prompt
+    table = PromptTable()
+    rows: dict[str, int] = {}  # by id
     repeated = 0
-    for record in (record for item in sources for record in records(item, key=key)):
+    for record in _all_records(sources, key):
         prompt = _parse(record)
-        first, twin = found.setdefault(prompt.id, (record[0], prompt))
-        if twin is not prompt:
-            repeated += 1
+        row = rows.setdefault(prompt.id, len(table))
+        if row == len(table):
+            table.append(prompt)
+            continue
+        repeated += 1
+        twin = table[row]
         same = (twin.messages, twin.answer) == (prompt.messages, prompt.answer)
         if not same or (record[1].get("id") is not None and twin != prompt):
-            raise UserError(_clash(record, first))
-    if not found:
+            first = next(item for item in _all_records(sources, key) if _parse(item).id == prompt.id)
+            raise UserError(_clash(record, first[0]))
+    if not table:
         raise UserError(f"{key}={source!r} holds no prompts: add at least one record with a 'prompt' field")
     if repeated:
         rank_zero_info(f"{key}: {repeated} records repeat another prompt and count once")
-    return [prompt for _, prompt in found.values()]
+    return table
+
+
+def _all_records(sources: Sequence[str], key: str) -> Iterator[Record]:
+    return (record for source in sources for record in records(source, key=key))
 
 
 def _clash(record: Record, first: str) -> str:
@@ -62,14 +74,15 @@ def _clash(record: Record, first: str) -> str:
     )
 
 
-def check_disjoint(train: Sequence[Prompt], held_out: Sequence[Prompt], *, key: str) -> None:
-    """Refuse held-out prompts that are also trained on.
+def check_disjoint(train: Iterable[Prompt], held_out: Sequence[Prompt], *, key: str) -> None:
+    """Refuse held-out prompts that are also trained on; of the training prompts one is held at a time.
 
     Raises:
         UserError: naming one overlapping prompt.
     """
-    seen = {_spoken(prompt): prompt.id for prompt in train}
-    shared = [prompt for prompt in held_out if _spoken(prompt) in seen]
+    kept_apart = {_spoken(prompt) for prompt in held_out}
+    seen = {spoken: prompt.id for prompt in train if (spoken := _spoken(prompt)) in kept_apart}
+    shared = [prompt for prompt in held_out if _spoken(prompt) in seen] if seen else []
     if shared:
         raise UserError(
             f"{len(shared)} of {len(held_out)} prompts of {key} are also in data.prompts (first: "
@@ -77,9 +90,10 @@ def check_disjoint(train: Sequence[Prompt], held_out: Sequence[Prompt], *, key: 
         )
 
 
-def _spoken(prompt: Prompt) -> tuple[tuple[str, str], ...]:
-    """Return what is said, without the white space around it, which makes no other prompt."""
-    return tuple((turn["role"], turn["content"].strip()) for turn in prompt.messages)
+def _spoken(prompt: Prompt) -> bytes:
+    """Return a digest of what is said, without the white space around it, which makes no other prompt."""
+    turns = [[turn["role"], turn["content"].strip()] for turn in prompt.messages]
+    return hashlib.blake2b(json.dumps(turns).encode(), digest_size=16).digest()
 
 
 def _parse(record: Record) -> Prompt:
@@ -90,7 +104,7 @@ def _parse(record: Record) -> Prompt:
         raise UserError(f"{where}: needs a 'prompt' (text) or 'messages' (list); its fields are: {found}")
     if "prompt" not in fields:
         turns = _parse_messages(fields["messages"], where)
-        text = "\n".join(turn["content"] for turn in turns if turn["role"] == "user")
+        text = user_text(turns)
     else:
         text = fields["prompt"]
         if not isinstance(text, str) or not text.strip():
@@ -204,27 +218,49 @@ def single_bos(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> 
 class EncodingResult(NamedTuple):
     """The prompts that fit, and the ids of those that do not."""
 
-    kept: list[EncodedPrompt]
+    kept: EncodedPrompts
     too_long: list[str]
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt], *, max_tokens: int
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int,
+    system_prompt: str | None = None,
 ) -> EncodingResult:
     """Template and tokenise prompts; those over ``max_tokens`` are dropped whole, never truncated.
+
+    Args:
+        tokenizer: the policy's.
+        prompts: what to encode.
+        max_tokens: longest prompt, in tokens, everything that the template adds included.
+        system_prompt: opens the conversations that have no system message of their own.
 
     Raises:
         UserError: naming the prompt, if the tokenizer cannot take it.
     """
-    kept: list[EncodedPrompt] = []
+    if system_prompt is not None and tokenizer.chat_template is None:
+        raise UserError(
+            "data.system_prompt is set, but the policy's tokenizer has no chat template to put it into: leave it "
+            "out, or use an instruct model"
+        )
+    opening = () if system_prompt is None else (Message(role="system", content=system_prompt),)
+    table = prompts if isinstance(prompts, PromptTable) else PromptTable(prompts)
+    token_ids = RaggedColumn("i")
+    kept = array("q")
     too_long: list[str] = []
-    for prompt in prompts:
+    for row, prompt in enumerate(table):
+        own = prompt.messages[0]["role"] == "system"
+        messages = prompt.messages if own else (*opening, *prompt.messages)
         try:
-            ids = template_token_ids(tokenizer, prompt.messages, add_generation_prompt=True)
+            ids = template_token_ids(tokenizer, messages, add_generation_prompt=True)
         except UserError as error:
             raise UserError(f"prompt {prompt.id!r}: {error}") from error
-        if len(ids) <= max_tokens:
-            kept.append(EncodedPrompt(prompt, tuple(ids)))
+        fits = len(ids) <= max_tokens
+        token_ids.append(ids if fits else ())
+        if fits:
+            kept.append(row)
         else:
             too_long.append(prompt.id)
-    return EncodingResult(kept, too_long)
+    return EncodingResult(EncodedPrompts(table, token_ids, kept), too_long)

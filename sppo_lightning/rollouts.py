@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from abc import ABCMeta
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
 from sppo_lightning.difficulty import DIFFICULTY_COLUMNS, StatisticsTable
-from sppo_lightning.types import PreferencePair, Rollout, UserError
+from sppo_lightning.pairs import PAIR_SCHEMA, PairTable
+from sppo_lightning.types import Rollout, UserError, first_line
 
 ROLLOUT_SCHEMA = pa.schema(
     [
@@ -28,23 +33,21 @@ ROLLOUT_SCHEMA = pa.schema(
         ("token_ids", pa.list_(pa.int32())),
         ("finish_reason", pa.string()),
         ("reward", pa.float64()),
+        ("reward_parts", pa.map_(pa.string(), pa.float64())),
+        ("drop_reason", pa.string()),
     ]
 )
-PAIR_SCHEMA = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("prompt_token_ids", pa.list_(pa.int32())),
-        ("chosen_token_ids", pa.list_(pa.int32())),
-        ("rejected_token_ids", pa.list_(pa.int32())),
-        ("chosen", pa.string()),
-        ("rejected", pa.string()),
-        ("chosen_reward", pa.float64()),
-        ("rejected_reward", pa.float64()),
-        ("reference_chosen_logp", pa.float64()),
-        ("reference_rejected_logp", pa.float64()),
-    ]
+FREE_SETTINGS = {
+    *("batch_size", "batch_tokens", "between_phases", "gpu_memory_utilization"),
+    *("base_url", "api_key_env", "max_concurrency", "timeout", "max_retries"),
+}
+"""Settings of generators and rewards that decide speed or place, not results."""
+_KEY_SCHEMA = pa.schema(
+    [ROLLOUT_SCHEMA.field(name) for name in ("prompt_id", "sample_index", "reward", "drop_reason")]
 )
+_REWARD_SCHEMA = pa.schema([ROLLOUT_SCHEMA.field(name) for name in ("prompt_id", "reward", "drop_reason")])
 _COUNTS = ("estimated_iteration", "samples")
+ROWS_IN_WRITING = 1024  # of a table, held a second time, encoded
 DIFFICULTY_SCHEMA = pa.schema(
     [("prompt_id", pa.string())]
     + [(name, pa.int64() if name in _COUNTS else pa.float64()) for name in DIFFICULTY_COLUMNS]
@@ -54,27 +57,42 @@ DIFFICULTY_SCHEMA = pa.schema(
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that it is either whole or absent, also after a crash."""
+    with _replacing(path) as file:
+        file.write(content)
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    with _replacing(path) as file:
+        pq.write_table(
+            table, file, compression="zstd", write_page_checksum=True, row_group_size=ROWS_IN_WRITING
+        )
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that takes its name once it is whole and on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
-        file.write(content)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
 
 
-def _write_table(path: Path, table: pa.Table) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    write_atomically(path, sink.getvalue().to_pybytes())
-
-
 def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """Return the columns of ``schema``."""
     try:
-        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
+        table = pq.read_table(
+            path,
+            columns=schema.names,
+            partitioning=None,
+            page_checksum_verification=True,
+            pre_buffer=False,  # it would keep the file in memory beside the table
+        )
         return table.select(schema.names).cast(schema)
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run again") from error
+        raise UserError(f"{path} is damaged ({first_line(error)}): delete it and run again") from error
 
 
 class ShardStore:
@@ -96,21 +114,87 @@ class ShardStore:
         path = self.path(name, number)
         return read_rollouts(path) if path.exists() else None
 
+    def key(self, name: str, number: int) -> ShardKey | None:
+        """Return what a shard holds, without its texts and tokens; ``None`` if it has not been written."""
+        path = self.path(name, number)
+        if not path.exists():
+            return None
+        table = _read_table(path, _KEY_SCHEMA)
+        columns = (table[column].to_pylist() for column in ("prompt_id", "sample_index"))
+        reasons = table["drop_reason"].drop_null().to_pylist()
+        return ShardKey(list(zip(*columns, strict=True)), table["reward"].null_count == 0, reasons)
+
     def read_all(self, name: str = "*") -> Iterator[Rollout]:
         """Yield the rows of all shards of ``name``, shard by shard."""
-        for path in sorted(self.folder.glob(f"{name}-*.parquet")):
+        for path in self._paths(name):
             yield from read_rollouts(path)
+
+    def rewards(self, name: str = "*") -> dict[str, array[float]]:
+        """Return the rewards of the usable responses, by prompt id, in the order of the shards."""
+        found: dict[str, array[float]] = {}
+        for path in self._paths(name):
+            table = _read_table(path, _REWARD_SCHEMA)
+            usable = pc.and_(pc.is_null(table["drop_reason"]), pc.is_finite(table["reward"]))
+            table = table.filter(usable)
+            for prompt_id, reward in zip(
+                table["prompt_id"].to_pylist(), table["reward"].to_pylist(), strict=True
+            ):
+                found.setdefault(prompt_id, array("d")).append(reward)
+        return found
+
+    def _paths(self, name: str) -> list[Path]:
+        return sorted(self.folder.glob(f"{name}-[0-9]*.parquet"))
+
+
+class ShardKey(NamedTuple):
+    """What a shard holds."""
+
+    rows: list[tuple[str, int]]  # prompt id and sample index
+    scored: bool
+    drop_reasons: list[str]  # of the rows that were dropped
 
 
 def write_rollouts(path: Path, rows: Sequence[Rollout]) -> None:
     """Write a rollout file."""
-    _write_table(path, pa.Table.from_pylist([asdict(row) for row in rows], ROLLOUT_SCHEMA))
+    fields = [{**vars(row), "reward_parts": list(row.reward_parts.items())} for row in rows]
+    _write_table(path, pa.Table.from_pylist(fields, ROLLOUT_SCHEMA))
 
 
 def read_rollouts(path: Path) -> list[Rollout]:
     """Return the rows of a rollout file."""
     rows = _read_table(path, ROLLOUT_SCHEMA).to_pylist()
-    return [Rollout(**{**row, "token_ids": tuple(row["token_ids"])}) for row in rows]
+    return [
+        Rollout(**{**row, "token_ids": tuple(row["token_ids"]), "reward_parts": dict(row["reward_parts"])})
+        for row in rows
+    ]
+
+
+def by_prompt(rows: Iterable[Rollout]) -> Iterator[tuple[str, list[Rollout]]]:
+    """Yield each prompt with its rows, which must be neighbours."""
+    for prompt_id, group in groupby(rows, key=lambda row: row.prompt_id):
+        yield prompt_id, list(group)
+
+
+def merged(
+    prompt_ids: Iterable[str], *sources: Iterator[tuple[str, list[Rollout]]]
+) -> Iterator[tuple[str, list[Rollout]]]:
+    """Yield each prompt with its rows from all ``sources``, of which one prompt is held at a time.
+
+    Args:
+        prompt_ids: all prompts that occur, in an order that every source follows.
+        sources: prompts with their rows, in that order; each may lack some.
+    """
+    heads = [next(source, None) for source in sources]
+    for prompt_id in prompt_ids:
+        rows: list[Rollout] = []
+        for number, source in enumerate(sources):
+            head = heads[number]
+            if head is not None and head[0] == prompt_id:
+                rows += head[1]
+                heads[number] = next(source, None)
+        if rows:
+            yield prompt_id, rows
+    assert heads == [None] * len(sources), "a source does not follow the order of prompt_ids"
 
 
 class IterationStore:
@@ -148,7 +232,7 @@ class IterationStore:
         columns: dict[str, Any] = {"prompt_id": list(table.prompt_ids)}
         for name in DIFFICULTY_COLUMNS:
             values = table[name]
-            columns[name] = (values.long() if name in _COUNTS else values).tolist()
+            columns[name] = (values.long() if name in _COUNTS else values).numpy()
         columns["selected"] = [prompt_id in selected for prompt_id in table.prompt_ids]
         _write_table(self.folder / "difficulty.parquet", pa.table(columns, DIFFICULTY_SCHEMA))
 
@@ -157,23 +241,18 @@ class IterationStore:
         table = _read_table(self.folder / "difficulty.parquet", DIFFICULTY_SCHEMA)
         prompt_ids = table["prompt_id"].to_pylist()
         columns = {
-            name: torch.tensor(table[name].to_pylist(), dtype=torch.float64) for name in DIFFICULTY_COLUMNS
+            name: torch.tensor(table[name].to_numpy(), dtype=torch.float64) for name in DIFFICULTY_COLUMNS
         }
         selected = {key for key, keep in zip(prompt_ids, table["selected"].to_pylist(), strict=True) if keep}
         return StatisticsTable(tuple(prompt_ids), columns), selected
 
-    def write_pairs(self, pairs: Sequence[PreferencePair]) -> None:
+    def write_pairs(self, pairs: PairTable) -> None:
         """Write the iteration's pairs, in pair order."""
-        _write_table(
-            self.folder / "pairs.parquet",
-            pa.Table.from_pylist([asdict(pair) for pair in pairs], PAIR_SCHEMA),
-        )
+        _write_table(self.folder / "pairs.parquet", pairs.table)
 
-    def read_pairs(self) -> list[PreferencePair]:
+    def read_pairs(self) -> PairTable:
         """Return the iteration's pairs, in pair order."""
-        ids = [field.name for field in fields(PreferencePair) if field.name.endswith("token_ids")]
-        rows = _read_table(self.folder / "pairs.parquet", PAIR_SCHEMA).to_pylist()
-        return [PreferencePair(**{**row, **{name: tuple(row[name]) for name in ids}}) for row in rows]
+        return PairTable(_read_table(self.folder / "pairs.parquet", PAIR_SCHEMA))
 
 
 class RunFolder:
@@ -194,17 +273,25 @@ class RunFolder:
 def describe(component: object) -> dict[str, Any]:
     """Return a component's class and public settings as JSON types, for a manifest.
 
-    Batch sizes are left out: they decide speed, not results.
+    :data:`FREE_SETTINGS` are left out; components inside are described too.
     """
-
-    def plain(value: object) -> Any:
-        if value is None or isinstance(value, bool | int | float | str):
-            return value
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        named = value if callable(value) and hasattr(value, "__qualname__") else type(value)
-        return f"{named.__module__}.{named.__qualname__}"
-
     public = {name: value for name, value in vars(component).items() if not name.startswith("_")}
-    settings = {name: plain(value) for name, value in public.items() if name != "batch_size"}
-    return {"class_path": plain(component), "init_args": settings}
+    settings = {name: _plain(value) for name, value in public.items() if name not in FREE_SETTINGS}
+    return {"class_path": _plain_name(component), "init_args": settings}
+
+
+def _plain(value: object) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(type(value), ABCMeta) and not isinstance(value, torch.nn.Module):
+        return describe(value)
+    return _plain_name(value)
+
+
+def _plain_name(value: object) -> str:
+    named = value if callable(value) and hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -10,13 +10,14 @@ from typing import Any
 
 import yaml
 
+from sppo_lightning.rollouts import FREE_SETTINGS
 from sppo_lightning.types import UserError
 
 # what may change between two starts of the same run: it decides speed, place or display, not results
 FREE_KEYS = {
     "data.batch_size",
-    "data.generator.init_args.batch_size",
-    "data.reward.init_args.batch_size",
+    "data.max_failed_share",
+    "data.generator.init_args.weight_sync.init_args.folder",
     "data.test_prompts",
     "data.predict_prompts",
     "model.policy.gradient_checkpointing",
@@ -85,12 +86,18 @@ def _decisive(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     trainer = config["trainer"]
     yield from _flat("", {"seed_everything": config["seed_everything"]})
     for part in ("model", "data"):
-        yield from ((key, value) for key, value in _flat(part, config[part]) if key not in FREE_KEYS)
+        yield from ((key, value) for key, value in _flat(part, config[part]) if not _free(key))
     yield from _flat("trainer", {name: trainer.get(name) for name in TRAINER_KEYS})
     callbacks = trainer.get("callbacks") or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         if str(callback["class_path"]).endswith(RULE_CALLBACK):
             yield from _flat(f"trainer.callbacks.{RULE_CALLBACK}", callback.get("init_args") or {})
+
+
+def _free(key: str) -> bool:
+    """Whether a key decides speed or place only."""
+    strategy = key.startswith(("data.generator.", "data.reward."))
+    return key in FREE_KEYS or (strategy and key.rpartition(".")[2] in FREE_SETTINGS)
 
 
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -574,11 +574,15 @@ def tensor_reward(prompts: list[str], responses: list[str], metadata: list[dict[
             r"iteration 0 has 0 pairs, fewer than one optimizer step of data\.pairs_per_step=4; "
             r"of 12 prompts were dropped: 9 tied_rewards, 3 not_selected",
         ),
-        ("nan_reward", r"iteration 0 has 0 pairs, .* of 12 prompts were dropped: 12 non_finite_reward"),
+        (
+            "nan_reward",
+            r"20 of 20 responses are of no use \(20 non_finite_reward\), over data\.max_failed_share=0\.5: correct",
+        ),
         ("short_reward", r"returned 1 rewards for 10 responses: it must return one for each"),
         (
             "raising_reward",
-            r"raised KeyError: 'grade' \(.*test_bad_input\.py:\d+, in \S+\): correct it",
+            r"20 of 20 responses are of no use \(20 failed_score\), .*; the first error: data\.reward FunctionReward "
+            r"raised KeyError: 'grade' \(.*test_bad_input\.py:\d+, in \S+\): correct the cause",
         ),
         ("text_reward", r"returned '0\.5', which is no number: it must return one number a response"),
         ("none_reward", r"returned a NoneType: it must return a list of numbers"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sppo_lightning.callbacks import (
     DifficultyReestimation,
+    PhaseTimes,
     PolicyExport,
     RunSummary,
     SampleTable,
     SelfPlayProgress,
 )
+from sppo_lightning.policy import write_folder
 from sppo_lightning.rollouts import RunFolder, write_rollouts
 from sppo_lightning.types import PhaseProgress, Rollout
 
@@ -79,7 +82,9 @@ def test_settings_are_checked(settings: dict[str, float], message: str) -> None:
 
 
 def test_export_replaces_the_folder_as_a_whole(tmp_path: Path) -> None:
-    module = SimpleNamespace(policy=LlamaForCausalLM(tiny_config()), tokenizer=byte_tokenizer())
+    policy, tokenizer = LlamaForCausalLM(tiny_config()), byte_tokenizer()
+    policy.config.use_cache = False
+    module = SimpleNamespace(export=lambda folder: write_folder(policy, tokenizer, folder))
     target = tmp_path / "policy"
     target.mkdir()
     (target / "left-behind").touch()
@@ -87,9 +92,46 @@ def test_export_replaces_the_folder_as_a_whole(tmp_path: Path) -> None:
     assert not (target / "left-behind").exists()
     loaded = AutoModelForCausalLM.from_pretrained(target)
     assert loaded.config.use_cache
-    for name, value in module.policy.state_dict().items():
+    assert not policy.config.use_cache
+    for name, value in policy.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name])
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+
+
+# -------------------------------------------------------------------- PhaseTimes
+
+
+def test_phase_times_add_up_to_the_iterations_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock by hand: 1 s of loading, two probes of 2 and 3 s, 4 s of training in two batches, 5 s after."""
+    now = 100.0
+    logged: list[dict[str, float]] = []
+    monkeypatch.setattr("sppo_lightning.callbacks.times.time.perf_counter", lambda: now)
+    datamodule = SimpleNamespace(observers=["other"], iteration_ends=True)
+    monkeypatch.setattr("sppo_lightning.callbacks.times.self_play_data", lambda trainer: datamodule)
+    logger = SimpleNamespace(log_metrics=lambda metrics, step: logged.append(metrics))
+    trainer: Any = SimpleNamespace(is_global_zero=True, loggers=[logger], global_step=7)
+    module, batch = cast(Any, None), cast(Any, None)
+    callback = PhaseTimes()
+    callback.setup(trainer, module, "fit")
+    assert datamodule.observers == ["other", callback]
+    now += 1
+    for seconds in (2, 3):
+        callback.on_phase_progress(PhaseProgress("probing", 0, 0, 2, 0))
+        now += seconds
+        callback.on_phase_progress(PhaseProgress("probing", 0, 1, 2, 9))
+        callback.on_phase_progress(PhaseProgress("probing", 0, 2, 2, 9))
+    callback.on_train_epoch_start(trainer, module)
+    for seconds in (1, 3):
+        now += seconds
+        callback.on_train_batch_end(trainer, module, None, batch, 0)
+    now += 5
+    callback.on_train_epoch_end(trainer, module)
+    assert logged == [{"time/probing": 5, "time/training": 4, "time/other": 6}]
+    now += 8
+    callback.on_train_epoch_end(trainer, module)
+    assert logged[1] == {"time/other": 8}
+    callback.teardown(trainer, module, "fit")
+    assert datamodule.observers == ["other"]
 
 
 # ------------------------------------------------------------------- SampleTable

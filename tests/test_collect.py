@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from conftest import byte_tokenizer
 from tiny import Source, random_tokens, tiny_model
 
-from sppo_lightning.collect import Collector, Wanted, by_prompt
+from sppo_lightning.collect import Collector, Wanted, WantedRows
 from sppo_lightning.generation import (
     Generator,
     HFGenerator,
@@ -23,7 +24,7 @@ from sppo_lightning.generation import (
     SampleRequest,
 )
 from sppo_lightning.rewards import Reward
-from sppo_lightning.rollouts import ShardStore
+from sppo_lightning.rollouts import ShardStore, by_prompt, merged
 from sppo_lightning.seeding import derive_seed
 from sppo_lightning.types import (
     EncodedPrompt,
@@ -113,7 +114,7 @@ class Digits(Reward):
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         self.calls += 1
         if self.calls - 1 == self.fail_at:
-            raise RuntimeError("no connection")
+            raise KeyboardInterrupt
         self.events.append("score")
         self.scored += len(responses)
         return [float(response[-1]) if response[-1] != "7" else math.nan for response in responses]
@@ -158,7 +159,8 @@ def collector(
 def collect(
     store: ShardStore, wanted: Sequence[Wanted], iteration: int = 3, **settings: Any
 ) -> list[Rollout]:
-    return collector(**settings).collect(store, "probe", wanted, iteration=iteration, phase="probing")
+    collector(**settings).collect(store, "probe", wanted, iteration=iteration, phase="probing")
+    return list(store.read_all("probe"))
 
 
 def same(left: Sequence[Rollout], right: Sequence[Rollout]) -> bool:
@@ -194,6 +196,7 @@ def test_rows_hold_what_was_sampled_in_the_order_wanted(store: ShardStore) -> No
                     token_ids=(number, number + 1, 0, seed % 1000),
                     finish_reason="stop" if seed % 2 else "length",
                     reward=math.nan if seed % 10 == 7 else float(seed % 10),
+                    drop_reason="non_finite_reward" if seed % 10 == 7 else None,
                 )
             )
     assert same(rows, expected)
@@ -278,7 +281,7 @@ def test_a_run_that_broke_down_while_scoring_scores_the_other_shards_only(
     tmp_path: Path, store: ShardStore
 ) -> None:
     expected = collect(ShardStore(tmp_path / "whole"), wanted_of(6))
-    with pytest.raises(UserError, match="raised RuntimeError: no connection"):
+    with pytest.raises(KeyboardInterrupt):
         collect(store, wanted_of(6), reward=Digits(fail_at=1))
     scored = [row.reward is not None for row in store.read_all("probe")]
     assert scored == [True] * 4 + [False] * 8
@@ -328,8 +331,8 @@ def test_shards_of_other_prompts_are_refused(store: ShardStore, other: list[Want
 
 def test_shards_of_another_name_are_others(store: ShardStore) -> None:
     collect(store, wanted_of(4))
-    made = collector().collect(store, "topup", wanted_of(2, range(2, 5)), iteration=3, phase="generating")
-    assert [row.sample_index for row in made] == [2, 3, 4] * 2
+    collector().collect(store, "topup", wanted_of(2, range(2, 5)), iteration=3, phase="generating")
+    assert [row.sample_index for row in store.read_all("topup")] == [2, 3, 4] * 2
     assert sorted(files(store)) == ["probe-00000.parquet", "probe-00001.parquet", "topup-00000.parquet"]
 
 
@@ -488,14 +491,39 @@ def test_a_reward_sees_each_responses_own_prompt(store: ShardStore) -> None:
     assert seen == [(row.prompt_id, row.response) for row in rows]
 
 
-def test_by_prompt() -> None:
-    def row(prompt_id: str, index: int) -> Rollout:
-        return Rollout(prompt_id, index, "", "", (1,), "stop", None)
+def row_of(prompt_id: str, index: int) -> Rollout:
+    return Rollout(prompt_id, index, "", "", (1,), "stop", None)
 
-    rows = [row("b", 0), row("a", 0), row("b", 1)]
-    assert by_prompt(rows) == {"b": [rows[0], rows[2]], "a": [rows[1]]}
-    assert list(by_prompt(rows)) == ["b", "a"]
-    assert by_prompt([]) == {}
+
+def test_by_prompt() -> None:
+    rows = [row_of("b", 0), row_of("b", 1), row_of("a", 0)]
+    assert list(by_prompt(rows)) == [("b", rows[:2]), ("a", rows[2:])]
+    assert list(by_prompt([])) == []
+
+
+def test_merged_joins_sources_that_lack_some_prompts() -> None:
+    first = [row_of("a", 0), row_of("a", 1), row_of("c", 0)]
+    second = [row_of("b", 5), row_of("c", 6)]
+    found = merged("abcd", by_prompt(first), by_prompt(second))
+    assert list(found) == [("a", first[:2]), ("b", second[:1]), ("c", [first[2], second[1]])]
+
+
+def test_merged_refuses_a_source_in_another_order() -> None:
+    with pytest.raises(AssertionError, match="order of prompt_ids"):
+        list(merged("ab", by_prompt([row_of("b", 0), row_of("a", 0)])))
+
+
+def test_merged_holds_one_prompt_of_a_source_at_a_time() -> None:
+    taken: list[str] = []
+
+    def source() -> Iterator[tuple[str, list[Rollout]]]:
+        for prompt_id in "abc":
+            taken.append(prompt_id)
+            yield prompt_id, [row_of(prompt_id, 0)]
+
+    stream = merged("abc", source())
+    next(stream)
+    assert taken == ["a", "b"]
 
 
 def test_messages_reach_the_reward(store: ShardStore) -> None:
@@ -511,3 +539,72 @@ def test_messages_reach_the_reward(store: ShardStore) -> None:
 
     collect(store, [Wanted(prompt, range(2))], reward=Recorder())
     assert seen == [prompt.prompt] * 2
+
+
+# ---------------------------------------------------------------- what is held
+
+
+@dataclass
+class Made(Sequence[EncodedPrompt]):
+    """Prompts that are made when they are asked for, and remembered weakly."""
+
+    numbers: range
+    made: list[weakref.ref[Prompt]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return Made(self.numbers[row], self.made)
+        (found,) = encoded(1, self.numbers[row])
+        self.made.append(weakref.ref(found.prompt))
+        return found
+
+    def alive(self) -> int:
+        return sum(reference() is not None for reference in self.made)
+
+
+def test_prompts_of_one_shard_are_held_at_a_time(store: ShardStore) -> None:
+    """Two in a shard, one more from the loop before; twenty in all."""
+
+    class Sampling(Echo):
+        def generate(self, requests: Sequence[SampleRequest]) -> Iterator[PromptResponses]:
+            alive.append(prompts.alive())
+            yield from super().generate(requests)
+
+    class Scoring(Digits):
+        def score(self, asked: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+            alive.append(prompts.alive())
+            return super().score(asked, responses)
+
+    alive: list[int] = []
+    prompts = Made(range(20))
+    rows = collect(
+        store,
+        WantedRows(prompts, [range(2)] * 20),
+        generator=Sampling(),
+        reward=Scoring(),
+        prompts_per_shard=2,
+    )
+    assert len(alive) == 20
+    assert max(alive) <= 4
+    assert len(prompts.made) == 40  # each once to be asked, once to be scored
+    alive.clear()
+    greedy = collector(Sampling(), Scoring())
+    greedy.collect_greedy(store, "greedy", prompts, iteration=0, phase="evaluating")
+    assert len(alive) == 20
+    assert max(alive) <= 4
+    assert same(rows, collect(ShardStore(store.folder / "plain"), wanted_of(20)))
+
+
+def test_wanted_rows_are_those_of_a_list() -> None:
+    samples = [range(2), range(1, 4), range(1)]
+    rows, plain = WantedRows(encoded(3), samples), list(map(Wanted, encoded(3), samples))
+    assert len(rows) == 3
+    assert list(rows) == plain
+    assert rows[-1] == plain[-1]
+    assert list(rows[1:]) == plain[1:]
+    assert list(rows[1:][1:]) == plain[2:]
+    with pytest.raises(IndexError):
+        rows[3]

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,10 +20,10 @@ from sppo_lightning.pairing import (
     BestWorst,
     Choice,
     Pairing,
-    PairingResult,
-    build_pairs,
+    pair_responses,
     pair_statistics,
 )
+from sppo_lightning.pairs import PairTable
 from sppo_lightning.types import EncodedPrompt, PreferencePair, Prompt, Rollout
 
 QUICK = settings(max_examples=50, deadline=None)
@@ -31,6 +32,11 @@ GENERATOR = torch.Generator()
 REWARDS = st.lists(
     st.none() | st.sampled_from([0.0, 0.5, 1.0, NAN, INF, -INF]) | st.floats(-5, 5), max_size=6
 )
+
+
+class PairingResult(NamedTuple):
+    pairs: list[PreferencePair]
+    dropped: Counter[str]
 
 
 def rollouts(rewards: Sequence[float | None], prompt_id: str = "p", texts: str = "abcdefgh") -> list[Rollout]:
@@ -50,8 +56,21 @@ def paired(
     seed: int = 42,
 ) -> PairingResult:
     prompts = {key: EncodedPrompt(Prompt(key, f"Q {key}", ()), (7, len(key))) for key in groups}
-    return build_pairs(
-        groups, prompts, pairing or BestWorst(), samples_per_prompt=samples, iteration=iteration, seed=seed
+    outcomes = [
+        pair_responses(
+            rows,
+            prompts[key],
+            pairing or BestWorst(),
+            samples_per_prompt=samples,
+            iteration=iteration,
+            seed=seed,
+        )
+        for key, rows in groups.items()
+    ]
+    assert all((pair is None) != (reason is None) for pair, reason in outcomes)
+    return PairingResult(
+        [pair for pair, _ in outcomes if pair is not None],
+        Counter(reason for _, reason in outcomes if reason is not None),
     )
 
 
@@ -203,8 +222,12 @@ def test_pair_statistics_golden() -> None:
         PreferencePair("q", (1,), (1, 2, 3), (4,), "c", "r", 6, 1, -2.5, -7.5),
         PreferencePair("p", (1, 2), (5,), (6, 7), "c", "r", 0.5, 0.25, -1, -2),
     ]
+    table = PairTable.collect(pairs)
     found = pair_statistics(
-        pairs, {"p": [0.5, 0.25], "other": [1], "q": [1, 2, 6]}, {"p": 0.1, "q": 0.2, "other": 0.3}
+        table.prompt_ids,
+        table.statistics(),
+        {"p": [0.5, 0.25], "other": [1], "q": [1, 2, 6]},
+        {"p": 0.1, "q": 0.2, "other": 0.3},
     )
     assert found.prompt_ids == ("q", "p")
     expected = {
@@ -229,6 +252,6 @@ def test_pair_statistics_golden() -> None:
 
 
 def test_pair_statistics_of_nothing() -> None:
-    found = pair_statistics([], {}, {})
+    found = pair_statistics([], PairTable.collect([]).statistics(), {}, {})
     assert len(found) == 0
     assert set(found.columns) == set(PAIR_COLUMNS)

@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from sppo_lightning import prompts as prompts_module
+from sppo_lightning.prompt_table import PromptTable
 from sppo_lightning.prompts import (
     check_disjoint,
     encode_prompts,
@@ -58,7 +59,7 @@ def write(path: Path, records: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
 def test_every_format_gives_the_same_prompts(suffix: str, tmp_path: Path) -> None:
     found = read_prompts(str(write(tmp_path / f"prompts.{suffix}", RECORDS)), key="data.prompts")
-    assert found == [
+    assert list(found) == [
         Prompt("a", "Name a river", (user("Name a river"),), "Rhine", {"topic": "geography"}),
         Prompt("b", "Name a cloud", (user("Name a cloud"),), "Cirrus", {"topic": "weather"}),
     ]
@@ -153,6 +154,17 @@ def test_one_id_for_two_prompts(tmp_path: Path) -> None:
         read_prompts(str(path), key="data.prompts")
 
 
+def test_the_first_of_two_prompts_stands_in_another_file(tmp_path: Path) -> None:
+    """After a prompt that is repeated, and in a record without an id of its own."""
+    first = write(tmp_path / "1.jsonl", [*RECORDS, {"prompt": "x", "answer": "1"}])
+    second = write(tmp_path / "2.json", [RECORDS[1], {"prompt": "x", "answer": "2"}])
+    with pytest.raises(UserError) as error:
+        read_prompts([str(first), str(second)], key="data.prompts")
+    assert str(error.value).startswith(
+        f"{second}:record 2: the same prompt stands at {first}:3 with another answer"
+    )
+
+
 def test_one_prompt_with_two_answers_and_no_ids(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", [{"prompt": "x", "answer": "1"}, {"prompt": "x", "answer": "2"}])
     with pytest.raises(
@@ -172,6 +184,20 @@ def test_overlap_is_found_whatever_the_ids_and_the_white_space() -> None:
         "1 of 2 prompts of data.eval_prompts are also in data.prompts (first: 'e' = training prompt 't1'): "
         "remove them on one side"
     )
+
+
+def test_overlap_is_found_in_a_stream_and_names_the_last_training_prompt() -> None:
+    held_out = [prompt("Name a cloud", id="e0"), prompt("Name a stone", id="e1")]
+    train = (prompt("Name a stone", id=f"t{number}") for number in range(3))
+    with pytest.raises(UserError, match=r"^1 of 2 prompts .* \(first: 'e1' = training prompt 't2'\): remove"):
+        check_disjoint(train, held_out, key="data.eval_prompts")
+    check_disjoint(iter(()), held_out, key="data.eval_prompts")
+
+
+def test_the_same_words_in_another_role_are_another_prompt() -> None:
+    turns = [(Message(role=role, content="Be brief."), user("Hi")) for role in ("system", "user")]
+    train, held_out = (Prompt("p", "Hi", messages) for messages in turns)
+    check_disjoint([train], [held_out], key="data.eval_prompts")
 
 
 # ------------------------------------------------------------ broken records
@@ -340,3 +366,89 @@ def test_overlong_prompts_are_dropped_whole_and_listed() -> None:
     assert [(item.prompt.id, len(item.token_ids)) for item in kept] == [("fits", 20)]
     assert tokenizer.decode(kept[0].token_ids) == "<bos><user>ab<assistant>"
     assert too_long == ["long", "longer"]
+
+
+def test_a_prompt_that_is_left_out_shifts_no_others() -> None:
+    items = [
+        prompt("a" * 50, id="long"),
+        prompt("ab", id="p1"),
+        prompt("a" * 60, id="longer"),
+        prompt("cd", id="p2"),
+    ]
+    for given in (items, PromptTable(items)):
+        kept, too_long = encode_prompts(byte_tokenizer(), given, max_tokens=20)
+        assert [item.prompt for item in kept] == [items[1], items[3]]
+        assert [byte_tokenizer().decode(item.token_ids)[-13:-11] for item in kept] == ["ab", "cd"]
+        assert list(kept.by_id()) == kept.ids == ["p1", "p2"]
+        assert too_long == ["long", "longer"]
+
+
+# -------------------------------------------------------------- system prompts
+
+
+def encoded(*items: Prompt, **settings: Any) -> list[str]:
+    """The conversations as the policy sees them."""
+    tokenizer = byte_tokenizer()
+    kept, _ = encode_prompts(tokenizer, items, **{"max_tokens": 100, **settings})
+    return [tokenizer.decode(item.token_ids) for item in kept]
+
+
+def test_a_system_prompt_opens_the_conversations_that_have_none() -> None:
+    own = Message(role="system", content="Be kind.")
+    turns = (user("Hi"), Message(role="assistant", content="Yes?"), user("Go"))
+    items = [prompt("Hi"), Prompt("q", "Hi", (own, user("Hi"))), Prompt("r", "Hi", turns)]
+    assert encoded(*items, system_prompt="Be brief.") == [
+        "<bos><system>Be brief.<user>Hi<assistant>",
+        "<bos><system>Be kind.<user>Hi<assistant>",
+        "<bos><system>Be brief.<user>Hi<assistant>Yes?<eos><user>Go<assistant>",
+    ]
+    assert encoded(*items)[0] == "<bos><user>Hi<assistant>"
+
+
+def test_a_system_message_later_on_is_no_opening() -> None:
+    turns = (user("Hi"), Message(role="system", content="Be kind."), user("Go"))
+    assert encoded(Prompt("q", "Hi", turns), system_prompt="Be brief.") == [
+        "<bos><system>Be brief.<user>Hi<system>Be kind.<user>Go<assistant>"
+    ]
+
+
+def test_the_system_prompt_is_no_part_of_the_prompt_itself() -> None:
+    """A reward reads the messages that the file holds."""
+    item = prompt("Hi")
+    (kept,), _ = encode_prompts(byte_tokenizer(), [item], max_tokens=100, system_prompt="Be brief.")
+    assert kept.prompt == item
+    assert item.messages == (user("Hi"),)
+
+
+def test_the_system_prompt_counts_towards_the_longest_prompt() -> None:
+    """``<bos><user>ab<assistant>`` is 20 tokens, ``<system>S`` another nine."""
+    item = prompt("ab", id="p7")
+    for limit, too_long in ((29, []), (28, ["p7"])):
+        found = encode_prompts(byte_tokenizer(), [item], max_tokens=limit, system_prompt="S")
+        assert found.too_long == too_long
+    assert encode_prompts(byte_tokenizer(), [item], max_tokens=20).too_long == []
+
+
+def test_an_empty_system_prompt_is_one() -> None:
+    assert encoded(prompt("Hi"), system_prompt="") == ["<bos><system><user>Hi<assistant>"]
+
+
+def test_a_system_prompt_needs_a_chat_template() -> None:
+    """Told once for the setting, not for a prompt; and also where there are none."""
+    for items in ([prompt("Hi")], []):
+        with pytest.raises(UserError) as error:
+            encode_prompts(
+                byte_tokenizer(chat_template=None), items, max_tokens=100, system_prompt="Be brief."
+            )
+        assert str(error.value) == (
+            "data.system_prompt is set, but the policy's tokenizer has no chat template to put it into: leave it "
+            "out, or use an instruct model"
+        )
+
+
+def test_a_template_that_refuses_the_system_prompt() -> None:
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    with pytest.raises(UserError, match=r"prompt 'p7': .* refuses the roles system, user \(no system role\)"):
+        encode_prompts(
+            byte_tokenizer(chat_template=template), [prompt("Hi", id="p7")], max_tokens=100, system_prompt="S"
+        )

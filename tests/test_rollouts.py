@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sppo_lightning.difficulty import DIFFICULTY_COLUMNS, StatisticsTable
+from sppo_lightning.pairs import PAIR_SCHEMA, PairTable
 from sppo_lightning.rollouts import (
     DIFFICULTY_SCHEMA,
-    PAIR_SCHEMA,
     ROLLOUT_SCHEMA,
     IterationStore,
     RunFolder,
@@ -47,6 +47,8 @@ ROLLOUTS = st.builds(
     token_ids=TOKENS,
     finish_reason=st.sampled_from(["stop", "length"]),
     reward=st.none() | NUMBERS,
+    reward_parts=st.dictionaries(TEXT, NUMBERS, max_size=2),
+    drop_reason=st.none() | TEXT,
 )
 PAIRS = st.builds(
     PreferencePair,
@@ -92,14 +94,15 @@ def test_rollouts_come_back_as_they_were(folder: Path, rows: list[Rollout]) -> N
     write_rollouts(folder / "rollouts.parquet", rows)
     found = read_rollouts(folder / "rollouts.parquet")
     assert repr(found) == repr(rows)  # NaN is not equal to itself
-    assert found == rows or any(row.reward != row.reward for row in rows)
+    numbers = [value for row in rows for value in (row.reward, *row.reward_parts.values())]
+    assert found == rows or any(value != value for value in numbers)
 
 
 @QUICK
 @given(pairs=st.lists(PAIRS, max_size=4))
 def test_pairs_come_back_as_they_were(folder: Path, pairs: list[PreferencePair]) -> None:
-    IterationStore(folder).write_pairs(pairs)
-    assert repr(IterationStore(folder).read_pairs()) == repr(pairs)
+    IterationStore(folder).write_pairs(PairTable.collect(pairs))
+    assert repr(list(IterationStore(folder).read_pairs())) == repr(pairs)
 
 
 def test_a_non_finite_reward_is_a_score_and_none_is_not(tmp_path: Path) -> None:
@@ -125,12 +128,12 @@ def test_difficulty_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_empty_tables_come_back_empty(tmp_path: Path) -> None:
     store = IterationStore(tmp_path)
     store.write_difficulty(difficulty_table().rows([]), set())
-    store.write_pairs([])
+    store.write_pairs(PairTable.collect([]))
     store.shards.write("probe", 0, [])
     found, selected = store.read_difficulty()
     assert len(found) == 0
     assert not selected
-    assert store.read_pairs() == []
+    assert list(store.read_pairs()) == []
     assert store.shards.read("probe", 0) == []
 
 
@@ -156,7 +159,10 @@ def test_manifest_comes_back_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("schema", "columns"),
     [
-        (ROLLOUT_SCHEMA, "prompt_id, sample_index, prompt, response, token_ids, finish_reason, reward"),
+        (
+            ROLLOUT_SCHEMA,
+            "prompt_id, sample_index, prompt, response, token_ids, finish_reason, reward, reward_parts, drop_reason",
+        ),
         (
             PAIR_SCHEMA,
             "prompt_id, prompt_token_ids, chosen_token_ids, rejected_token_ids, chosen, rejected, "
@@ -178,7 +184,7 @@ def test_files_hold_those_columns_and_nothing_opaque(tmp_path: Path) -> None:
     store = RunFolder(tmp_path).iteration(7)
     store.shards.write("probe", 3, [rollout()])
     store.write_difficulty(difficulty_table(), {"a"})
-    store.write_pairs([PreferencePair("p", (1,), (2,), (3,), "c", "r", 1, 0)])
+    store.write_pairs(PairTable.collect([PreferencePair("p", (1,), (2,), (3,), "c", "r", 1, 0)]))
     store.write_manifest({"complete": True})
     home = tmp_path / "iterations" / "007"
     schemas = {
@@ -189,6 +195,7 @@ def test_files_hold_those_columns_and_nothing_opaque(tmp_path: Path) -> None:
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == {*schemas, home / "manifest.json"}
     json.loads((home / "manifest.json").read_text())
     plain = {pa.string(), pa.int32(), pa.int64(), pa.float64(), pa.bool_(), pa.list_(pa.int32())}
+    plain |= {pa.map_(pa.string(), pa.float64())}
     for path, schema in schemas.items():
         assert pq.read_schema(path).equals(schema)
         assert set(schema.types) <= plain
@@ -312,7 +319,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, harm: Callable[[bytes], bytes])
     store = IterationStore(tmp_path)
     store.shards.write("probe", 0, [rollout(number) for number in range(50)])
     store.write_difficulty(difficulty_table(), set())
-    store.write_pairs([PreferencePair("p", (1,), (2,), (3,), "c", "r", 1, 0)] * 50)
+    store.write_pairs(PairTable.collect([PreferencePair("p", (1,), (2,), (3,), "c", "r", 1, 0)] * 50))
     reads: dict[Path, Callable[[], Any]] = {
         store.shards.path("probe", 0): lambda: store.shards.read("probe", 0),
         tmp_path / "difficulty.parquet": store.read_difficulty,
@@ -383,6 +390,28 @@ class Component:
     function: Callable[..., Any]
     part: object
     _private: int = 3
+
+
+def test_describe_leaves_out_speed_and_place_and_looks_inside() -> None:
+    from sppo_lightning.rewards import (
+        CombinedReward,
+        FunctionReward,
+        LengthPenalty,
+        OpenAIJudge,
+        PairwiseReward,
+    )
+
+    judge = OpenAIJudge("http://localhost:1/v1", "judge", max_concurrency=3)
+    inner = LengthPenalty(PairwiseReward(judge, opponents=2), per_character=0.5)
+    found = describe(CombinedReward({"a": inner, "b": FunctionReward(len)}, {"a": 1.0, "b": 2.0}))
+    text = json.dumps(found)
+    assert "localhost" not in text
+    assert "max_concurrency" not in text
+    assert found["init_args"]["weights"] == {"a": 1.0, "b": 2.0}
+    penalty = found["init_args"]["rewards"]["a"]
+    assert penalty["class_path"] == "sppo_lightning.rewards.length.LengthPenalty"
+    assert penalty["init_args"]["reward"]["init_args"]["judge"]["init_args"]["model"] == "judge"
+    assert found["init_args"]["rewards"]["b"]["init_args"]["function"] == "builtins.len"
 
 
 def test_describe_golden() -> None:

@@ -49,8 +49,12 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def metrics(run: Path) -> list[dict[str, str]]:
+    """All but the times."""
     with (run / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [
+            {name: value for name, value in row.items() if not name.startswith("time/")}
+            for row in csv.DictReader(file)
+        ]
 
 
 def assert_same_run(one: Path, other: Path) -> None:

@@ -84,6 +84,8 @@ def test_columns_are_the_designed_ones(run: Path) -> None:
         "token_ids",
         "finish_reason",
         "reward",
+        "reward_parts",
+        "drop_reason",
     ]
     assert pq.read_schema(iteration / "difficulty.parquet").names == [
         "prompt_id",

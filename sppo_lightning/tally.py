@@ -1,0 +1,66 @@
+"""Counts an iteration's responses as they stream by: in = out + dropped."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from sppo_lightning.types import Rollout
+
+
+class ResponseTally:
+    """Running counts and sums of an iteration's responses."""
+
+    def __init__(self) -> None:
+        self._sampled = 0
+        self._dropped: Counter[str] = Counter()
+        self._answered = 0
+        self._tokens = 0
+        self._cut = 0
+        self._usable = 0
+        self._scored_prompts = 0
+        self._prompt_means = 0.0
+        self._parts: Counter[str] = Counter()
+        self._part_counts: Counter[str] = Counter()
+
+    def add(self, rows: Sequence[Rollout]) -> None:
+        """Count all responses to one prompt."""
+        self._sampled += len(rows)
+        self._dropped.update(row.drop_reason or "non_finite_reward" for row in rows if not row.usable)
+        answered = [row for row in rows if row.finish_reason != "failed"]
+        self._answered += len(answered)
+        self._tokens += sum(len(row.token_ids) for row in answered)
+        self._cut += sum(row.finish_reason == "length" for row in answered)
+        usable = [row for row in rows if row.usable]
+        self._usable += len(usable)
+        if usable:
+            self._scored_prompts += 1
+            self._prompt_means += sum(row.reward or 0.0 for row in usable) / len(usable)
+        for row in usable:
+            parts = {name: value for name, value in row.reward_parts.items() if math.isfinite(value)}
+            self._parts.update(parts)
+            self._part_counts.update(parts.keys())
+
+    def counts(self) -> dict[str, Any]:
+        """Return how many responses were sampled, are usable, and were dropped by reason."""
+        assert self._sampled == self._usable + self._dropped.total()
+        return {"sampled": self._sampled, "usable": self._usable, "dropped": dict(self._dropped)}
+
+    def metrics(self) -> dict[str, float]:
+        """Return what the loggers get; lengths in tokens, rewards averaged over prompts."""
+        parts = {
+            f"iteration/reward/parts/{name}": total / self._part_counts[name]
+            for name, total in self._parts.items()
+        }
+        reasons = {
+            f"iteration/responses_dropped/{name}": float(count) for name, count in self._dropped.items()
+        }
+        return {
+            "iteration/reward/mean": self._prompt_means / self._scored_prompts,
+            "iteration/response_length/mean": self._tokens / self._answered,
+            "iteration/response_unfinished/share": self._cut / self._answered,
+            **parts,
+            **reasons,
+        }

@@ -1,0 +1,115 @@
+"""Counts of an iteration's responses."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sppo_lightning.tally import ResponseTally
+from sppo_lightning.types import Rollout
+
+REASONS = ["too_long_to_score", "failed_score", "server_error", "unfinished"]
+
+
+@st.composite
+def rollouts(draw: st.DrawFn) -> Rollout:
+    """Whatever a store may hold: rewards of every kind, reasons with or without a reward."""
+    return Rollout(
+        prompt_id="p",
+        sample_index=0,
+        prompt="",
+        response="",
+        token_ids=tuple(range(draw(st.integers(0, 5)))),
+        finish_reason=draw(st.sampled_from(["stop", "length", "failed"])),
+        reward=draw(st.none() | st.floats(width=32)),
+        reward_parts=draw(st.dictionaries(st.sampled_from(["a", "b"]), st.floats(-9, 9))),
+        drop_reason=draw(st.none() | st.sampled_from(REASONS)),
+    )
+
+
+def tally_of(*groups: list[Rollout]) -> ResponseTally:
+    tally = ResponseTally()
+    for rows in groups:
+        tally.add(rows)
+    return tally
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(rollouts(), max_size=4), max_size=4))
+def test_in_is_out_and_dropped(groups: list[list[Rollout]]) -> None:
+    rows = [row for group in groups for row in group]
+    counts = tally_of(*groups).counts()
+    assert counts["sampled"] == len(rows) == counts["usable"] + sum(counts["dropped"].values())
+    assert counts["usable"] == sum(row.usable for row in rows)
+    named = Counter(row.drop_reason for row in rows if row.drop_reason is not None)
+    silent = [row for row in rows if row.drop_reason is None and not row.usable]
+    assert counts["dropped"] == named + Counter(non_finite_reward=len(silent))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(rollouts(), min_size=1, max_size=4), min_size=2, max_size=4), st.randoms())
+def test_the_order_of_prompts_changes_nothing(groups: list[list[Rollout]], random: object) -> None:
+    answered = [[row] for group in groups for row in group if row.usable and row.finish_reason != "failed"]
+    if answered:
+        assert tally_of(*answered).metrics() == pytest.approx(tally_of(*answered[::-1]).metrics(), rel=1e-6)
+
+
+def row(tokens: int, reward: float | None, **fields: object) -> Rollout:
+    settings = {"finish_reason": "stop", **fields}
+    return Rollout("p", 0, "", "", tuple(range(tokens)), reward=reward, **settings)  # type: ignore[arg-type]
+
+
+GROUPS = [
+    [
+        row(4, 1.0, reward_parts={"style": 1.0}),
+        row(10, 3.0, finish_reason="length", reward_parts={"style": 2.0, "unfinished_penalty": -0.5}),
+        row(0, math.nan, finish_reason="failed", drop_reason="server_error"),
+    ],
+    [
+        row(2, 6.0, reward_parts={"style": 6.0}),
+        row(8, math.nan, reward_parts={"style": 90.0}),
+        row(6, 50.0, finish_reason="length", drop_reason="unfinished"),
+    ],
+    [row(6, math.nan, drop_reason="failed_score")],
+]
+
+
+def test_counts_by_hand() -> None:
+    assert tally_of(*GROUPS).counts() == {
+        "sampled": 7,
+        "usable": 3,
+        "dropped": {"server_error": 1, "non_finite_reward": 1, "unfinished": 1, "failed_score": 1},
+    }
+
+
+def test_metrics_by_hand() -> None:
+    """Of prompts with usable responses the means are 2 and 6; six responses of 4, 10, 2, 8, 6 and 6 tokens came
+    back, two of them cut; the usable ones have styles of 1, 2 and 6, and one has a penalty."""
+    assert tally_of(*GROUPS).metrics() == {
+        "iteration/reward/mean": 4.0,
+        "iteration/response_length/mean": 6.0,
+        "iteration/response_unfinished/share": pytest.approx(1 / 3),
+        "iteration/reward/parts/style": 3.0,
+        "iteration/reward/parts/unfinished_penalty": -0.5,
+        "iteration/responses_dropped/server_error": 1.0,
+        "iteration/responses_dropped/non_finite_reward": 1.0,
+        "iteration/responses_dropped/unfinished": 1.0,
+        "iteration/responses_dropped/failed_score": 1.0,
+    }
+
+
+def test_nothing_dropped_is_nothing_logged() -> None:
+    found = tally_of([row(3, 1.5)]).metrics()
+    assert found == {
+        "iteration/reward/mean": 1.5,
+        "iteration/response_length/mean": 3.0,
+        "iteration/response_unfinished/share": 0.0,
+    }
+
+
+def test_nothing_added_is_nothing_counted() -> None:
+    assert tally_of().counts() == {"sampled": 0, "usable": 0, "dropped": {}}
