@@ -1,28 +1,24 @@
 """Rollouts of ``HFGenerator`` side by side with transformers' ``generate(num_return_sequences)``.
 
-Both arms sample the same number of responses to the same prompts from the same weights, alternating A B B A in one
-process. A gate comes first: the greedy answers of both must be the same tokens. Only the ratio within one run counts.
+Both arms sample the same number of responses to the same prompts from the same weights. A gate comes first: the
+greedy answers of both must be the same tokens.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import arms
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from sppo_lightning.generation import HFGenerator, SampleRequest
+from sppo_lightning.generation import ContinuousBatchingGenerator, Generator, HFGenerator, SampleRequest
 from sppo_lightning.policy import keep_head_input_contiguous
 
-TEMPERATURE = 0.8
-TOP_P = 0.95
+SAMPLING = {"temperature": 0.8, "top_p": 0.95}
 
 
 class Policy:
@@ -38,31 +34,40 @@ class Policy:
         return self.model
 
 
+def load(path: str, dtype: torch.dtype, device: torch.device) -> Policy:
+    """Load model and tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    keep_head_input_contiguous(model)
+    return Policy(model, AutoTokenizer.from_pretrained(path))
+
+
 def prompts(tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> list[tuple[int, ...]]:
     """Return ``count`` different prompts of exactly ``length`` tokens."""
     words = tokenizer("The quick brown fox jumps over the lazy dog and runs along the river. ")["input_ids"]
     return [tuple((words[index % len(words) :] + words * length)[:length]) for index in range(count)]
 
 
-def ours(policy: Policy, batch: list[tuple[int, ...]], n: int, new_tokens: int) -> int:
-    """Sample with HFGenerator; return the number of tokens."""
-    engine = HFGenerator(new_tokens, TEMPERATURE, top_p=TOP_P, batch_size=len(batch) * n)
-    engine.load(policy)
+def sample(engine: Generator, policy: Policy, batch: list[tuple[int, ...]], n: int) -> int:
+    """Sample with an engine; return the number of tokens."""
+    engine.load(policy)  # type: ignore[arg-type]
     requests = [SampleRequest(ids, tuple(range(n * row, n * row + n))) for row, ids in enumerate(batch)]
-    return sum(len(r.token_ids) for answer in engine.generate(requests) for r in answer.responses)
+    tokens = sum(len(r.token_ids) for answer in engine.generate(requests) for r in answer.responses)
+    engine.unload()
+    return tokens
 
 
-def theirs(policy: Policy, batch: list[tuple[int, ...]], n: int, new_tokens: int) -> int:
+@torch.inference_mode()
+def generate(policy: Policy, batch: list[tuple[int, ...]], n: int, new_tokens: int) -> int:
     """Sample with ``generate``; return the number of tokens up to each response's end."""
+    ids = torch.tensor(batch, device=policy.model.device)
     output = policy.model.generate(
-        torch.tensor(batch),
-        attention_mask=torch.ones(len(batch), len(batch[0]), dtype=torch.long),
+        ids,
+        attention_mask=torch.ones_like(ids),
         do_sample=True,
-        temperature=TEMPERATURE,
-        top_p=TOP_P,
         top_k=0,
         max_new_tokens=new_tokens,
         num_return_sequences=n,
+        **SAMPLING,
     )
     total = 0
     for row in output[:, len(batch[0]) :].tolist():
@@ -72,69 +77,59 @@ def theirs(policy: Policy, batch: list[tuple[int, ...]], n: int, new_tokens: int
 
 
 def same_greedy_answers(policy: Policy, batch: list[tuple[int, ...]], new_tokens: int) -> bool:
-    """Whether both arms give the same greedy tokens."""
-    engine = HFGenerator(new_tokens, TEMPERATURE)
-    engine.load(policy)
+    """Whether HFGenerator and ``generate`` give the same greedy tokens."""
+    engine = HFGenerator(max_new_tokens=new_tokens, temperature=1.0)
+    engine.load(policy)  # type: ignore[arg-type]
     found = {
         a.request: a.responses[0].token_ids for a in engine.generate([SampleRequest(p, ()) for p in batch])
     }
     for row, ids in enumerate(batch):
-        output = policy.model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=new_tokens)
+        prompt = torch.tensor([ids], device=policy.model.device)
+        output = policy.model.generate(prompt, do_sample=False, max_new_tokens=new_tokens)
         if tuple(output[0, len(ids) :].tolist()) != found[row]:
             return False
     return True
-
-
-def timed(arm: Callable[[], int]) -> tuple[float, float]:
-    """Return tokens per wall second and per CPU second."""
-    wall, cpu = time.perf_counter(), sum(os.times()[:2])
-    tokens = arm()
-    return tokens / (time.perf_counter() - wall), tokens / (sum(os.times()[:2]) - cpu)
 
 
 def main() -> None:
     """Run the benchmark and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--responses", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3, help="of A B B A, after one warm-up")
+    parser.add_argument("--continuous", action="store_true", help="also time continuous batching")
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    arguments = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    gate = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    batch = prompts(tokenizer, arguments.prompts, arguments.prompt_tokens)
-    if not same_greedy_answers(Policy(gate, tokenizer), batch[:2], 16):
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    settings = parser.parse_args()
+    device = torch.device(settings.device)
+    if settings.arm:
+        policy = load(settings.model, torch.bfloat16, device)
+        batch = prompts(policy.tokenizer, settings.prompts, settings.prompt_tokens)
+        n, new = settings.responses, settings.new_tokens
+        rounds: dict[str, Callable[[], int]] = {
+            "HFGenerator": lambda: sample(HFGenerator(max_new_tokens=new, **SAMPLING), policy, batch, n),
+            "continuous": lambda: sample(
+                ContinuousBatchingGenerator(max_new_tokens=new, **SAMPLING), policy, batch, n
+            ),
+            "generate": lambda: generate(policy, batch, n, new),
+        }
+        arms.serve(rounds[settings.arm], device)
+        return
+    gate = load(settings.model, torch.float32, device)
+    if not same_greedy_answers(gate, prompts(gate.tokenizer, 2, settings.prompt_tokens), 16):
         raise SystemExit("the greedy answers differ: nothing is timed")
     del gate
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).eval()
-    keep_head_input_contiguous(model)
-    policy = Policy(model, tokenizer)
-    arms = {"ours": ours, "generate": theirs}
-    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
-    with torch.inference_mode():
-        for number in range(arguments.rounds + 1):
-            for name in ("ours", "generate", "generate", "ours"):
-                size = (arguments.responses, arguments.new_tokens)
-                rate = timed(lambda name=name, size=size: arms[name](policy, batch, *size))
-                if number:
-                    rates[name].append(rate)
-    median = {
-        name: [statistics.median(column) for column in zip(*rows, strict=True)]
-        for name, rows in rates.items()
-    }
-    shape = f"P={arguments.prompt_tokens} R={arguments.new_tokens} n={arguments.responses}"
-    print(f"{shape}, bfloat16, load {os.getloadavg()}")
-    for name, (wall, cpu) in median.items():
-        print(f"{name:>10}  {wall:8.1f} tokens/s  {cpu:8.1f} tokens/CPU-s")
-    ratio = median["ours"][0] / median["generate"][0]
-    print(f"     ratio  {ratio:8.2f}")
-    if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"settings": vars(arguments), "median": median}, default=str, indent=2)
-        )
+    names = ["HFGenerator", *(["continuous"] if settings.continuous else []), "generate"]
+    results = arms.alternate(names, rounds=settings.rounds)
+    title = (
+        f"rollouts: P={settings.prompt_tokens} R={settings.new_tokens} n={settings.responses}, "
+        f"{settings.prompts} prompts, bfloat16, {device}"
+    )
+    arms.report(title, results, settings.json, vars(settings))
 
 
 if __name__ == "__main__":
