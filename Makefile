@@ -28,6 +28,8 @@ format: $(VENV)/dev.done
 
 bench: $(VENV)/dev.done $(MODEL)/config.json
 	$(BIN)/python benchmarks/rollout.py --model $(MODEL)
+	$(BIN)/python benchmarks/score.py --model $(MODEL)
+	$(BIN)/python benchmarks/growth.py
 
 # torch first, and by pip: resolving it together with the rest may pull gigabytes of CUDA
 $(VENV)/run.done: pyproject.toml requirements/pins.txt

@@ -128,7 +128,7 @@ def _parquet_records(file: Path) -> Iterator[Record]:
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
             for fields in batch.to_pylist():
                 number += 1
                 yield f"{file}:row {number}", fields
