@@ -20,7 +20,7 @@ from sppo_lightning.difficulty import (
 )
 from sppo_lightning.evaluation import EvaluationLoader, HeldOut, write_predictions
 from sppo_lightning.generation import Generator
-from sppo_lightning.iteration import IterationBuilder, IterationRules, difficulty_after
+from sppo_lightning.iteration import IterationBuilder, difficulty_after
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.pairing import BestWorst, Pairing
 from sppo_lightning.pairs import PairTable
@@ -36,6 +36,7 @@ from sppo_lightning.prompt_sets import PromptSets
 from sppo_lightning.prompt_table import EncodedPrompts
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rollouts import RunFolder, describe
+from sppo_lightning.rules import IterationRules
 from sppo_lightning.scoring import UnfinishedRule
 from sppo_lightning.seeding import random_keys
 from sppo_lightning.selection import (

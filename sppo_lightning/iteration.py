@@ -17,7 +17,6 @@ import torch
 from sppo_lightning.batching import PairBatch, StepSlot, collate
 from sppo_lightning.collect import Collector, WantedRows
 from sppo_lightning.difficulty import (
-    DIFFICULTY_COLUMNS,
     Reestimation,
     StatisticsTable,
     estimate_difficulty,
@@ -25,8 +24,6 @@ from sppo_lightning.difficulty import (
 )
 from sppo_lightning.losses import PairLogps
 from sppo_lightning.pairing import (
-    PAIR_COLUMNS,
-    Pairing,
     main_drop_reason,
     pair_responses,
     pair_statistics,
@@ -34,7 +31,7 @@ from sppo_lightning.pairing import (
 from sppo_lightning.pairs import PairTable
 from sppo_lightning.prompt_table import EncodedById
 from sppo_lightning.rollouts import IterationStore, by_prompt, describe, merged
-from sppo_lightning.selection import Schedule, Selection
+from sppo_lightning.rules import IterationRules
 from sppo_lightning.tally import ResponseTally
 from sppo_lightning.types import Phase, PreferencePair, UserError
 
@@ -47,53 +44,6 @@ class ReferencePolicy(Protocol):
 
     def reference_logps(self, batch: PairBatch) -> PairLogps:
         """Return the reference's log-probs of a batch, ``[B]`` each, float64, nats, on the CPU."""
-
-
-@dataclass(frozen=True)
-class IterationRules:
-    """The scientific settings of an iteration; see :class:`~sppo_lightning.datamodule.SelfPlayDataModule`."""
-
-    iterations: int
-    samples_per_prompt: int
-    probe_samples: int
-    pairs_per_step: int
-    batch_size: int
-    schedule: Schedule
-    selection: Selection
-    pairing: Pairing
-    pair_selection: Selection
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.samples_per_prompt < 2:
-            raise ValueError(
-                f"data.samples_per_prompt={self.samples_per_prompt}: a pair needs at least 2 responses"
-            )
-        for name in ("iterations", "probe_samples", "pairs_per_step", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
-        slots = (
-            ("selection", self.selection, DIFFICULTY_COLUMNS),
-            ("pair_selection", self.pair_selection, PAIR_COLUMNS),
-        )
-        for slot, rule, columns in slots:
-            missing = [name for name in rule.requires if name not in columns]
-            if missing:
-                raise ValueError(
-                    f"data.{slot}: {type(rule).__name__} needs the column {missing[0]!r}, which is not there; "
-                    f"this slot has {', '.join(columns)}"
-                )
-
-    def expected_pairs(self, prompt_ids: Sequence[str], iteration: int) -> tuple[int, int]:
-        """Return how many candidate prompts an iteration has, and the most pairs that it may get from them."""
-        candidates = self.schedule.candidates(
-            prompt_ids, iteration=iteration, iterations=self.iterations, seed=self.seed
-        )
-        size = len(candidates)
-        for rule in (self.selection, self.pair_selection):
-            kept = rule.size(size, iteration=iteration)
-            size = size if kept is None else kept
-        return len(candidates), size
 
 
 @dataclass(frozen=True)

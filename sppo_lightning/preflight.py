@@ -9,10 +9,10 @@ from typing import Any
 import lightning.pytorch as pl
 
 from sppo_lightning.generation import Generator
-from sppo_lightning.iteration import IterationRules
 from sppo_lightning.prompt_sets import PromptSets
 from sppo_lightning.prompts import check_disjoint
 from sppo_lightning.rewards import Reward
+from sppo_lightning.rules import IterationRules
 from sppo_lightning.selection import Curriculum, EasyToHard, HardToEasy
 from sppo_lightning.types import EncodedPrompt, UserError
 

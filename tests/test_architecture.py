@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = {
     0: ["types"],
-    1: ["losses", "logprobs", "difficulty", "selection", "pairing", "schedules", "seeding"],
+    1: ["losses", "logprobs", "difficulty", "selection", "pairing", "rules", "schedules", "seeding"],
     2: [
         *("prompts", "prompt_files", "prompt_sets", "prompt_table", "ragged", "rollouts", "pairs", "tally"),
         *("batching", "metrics", "pretrained", "memory", "servers"),
