@@ -414,9 +414,10 @@ def test_an_exception_in_a_call_surfaces_at_once() -> None:
 
 
 ENDING = """
-import sys, time
+import signal, sys, time
 from functools import partial
 from sppo_lightning.servers import ServerClient
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 client = ServerClient("data.generator", sys.argv[2])
 client.open()
 print("asking", flush=True)
