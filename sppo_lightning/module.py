@@ -88,6 +88,7 @@ class PreferenceModule(pl.LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._reference_model: nn.Module | None = None
         self._sampled_instead: nn.Module | None = None
+        self._fingerprinted: tuple[tuple[int, int], str] | None = None  # which weights, and their digest
         self._watched: tuple[nn.Parameter, Tensor] | None = None
 
     # ------------------------------------------------------------------ set-up
@@ -343,9 +344,14 @@ class PreferenceModule(pl.LightningModule):
 
     def fingerprint(self) -> str:
         """Return a digest of the policy that is sampled."""
-        model = self._sampled_instead or self.policy
-        assert model is not None
-        return policies.fingerprint(model, self.policy_config.pretrained)
+        assert self.policy is not None
+        pretrained = self.policy_config.pretrained
+        if self._sampled_instead is not None:
+            return policies.fingerprint(self._sampled_instead, pretrained)
+        weights = (self.trainer.global_step, sum(parameter._version for parameter in self._trainable()))
+        if self._fingerprinted is None or self._fingerprinted[0] != weights:
+            self._fingerprinted = (weights, policies.fingerprint(self.policy, pretrained))
+        return self._fingerprinted[1]
 
     def export(self, folder: Path) -> None:
         """Write the policy that is sampled as a Hugging Face folder; an adapter in PEFT's layout."""

@@ -245,12 +245,14 @@ def check_updates_survive(parameters: Iterable[nn.Parameter], learning_rate: flo
 
 def fingerprint(model: nn.Module, pretrained: str) -> str:
     """Return a digest of what decides a policy's outputs: its base and the exact trainable weights."""
-    digest = hashlib.blake2b(pretrained.encode(), digest_size=16)
+    digest = hashlib.sha256(
+        pretrained.encode()
+    )  # twice as fast as blake2b where the processor has instructions for it
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
             digest.update(name.encode())
             digest.update(parameter.detach().contiguous().view(torch.uint8).cpu().numpy().data)
-    return digest.hexdigest()
+    return digest.hexdigest()[:32]
 
 
 def sampling_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
