@@ -156,11 +156,13 @@ class ClassifierForward:
 
     def _logits(self, rows: Sequence[Encoded]) -> Tensor:
         """Return the logits of whole conversations, padded on the right, ``[N]``."""
+        padding = self._padding
+        assert padding is not None
         batch = {
             name: pad_sequence(
                 [torch.tensor(row[name]) for row in rows],
                 batch_first=True,
-                padding_value=self._padding if name == "input_ids" else 0,  # type: ignore[arg-type]
+                padding_value=padding if name == "input_ids" else 0,
             ).to(self.model.device)
             for name in rows[0]
         }
