@@ -177,9 +177,8 @@ class Collector:
                         "without a response: it must answer every request"
                     )
                 responses = [row for group in rows for row in group]
-                watch.add(
-                    ScoredRows(responses, None)
-                )  # before they are stored, so that they can be asked for again
+                # before they are stored, so that they can be asked for again once the cause is mended
+                watch.add(ScoredRows(responses, None))
                 store.write(name, number, responses)
             self.generator.unload()
         self.ranks.barrier(f"generated {name}")

@@ -196,14 +196,17 @@ class HFGenerator(Generator):
         position = positions[source, -1]
         longest = torch.tensor([self.longest_response(length) for length in lengths], device=device)[source]
         uniforms = self._uniforms(batch).to(device)
-        ended = self._end_test(ends)
+        end_ids = torch.tensor(sorted(ends), device=device)
+        stopped = self._stop_test()
         tokens = torch.full((len(source), self.max_new_tokens), -1, dtype=torch.long, device=device)
         alive = torch.arange(len(source), device=device)  # the response that each row of the batch grows
         growing = torch.ones(len(source), dtype=torch.bool, device=device)  # [B]
         for step in range(self.max_new_tokens):
             picked = self._pick(logits, uniforms[alive, step])
             tokens[alive[growing], step] = picked[growing]
-            growing &= ~ended(tokens[alive, : step + 1]) & (longest[alive] > step + 1)
+            growing &= ~torch.isin(picked, end_ids) & (longest[alive] > step + 1)
+            if stopped is not None:
+                growing &= ~stopped(tokens[alive, : step + 1])
             left = int(growing.sum())
             if left == 0:
                 break
@@ -217,16 +220,15 @@ class HFGenerator(Generator):
             logits = forward(picked[:, None], width + step + 1, position[:, None])
         return [[token for token in row if token >= 0] for row in tokens.tolist()]
 
-    def _end_test(self, ends: frozenset[int]) -> Callable[[Tensor], Tensor]:
-        """Return a test of responses ``[B, T]``, the newest token last, for being over, ``[B]``."""
-        end_ids = torch.tensor(sorted(ends), device=self._device)
+    def _stop_test(self) -> Callable[[Tensor], Tensor] | None:
+        """Return a test of responses ``[B, T]``, the newest token last, for a stop string, ``[B]``."""
         if self.stop is None:
-            return lambda tokens: torch.isin(tokens[:, -1], end_ids)
+            return None
         from transformers import StopStringCriteria
 
         assert self._policy is not None
         stops = StopStringCriteria(self._policy.tokenizer, self.stop)
-        return lambda tokens: torch.isin(tokens[:, -1], end_ids) | stops(tokens.clamp(min=0), None)
+        return lambda tokens: stops(tokens.clamp(min=0), None)
 
     def _pick(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """Return the next token of each row; a NaN draw asks for the most likely one."""
