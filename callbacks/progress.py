@@ -83,7 +83,7 @@ class SelfPlayProgress(ProgressBar):
     ) -> None:
         """Advance the training bar."""
         self._trained += int(batch.weights.shape[0]) * trainer.world_size
-        self._tokens += batch.input_ids.numel() * trainer.world_size
+        self._tokens += batch.rows.input_ids.numel() * trainer.world_size
         self._advance(self._trained, self._tokens)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,9 +1,4 @@
-"""Optimizer steps, micro-batches and padding.
-
-Shapes: B pairs of a micro-batch; its rows are the B chosen sequences, then the B rejected ones. T tokens of
-the longest sequence, R tokens of the longest response. Sequences are padded on the left, so that every
-response ends in the last column.
-"""
+"""Optimizer steps and micro-batches. Shapes: B pairs of a micro-batch."""
 
 from __future__ import annotations
 
@@ -14,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from sppo_lightning.layouts import PairLayout, PairRows
 from sppo_lightning.losses import PairLogps
 from sppo_lightning.types import PreferencePair, UserError
 
@@ -21,11 +17,7 @@ from sppo_lightning.types import PreferencePair, UserError
 class PairBatch(NamedTuple):
     """One micro-batch of preference pairs."""
 
-    input_ids: Tensor  # [2B, T] long
-    attention_mask: Tensor  # [2B, T] long, 1 where a token is real
-    position_ids: Tensor  # [2B, T] long
-    targets: Tensor  # [2B, R] long, response tokens, aligned right
-    target_mask: Tensor  # [2B, R] bool
+    rows: PairRows
     reference: PairLogps  # [B] each, float64, nats
     weights: Tensor  # [B] float32, 1 for a real pair, 0 for a filler
     slot: StepSlot
@@ -130,37 +122,23 @@ class StepSampler(Sampler[MicroBatch]):
                 yield MicroBatch(part or rows[:1], len(part), slot)
 
 
-def collate(pairs: Sequence[PreferencePair], *, real: int, slot: StepSlot, pad_token_id: int) -> PairBatch:
-    """Pad pairs into one micro-batch.
+def collate(pairs: Sequence[PreferencePair], *, layout: PairLayout, real: int, slot: StepSlot) -> PairBatch:
+    """Lay pairs out as one micro-batch.
 
     Args:
         pairs: the pairs, fillers last.
+        layout: of their tokens.
         real: how many of them count.
         slot: where the micro-batch stands in its iteration.
-        pad_token_id: fills the left; masked everywhere.
     """
-    prompts = [pair.prompt_token_ids for pair in pairs] * 2
-    responses = [pair.chosen_token_ids for pair in pairs] + [pair.rejected_token_ids for pair in pairs]
-    width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    longest = max(len(r) for r in responses)
-    input_ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    targets = torch.full((len(prompts), longest), pad_token_id, dtype=torch.long)
-    target_mask = torch.zeros_like(targets, dtype=torch.bool)
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        tokens = torch.tensor((*prompt, *response))
-        input_ids[row, -len(tokens) :] = tokens
-        attention_mask[row, -len(tokens) :] = 1
-        targets[row, -len(response) :] = tokens[-len(response) :]
-        target_mask[row, -len(response) :] = True
     weights = torch.zeros(len(pairs))
     weights[:real] = 1.0
     return PairBatch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(-1) - 1).clamp_(min=0),
-        targets=targets,
-        target_mask=target_mask,
+        rows=layout.rows(
+            [pair.prompt_token_ids for pair in pairs],
+            [pair.chosen_token_ids for pair in pairs],
+            [pair.rejected_token_ids for pair in pairs],
+        ),
         reference=PairLogps(
             torch.tensor([pair.reference_chosen_logp for pair in pairs], dtype=torch.float64),
             torch.tensor([pair.reference_rejected_logp for pair in pairs], dtype=torch.float64),
@@ -171,12 +149,17 @@ def collate(pairs: Sequence[PreferencePair], *, real: int, slot: StepSlot, pad_t
 
 
 class PairDataset(Dataset[PairBatch]):
-    """An iteration's pairs, handed out as padded micro-batches."""
+    """An iteration's pairs, handed out as micro-batches.
 
-    def __init__(self, pairs: Sequence[PreferencePair], pad_token_id: int) -> None:
+    Args:
+        pairs: the pairs.
+        layout: of a micro-batch's tokens.
+    """
+
+    def __init__(self, pairs: Sequence[PreferencePair], layout: PairLayout) -> None:
         self.pairs = pairs
-        self.pad_token_id = pad_token_id
+        self.layout = layout
 
     def __getitem__(self, micro: MicroBatch) -> PairBatch:
         pairs = [self.pairs[row] for row in micro.rows]
-        return collate(pairs, real=micro.real, slot=micro.slot, pad_token_id=self.pad_token_id)
+        return collate(pairs, layout=self.layout, real=micro.real, slot=micro.slot)

@@ -21,6 +21,7 @@ from sppo_lightning.difficulty import (
 from sppo_lightning.evaluation import EvaluationLoader, HeldOut, write_predictions
 from sppo_lightning.generation import Generator
 from sppo_lightning.iteration import IterationBuilder, difficulty_after
+from sppo_lightning.layouts import PairLayout
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.pairing import BestWorst, Pairing
 from sppo_lightning.pairs import PairTable
@@ -269,14 +270,12 @@ class SelfPlayDataModule(pl.LightningDataModule):
             epoch=epoch_in_iteration,
             epochs=self.epochs_per_iteration,
         )
-        dataset = PairDataset(self.pairs, self._pad_token_id)
+        dataset = PairDataset(self.pairs, self._pair_layout)
         return DataLoader(dataset, sampler=sampler, batch_size=None)
 
     @property
-    def _pad_token_id(self) -> int:
-        pad = self.module.tokenizer.pad_token_id
-        assert isinstance(pad, int)
-        return pad
+    def _pair_layout(self) -> PairLayout:
+        return self.module.pair_layout(self.prompt_sets.max_tokens + self.generator.max_new_tokens)
 
     def _enter(self, iteration: int) -> None:
         """Make the data of an iteration that no optimizer step has been taken in."""
@@ -309,7 +308,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
             collector=self._collector(),
             made_with={**self._made_with, "unfinished": vars(self.unfinished)},
             reference=self.module,
-            pad_token_id=self._pad_token_id,
+            layout=self._pair_layout,
         )
 
     def _finished_pairs(self, iteration: int) -> PairTable:

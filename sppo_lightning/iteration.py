@@ -22,6 +22,7 @@ from sppo_lightning.difficulty import (
     estimate_difficulty,
     reward_statistics,
 )
+from sppo_lightning.layouts import PairLayout
 from sppo_lightning.losses import PairLogps
 from sppo_lightning.pairing import (
     main_drop_reason,
@@ -57,7 +58,7 @@ class IterationBuilder:
         collector: samples and scores.
         made_with: settings of the generator and the reward, for the manifest.
         reference: the frozen reference.
-        pad_token_id: padding of the reference pass.
+        layout: of the reference pass.
     """
 
     rules: IterationRules
@@ -66,7 +67,7 @@ class IterationBuilder:
     collector: Collector
     made_with: Mapping[str, Any]
     reference: ReferencePolicy
-    pad_token_id: int
+    layout: PairLayout
 
     def build(
         self,
@@ -270,13 +271,11 @@ class IterationBuilder:
         with self.reference.reference_pass():
             for rows in mine:
                 slot = StepSlot(step=0, steps=1, step_pairs=len(rows), last_in_step=True)
-                batch = collate(
-                    [pairs[row] for row in rows], real=len(rows), slot=slot, pad_token_id=self.pad_token_id
-                )
+                batch = collate([pairs[row] for row in rows], layout=self.layout, real=len(rows), slot=slot)
                 logps = self.reference.reference_logps(batch)
                 sides[:, rows] = torch.stack([logps.chosen, logps.rejected])
                 done += len(rows)
-                tokens += int(batch.attention_mask.sum())
+                tokens += batch.rows.input_ids.numel()
                 self.collector.notify("reference", iteration, done, total, tokens)
         for part in ranks.gather([sides]):
             sides = torch.where(sides.isnan(), part[0], sides)

@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens, without a float32 copy of the logits.
 
-Shapes: N positions, V vocabulary, S sequences, T tokens.
+Shapes: N positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -61,12 +61,15 @@ def token_logps(logits: Tensor, targets: Tensor, *, chunk: int | None = None) ->
     return logps
 
 
-def sequence_logps(logps: Tensor, mask: Tensor) -> Tensor:
-    """Sum token log-probs over each sequence, in float64 where the device has it.
+def response_sums(logps: Tensor, places: Tensor, responses: int, longest: int) -> Tensor:
+    """Sum token log-probs over each response, ``[responses]``, in float64 where the device has it.
 
     Args:
-        logps: ``[S, T]`` token log-probs, nats.
-        mask: ``[S, T]`` bool, true where a token counts.
+        logps: ``[N]`` log-probs of all response tokens, nats.
+        places: ``[N]`` place of each in ``responses`` x ``longest``; no place twice.
+        responses: number of responses.
+        longest: tokens of the longest one.
     """
     dtype = torch.float32 if logps.device.type == "mps" else torch.float64
-    return logps.to(dtype).masked_fill(~mask, 0.0).sum(-1)
+    padded = torch.zeros(responses * longest, dtype=dtype, device=logps.device)
+    return padded.index_copy(0, places, logps.to(dtype)).view(responses, longest).sum(-1)

@@ -19,8 +19,10 @@ from torch.optim import Optimizer
 from sppo_lightning import policy as policies
 from sppo_lightning import pretrained
 from sppo_lightning.batching import PairBatch
+from sppo_lightning.layouts import PairLayout
 from sppo_lightning.losses import PairLogps, PreferenceLoss
 from sppo_lightning.metrics import EvaluationBatch, EvaluationMetrics, StepMetrics
+from sppo_lightning.pair_forward import AutoForward, PairForward, Trial
 from sppo_lightning.policy import PolicyConfig
 from sppo_lightning.schedules import LearningRateSchedule, Linear
 from sppo_lightning.seeding import derive_seed
@@ -53,6 +55,7 @@ class PreferenceModule(pl.LightningModule):
         optimizer: optimizer class; default AdamW. Its own ``lr`` and ``weight_decay`` are not used.
         weight_decay: decoupled decay of matrices (not of norms and biases), per step and unit of rate.
         carry_optimizer: keep the optimizer's state from one iteration to the next, instead of clearing it.
+        pair_forward: how log-probs are computed; default: the fastest way that this model can take.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class PreferenceModule(pl.LightningModule):
         optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         weight_decay: float = 0.0,
         carry_optimizer: bool = False,
+        pair_forward: PairForward | None = None,
     ) -> None:
         super().__init__()
         if not learning_rate > 0:
@@ -79,6 +83,7 @@ class PreferenceModule(pl.LightningModule):
         self.optimizer_factory = optimizer or torch.optim.AdamW
         self.weight_decay = weight_decay
         self.carry_optimizer = carry_optimizer
+        self.pair_forward = pair_forward or AutoForward()
         self.strict_loading = (
             False  # checkpoints hold what was trained; on_load_checkpoint compares the names
         )
@@ -86,6 +91,7 @@ class PreferenceModule(pl.LightningModule):
         self.step_metrics = StepMetrics()
         self.evaluation_metrics = EvaluationMetrics()
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._pair_layout: PairLayout | None = None
         self._reference_model: nn.Module | None = None
         self._sampled_instead: nn.Module | None = None
         self._fingerprinted: tuple[tuple[int, int], str] | None = None  # which weights, and their digest
@@ -147,6 +153,26 @@ class PreferenceModule(pl.LightningModule):
         policies.disable_dropout(self.policy)
         self.policy.train()
         policies.check_updates_survive(self._trainable(), self.learning_rate)
+
+    def pair_layout(self, longest: int) -> PairLayout:
+        """Return the layout that micro-batches must have; the first call tries the forward on the policy.
+
+        Args:
+            longest: most tokens of prompt and response together that may come.
+        """
+        assert self.policy is not None
+        if self._pair_layout is None:
+            trial = Trial(
+                longest,
+                self.trainer.precision_plugin.forward_context,
+                self.trainer.strategy.reduce_boolean_decision,
+            )
+            with policies.without_dropout(self.policy):
+                rank_zero_info(f"Training forward: {self.pair_forward.prepare(self.policy, trial)}.")
+            pad = self.tokenizer.pad_token_id
+            assert isinstance(pad, int)
+            self._pair_layout = self.pair_forward.layout(pad)
+        return self._pair_layout
 
     def _trainable(self) -> list[nn.Parameter]:
         assert self.policy is not None
@@ -216,7 +242,7 @@ class PreferenceModule(pl.LightningModule):
         assert self.policy is not None
         if batch_idx == 0 and batch.slot.step == 0:
             self._check_reference(batch)
-        policy = policies.pair_logps(self.policy, batch)
+        policy = self.pair_forward.logps(self.policy, batch.rows)
         terms = self.loss(policy, batch.reference)
         self.step_metrics.update(policy, batch.reference, terms, batch.weights)
         if batch.slot.last_in_step:
@@ -246,11 +272,11 @@ class PreferenceModule(pl.LightningModule):
         if self.reference == "initial" and self.trainer.current_epoch > 0:
             return
         with torch.no_grad(), policies.without_dropout(self.policy):
-            policy = policies.pair_logps(self.policy, batch)
+            policy = self.pair_forward.logps(self.policy, batch.rows)
         apart = (policy.chosen - batch.reference.chosen).abs() + (
             policy.rejected - batch.reference.rejected
         ).abs()
-        drift = (apart.sum() / batch.target_mask.sum()).item()
+        drift = (apart.sum() / batch.rows.targets.numel()).item()
         tolerance = RATIO_TOLERANCE[self.compute_dtype]
         if not drift <= tolerance:
             raise RuntimeError(
@@ -302,7 +328,9 @@ class PreferenceModule(pl.LightningModule):
         """Return the reference's log-probs through the training forward, ``[B]`` each, float64, on the CPU."""
         assert self._reference_model is not None
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            logps = policies.pair_logps(self._reference_model, move_data_to_device(batch, self.device))
+            logps = self.pair_forward.logps(
+                self._reference_model, move_data_to_device(batch.rows, self.device)
+            )
         return PairLogps(logps.chosen.cpu(), logps.rejected.cpu())
 
     # ---------------------------------------------------------------- sampling
@@ -327,6 +355,7 @@ class PreferenceModule(pl.LightningModule):
         """
         assert self.policy is not None
         model = self._sampled_instead or self.policy
+        self.pair_forward.release(model)
         dtype = next(model.parameters()).dtype
         if self.policy_config.lora is not None or dtype == self.compute_dtype:
             return model.eval()

@@ -1,4 +1,4 @@
-"""Load a policy, copy it for sampling, fingerprint it, and read log-probs from it."""
+"""Load a policy, copy it for sampling, and fingerprint it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from sppo_lightning.batching import PairBatch
-from sppo_lightning.logprobs import sequence_logps, token_logps
-from sppo_lightning.losses import PairLogps
 from sppo_lightning.pretrained import (
     DTYPES,
     forget_gguf,
@@ -265,22 +262,3 @@ def sampling_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         for parameter in model.parameters()
     }
     return copy.deepcopy(model, memo).eval()
-
-
-def pair_logps(model: nn.Module, batch: PairBatch) -> PairLogps:
-    """Return the log-prob of each response given its prompt, ``[B]`` each, float64, nats.
-
-    The model's own head is applied to the positions that predict response tokens only: with padding on the
-    left these are the last columns.
-    """
-    keep = batch.targets.shape[1] + 1
-    logits: Tensor = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        logits_to_keep=keep,
-    ).logits[:, :-1]
-    logps = token_logps(logits.flatten(0, 1), batch.targets.flatten()).view_as(batch.targets)
-    chosen, rejected = sequence_logps(logps, batch.target_mask).chunk(2)
-    return PairLogps(chosen, rejected)

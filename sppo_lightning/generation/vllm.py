@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sppo_lightning.generation.adapters import merged_weights, unwrapped
+from sppo_lightning.adapters import merged_weights, unwrapped
 from sppo_lightning.generation.parity import PROBE_TOKENS, ProbeAnswer, check_parity
 from sppo_lightning.generation.protocol import Generator, PolicySource, PromptResponses, SampleRequest
 from sppo_lightning.types import UserError

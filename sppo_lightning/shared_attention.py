@@ -1,0 +1,276 @@
+"""Attention over packed rows in which two responses share one prompt.
+
+A response sees its prompt and itself, never the other response. Windows are counted in positions: both responses stand
+right behind the prompt. Shapes: B pairs, T tokens of the row, H query heads, K key heads, D head width; P and R tokens
+of the longest prompt and response.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from sppo_lightning.adapters import unwrapped
+from sppo_lightning.layouts import SharedPrompts
+
+NAME = "sppo_shared_prompts"
+WINDOWED = {"full_attention", "sliding_attention"}  # layers that a mask by position describes
+NOT_HANDLED = ("softcap", "s_aux", "position_bias", "cache")  # what a model may ask of its attention besides
+
+_before: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # what an attached model attended with
+
+
+class CannotShareError(Exception):
+    """A model's attention cannot read a prompt once for two responses; says why."""
+
+
+class SharedAttention(ABC):
+    """Attention of one micro-batch, the same object for all layers.
+
+    Args:
+        shared: where the row's segments lie.
+    """
+
+    def __init__(self, shared: SharedPrompts) -> None:
+        self.shared = shared
+
+    @abstractmethod
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, window: int | None
+    ) -> Tensor:
+        """Return what each token reads, ``[T, H, D]``.
+
+        Args:
+            query: ``[T, H, D]``.
+            key: ``[T, K, D]``.
+            value: ``[T, K, D]``.
+            scale: of the scores; ``None``: one over the root of D.
+            window: tokens that a token sees, itself included; ``None``: all before it.
+        """
+
+
+class MaskedAttention(SharedAttention):
+    """``scaled_dot_product_attention`` on padded segments: prompts causal, responses with a mask."""
+
+    def __init__(self, shared: SharedPrompts) -> None:
+        super().__init__(shared)
+        self._masks: dict[int | None, tuple[Tensor | None, Tensor]] = {}
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, window: int | None
+    ) -> Tensor:
+        """Return what each token reads, ``[T, H, D]``."""
+        prompts, responses = self.shared.prompts, self.shared.responses
+        prompt_mask, response_mask = self._mask(window, query.device)
+        (own_query, query), (own_key, key), (own_value, value) = map(self._segments, (query, key, value))
+        read = _sdpa(own_query, own_key, own_value, prompt_mask, scale)
+        answered = _sdpa(
+            query, _behind_prompt(own_key, key), _behind_prompt(own_value, value), response_mask, scale
+        )
+        padded = [part.transpose(1, 2).flatten(0, 1) for part in (read, answered)]
+        assert len(padded[0]) == prompts[0] * prompts[1]
+        assert len(padded[1]) == responses[0] * responses[1]
+        out = torch.cat(padded)
+        return out if self.shared.places is None else _take(out, self.shared.places)
+
+    def _segments(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the padded prompts ``[B, heads, P, D]`` and responses ``[2B, heads, R, D]``."""
+        if self.shared.padded is not None:
+            assert self.shared.places is not None
+            states = cast(Tensor, cast(Any, _Pad).apply(states, self.shared.padded, self.shared.places))
+        prompts, responses = self.shared.prompts, self.shared.responses
+        cut = prompts[0] * prompts[1]
+        return (
+            states[:cut].view(*prompts, *states.shape[1:]).transpose(1, 2),
+            states[cut:].view(*responses, *states.shape[1:]).transpose(1, 2),
+        )
+
+    def _mask(self, window: int | None, device: torch.device) -> tuple[Tensor | None, Tensor]:
+        """Return which keys the prompts' tokens see (``None``: all before them), and which the responses' do."""
+        (_, prompt), (_, response) = self.shared.prompts, self.shared.responses
+        if window is not None and window >= prompt + response:
+            window = None
+        if window not in self._masks:
+            before, own = torch.arange(prompt, device=device), torch.arange(response, device=device)
+            lengths = self.shared.prompt_lengths[:, None, None]
+            if self.shared.padded is None:
+                lengths = lengths[:1]  # all are P
+            in_prompt = (before < lengths).expand(-1, response, -1)
+            in_response = (own[:, None] >= own).expand(len(lengths), -1, -1)
+            prompt_mask = None
+            if window is not None:
+                in_prompt = in_prompt & (lengths + own[:, None] - before < window)
+                in_response = in_response & (own[:, None] - own < window)
+                if window < prompt:
+                    apart = before[:, None] - before
+                    prompt_mask = (apart >= 0) & (apart < window)
+            mask = torch.cat([in_prompt, in_response], dim=-1)
+            mask = mask if len(mask) == 1 else mask.repeat(2, 1, 1)
+            self._masks[window] = prompt_mask, mask[:, None]
+        return self._masks[window]
+
+
+class VarlenAttention(SharedAttention):
+    """``varlen_attn``, the flash kernel for segments of any length: no padding, no mask; CUDA, 16 bits.
+
+    Every response gets a copy of its prompt's keys and values, which is linear in the tokens.
+    """
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, window: int | None
+    ) -> Tensor:
+        """Return what each token reads, ``[T, H, D]``."""
+        kernel = _varlen_kernel()
+        options = {}
+        if query.shape[1] != key.shape[1]:
+            if "enable_gqa" in inspect.signature(kernel).parameters:
+                options["enable_gqa"] = True
+            else:
+                key, value = (
+                    x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value)
+                )
+        prompt, response = self.shared.prompts[1], self.shared.responses[1]
+        out: Tensor = kernel(
+            query,
+            self._with_prompts(key),
+            self._with_prompts(value),
+            self.shared.query_starts,
+            self.shared.key_starts,
+            max(prompt, response),
+            prompt + response,
+            scale=scale,
+            window_size=(-1 if window is None else window - 1, 0),
+            **options,
+        )
+        return out
+
+    def _with_prompts(self, states: Tensor) -> Tensor:
+        """Return the prompts' states, then each response's with its prompt's before them."""
+        parts = torch.split(states, list(self.shared.lengths))
+        count = self.shared.prompts[0]
+        pieces = list(parts[:count])
+        for number, response in enumerate(parts[count:]):
+            pieces += [parts[number % count], response]
+        return torch.cat(pieces)
+
+
+def _varlen_kernel() -> Any:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as error:
+        raise CannotShareError("this torch has no variable-length attention") from error
+    return varlen_attn
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and query.device.type != "cpu" and mask is not None:
+        # with a mask only the CPU kernel takes grouped heads as they are
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        groups = 1
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
+    )
+
+
+def _behind_prompt(prompts: Tensor, responses: Tensor) -> Tensor:
+    """Return ``[2B, heads, P + R, D]``: chosen and rejected responses, their prompt before them."""
+    return torch.cat([prompts.repeat(2, 1, 1, 1), responses], dim=2)
+
+
+def _take(padded: Tensor, places: Tensor) -> Tensor:
+    taken: Tensor = cast(Any, _Unpad).apply(padded, places)
+    return taken
+
+
+class _Pad(torch.autograd.Function):
+    """Tokens onto padded places; padding holds the first token, which no mask lets through."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, padded: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return states.index_select(0, padded)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        # a gather, not the scatter with sums that autograd would do: each token has one place
+        (places,) = ctx.saved_tensors
+        return grad_outputs[0].index_select(0, places), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """Padded places back to tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.size = len(states)
+        return states.index_select(0, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        grad = grad_outputs[0].new_zeros(ctx.size, *grad_outputs[0].shape[1:])
+        return grad.index_copy_(0, places, grad_outputs[0]), None
+
+
+def _shared_prompts_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    shared_attention: SharedAttention | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Take the place of a model's attention; ``[1, heads, T, D]`` in, ``[1, T, H, D]`` out."""
+    if shared_attention is None:
+        raise CannotShareError(f"{type(module).__name__} does not hand on what its model is called with")
+    asked = [name for name in NOT_HANDLED if others.get(name) is not None]
+    if asked or others.get("dropout"):
+        raise CannotShareError(f"{type(module).__name__} needs {' and '.join(asked) or 'dropout'}")
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    states = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    return shared_attention(*states, scale=scaling, window=sliding_window)[None], None
+
+
+def attach(model: nn.Module) -> None:
+    """Let a model attend through this module, until :func:`detach`.
+
+    Raises:
+        CannotShareError: if its attention cannot be replaced.
+    """
+    from transformers import AttentionInterface
+
+    inner = unwrapped(model)
+    before: str = inner.config._attn_implementation
+    if before == NAME:
+        return
+    others = set(getattr(inner.config.get_text_config(), "layer_types", None) or ()) - WINDOWED
+    if others:
+        raise CannotShareError(f"{type(inner).__name__} has layers of {', '.join(sorted(others))}")
+    AttentionInterface.register(NAME, _shared_prompts_attention)
+    inner.set_attn_implementation(NAME)
+    if inner.config._attn_implementation != NAME:
+        raise CannotShareError(f"{type(inner).__name__} does not let its attention be replaced")
+    _before[inner] = before
+
+
+def detach(model: nn.Module) -> None:
+    """Give a model its own attention back."""
+    inner = unwrapped(model)
+    if inner in _before:
+        inner.set_attn_implementation(_before.pop(inner))
