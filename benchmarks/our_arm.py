@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +18,6 @@ import workload
 from arms import Rounds
 from gate import FirstStep
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import move_data_to_device
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 from workload import TokenPair
@@ -33,12 +31,17 @@ from sppo_lightning.policy import LoRAConfig, PolicyConfig
 from sppo_lightning.types import PreferencePair
 
 
+def fused_adamw(groups: Any) -> torch.optim.Optimizer:
+    """Return the optimizer that TRL is timed with too."""
+    return torch.optim.AdamW(groups, fused=True)
+
+
 @dataclass(frozen=True)
 class OurSetting:
     """What one of our arms is made of."""
 
     pair_forward: Callable[[], PairForward] = AutoForward
-    optimizer: Callable[..., torch.optim.Optimizer] = functools.partial(torch.optim.AdamW, fused=True)
+    optimizer: Callable[..., torch.optim.Optimizer] = fused_adamw
     clip: float | None = None
 
 
@@ -67,17 +70,21 @@ class StoredPairs(pl.LightningDataModule):
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
         settings = self.settings
+        workload.same_adapter(module.policy, settings.seed)
         layout = module.pair_layout(settings.prompt_tokens + settings.response_tokens)
         size = {"pairs_per_step": settings.pairs, "batch_size": settings.pairs}
         unknown = PairDataset(self.pairs, layout)
         with module.reference_pass():
-            known = [module.reference_logps(unknown[micro]) for micro in StepSampler(range(len(self.pairs)), **size)]
+            known = [
+                module.reference_logps(unknown[micro])
+                for micro in StepSampler(range(len(self.pairs)), **size)
+            ]
         chosen, rejected = (torch.cat(side).tolist() for side in zip(*known, strict=True))
         pairs = [
             replace(pair, reference_chosen_logp=one, reference_rejected_logp=other)
             for pair, one, other in zip(self.pairs, chosen, rejected, strict=True)
         ]
-        order = workload.training_order(settings, [TokenPair((), (), ())] * len(pairs))
+        order = workload.training_order(settings, len(pairs))
         return DataLoader(PairDataset(pairs, layout), sampler=StepSampler(order, **size), batch_size=None)
 
     def val_dataloader(self) -> list[Any]:
@@ -104,8 +111,8 @@ class Timed(pl.Callback):
         self.rounds.wait()
 
 
-class Gate(pl.Callback):
-    """Keeps the gradient and the loss of the first step."""
+class KeptStep(pl.Callback):
+    """Keeps gradient and loss of a step."""
 
     def __init__(self, first: FirstStep) -> None:
         self.first = first
@@ -120,10 +127,8 @@ class Gate(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the loss, and write it all down."""
-        self.first.loss = float(outputs["loss"])
-        self.first.write()
-        trainer.should_stop = True
+        """Keep the loss."""
+        self.first.keep_loss(outputs["loss"])
 
 
 class KeptLogps(PreferenceLoss):
@@ -155,27 +160,17 @@ def random_weights(settings: argparse.Namespace) -> Iterator[str]:
             yield name
 
 
-class SameAdapter(pl.Callback):
-    """Gives an adapter the weights that it has in the other arms, before anything is computed."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Load the policy now, and set its adapter."""
-        module: Any = pl_module
-        module.configure_model()
-        workload.same_adapter(module.policy, self.seed)
-
-
-def train(settings: argparse.Namespace, arm: OurSetting, loss: PreferenceLoss, callback: pl.Callback) -> None:
-    """Train all steps.
+def train(
+    settings: argparse.Namespace, arm: OurSetting, loss: PreferenceLoss, callback: pl.Callback, *, steps: int
+) -> None:
+    """Train.
 
     Args:
         settings: of the command line.
         arm: which of our arms.
         loss: the preference loss.
         callback: sees every step.
+        steps: optimizer steps.
     """
     with random_weights(settings) as pretrained, tempfile.TemporaryDirectory() as folder:
         config = PolicyConfig(
@@ -196,13 +191,14 @@ def train(settings: argparse.Namespace, arm: OurSetting, loss: PreferenceLoss, c
             devices=1,
             precision=settings.precision,
             max_epochs=1,
+            max_steps=steps,
             gradient_clip_val=arm.clip,
             default_root_dir=folder,
             logger=[
                 TensorBoardLogger(save_dir=folder, name="", version="tensorboard"),
                 MetricsCSV(Path(folder) / "metrics.csv"),
             ],
-            callbacks=[SameAdapter(settings.seed), callback],
+            callbacks=[callback],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -211,5 +207,23 @@ def train(settings: argparse.Namespace, arm: OurSetting, loss: PreferenceLoss, c
             limit_val_batches=0,
             use_distributed_sampler=False,
         )
-        pairs = workload.token_pairs(settings, workload.model_config(settings).vocab_size)
-        trainer.fit(module, datamodule=StoredPairs(settings, pairs))
+        trainer.fit(module, datamodule=StoredPairs(settings, _pairs(settings)))
+
+
+def _pairs(settings: argparse.Namespace) -> list[TokenPair]:
+    return workload.token_pairs(settings, workload.model_config(settings).vocab_size)
+
+
+def time_steps(settings: argparse.Namespace, rounds: Rounds, name: str) -> None:
+    """Train one step a round."""
+    pairs = _pairs(settings)
+    timed = Timed(rounds, lambda step: workload.step_tokens(settings, pairs, step))
+    train(settings, SETTINGS[name], DPOLoss(workload.BETA), timed, steps=workload.total_steps(settings))
+
+
+def first_step(settings: argparse.Namespace, name: str) -> FirstStep:
+    """Train one step and return what the gate compares."""
+    first = FirstStep()
+    unclipped = replace(SETTINGS[name], clip=None)
+    train(settings, unclipped, KeptLogps(first), KeptStep(first), steps=1)
+    return first

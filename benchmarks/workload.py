@@ -95,14 +95,14 @@ def token_pairs(settings: argparse.Namespace, vocabulary: int) -> list[TokenPair
     ]
 
 
-def training_order(settings: argparse.Namespace, pairs: Sequence[TokenPair]) -> list[int]:
-    """Return the row numbers of all steps: the pairs, over and over."""
-    return [row % len(pairs) for row in range(settings.pairs * total_steps(settings))]
+def training_order(settings: argparse.Namespace, pairs: int) -> list[int]:
+    """Return the row numbers of all steps: those of so many pairs, over and over."""
+    return [row % pairs for row in range(settings.pairs * total_steps(settings))]
 
 
 def step_tokens(settings: argparse.Namespace, pairs: Sequence[TokenPair], step: int) -> int:
     """Return the tokens that a step is credited with."""
-    order = training_order(settings, pairs)
+    order = training_order(settings, len(pairs))
     return sum(pairs[row].tokens for row in order[step * settings.pairs : (step + 1) * settings.pairs])
 
 

@@ -58,13 +58,15 @@ def accumulation_steps(*, pairs_per_step: int, batch_size: int, world_size: int)
 class StepSampler(Sampler[MicroBatch]):
     """Cuts one global order of pairs into optimizer steps, and each step into this rank's micro-batches.
 
-    Step s takes ``pairs_per_step`` pairs of the order, rank r the r-th slice of them. The last step may be
-    partial; ranks that get fewer of its pairs run fillers of weight 0, so that all run equally many passes.
+    Step s takes ``pairs_per_step`` pairs of the order. Inside a step, where order means nothing, pairs of similar length
+    go together, longest first, and are dealt out so that all ranks have similar lengths at the same time. The last step
+    may be partial; ranks that get fewer of its pairs run fillers of weight 0, so that all run equally many passes.
 
     Args:
         order: row numbers of all pairs, in training order.
         pairs_per_step: pairs of one optimizer step, all ranks together.
         batch_size: pairs of one micro-batch on one rank.
+        lengths: tokens of each pair, by row number; ``None``: all alike.
         rank: this process.
         world_size: all processes.
         epoch: epoch inside the iteration.
@@ -77,12 +79,14 @@ class StepSampler(Sampler[MicroBatch]):
         *,
         pairs_per_step: int,
         batch_size: int,
+        lengths: Sequence[int] | None = None,
         rank: int = 0,
         world_size: int = 1,
         epoch: int = 0,
         epochs: int = 1,
     ) -> None:
         self.order = list(order)
+        self.lengths = lengths
         self.pairs_per_step = pairs_per_step
         self.batch_size = batch_size
         self.rank = rank
@@ -96,30 +100,29 @@ class StepSampler(Sampler[MicroBatch]):
         return -(-len(self.order) // self.pairs_per_step)
 
     def __len__(self) -> int:
-        return sum(self._passes(step) for step in range(self.steps_per_epoch))
+        return sum(len(self._passes(step)) for step in range(self.steps_per_epoch))
 
-    def _step_rows(self, step: int) -> list[int]:
-        return self.order[step * self.pairs_per_step : (step + 1) * self.pairs_per_step]
-
-    def _passes(self, step: int) -> int:
-        per_pass = self.batch_size * self.world_size
-        return -(-len(self._step_rows(step)) // per_pass)
+    def _passes(self, step: int) -> list[list[int]]:
+        """Return the rows of a step, cut into what all ranks run at the same time."""
+        rows = self.order[step * self.pairs_per_step : (step + 1) * self.pairs_per_step]
+        lengths = self.lengths
+        if lengths is not None:
+            rows.sort(key=lambda row: lengths[row], reverse=True)
+        together = self.batch_size * self.world_size
+        return [rows[start : start + together] for start in range(0, len(rows), together)]
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for step in range(self.steps_per_epoch):
-            rows = self._step_rows(step)
-            share = -(-len(rows) // self.world_size)
-            mine = rows[self.rank * share : (self.rank + 1) * share]
             passes = self._passes(step)
-            for index in range(passes):
-                part = mine[index * self.batch_size : (index + 1) * self.batch_size]
+            for number, rows in enumerate(passes):
+                mine = rows[self.rank :: self.world_size]
                 slot = StepSlot(
                     step=self.epoch * self.steps_per_epoch + step,
                     steps=self.epochs * self.steps_per_epoch,
-                    step_pairs=len(rows),
-                    last_in_step=index == passes - 1,
+                    step_pairs=sum(map(len, passes)),
+                    last_in_step=number == len(passes) - 1,
                 )
-                yield MicroBatch(part or rows[:1], len(part), slot)
+                yield MicroBatch(mine or rows[-1:], len(mine), slot)
 
 
 def collate(pairs: Sequence[PreferencePair], *, layout: PairLayout, real: int, slot: StepSlot) -> PairBatch:

@@ -265,6 +265,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
             self.curriculum.order(difficulty.rows(ids)["difficulty"], keys).tolist(),
             pairs_per_step=self.rules.pairs_per_step,
             batch_size=self.rules.batch_size,
+            lengths=self.pairs.tokens().tolist(),
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             epoch=epoch_in_iteration,

@@ -259,9 +259,7 @@ class IterationBuilder:
     def _reference_pass(self, pairs: PairTable, iteration: int) -> PairTable:
         """Fill in the reference's log-probs, pairs of similar length together."""
         ranks, size = self.collector.ranks, self.rules.batch_size
-        responses = torch.maximum(pairs.lengths("chosen_token_ids"), pairs.lengths("rejected_token_ids"))
-        lengths = pairs.lengths("prompt_token_ids") + responses
-        order = lengths.argsort(descending=True, stable=True).tolist()
+        order = pairs.tokens().argsort(descending=True, stable=True).tolist()
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         mine = batches[ranks.rank :: ranks.world_size]
         sides = torch.full((2, len(pairs)), float("nan"), dtype=torch.float64)  # chosen, rejected

@@ -88,6 +88,10 @@ class PairTable(Sequence[PreferencePair]):
         """Return the tokens in a column of token ids, ``[pairs]``."""
         return torch.tensor(pc.list_value_length(self.table[name]).to_numpy(), dtype=torch.long)
 
+    def tokens(self) -> Tensor:
+        """Return the tokens of each pair, its prompt counted once, ``[pairs]``."""
+        return torch.stack([self.lengths(name) for name in TOKEN_COLUMNS]).sum(0)
+
     def statistics(self) -> Mapping[str, Tensor]:
         """Return what pair rules read off the pairs alone, ``[pairs]`` float64 each; lengths in tokens."""
         columns = {
