@@ -58,9 +58,10 @@ def accumulation_steps(*, pairs_per_step: int, batch_size: int, world_size: int)
 class StepSampler(Sampler[MicroBatch]):
     """Cuts one global order of pairs into optimizer steps, and each step into this rank's micro-batches.
 
-    Step s takes ``pairs_per_step`` pairs of the order. Inside a step, where order means nothing, pairs of similar length
-    go together, longest first, and are dealt out so that all ranks have similar lengths at the same time. The last step
-    may be partial; ranks that get fewer of its pairs run fillers of weight 0, so that all run equally many passes.
+    Step s takes ``pairs_per_step`` pairs of the order. Inside a step, where order means nothing, pairs of similar
+    length go together, longest first, and are dealt out so that all ranks have similar lengths at the same time. The
+    last step may be partial; ranks that get fewer of its pairs run fillers of weight 0, so that all run equally many
+    passes.
 
     Args:
         order: row numbers of all pairs, in training order.
