@@ -128,6 +128,7 @@ class KeptStep(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the loss."""
+        self.first.shared = batch.rows.shared is not None
         self.first.keep_loss(outputs["loss"])
 
 

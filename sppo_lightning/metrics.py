@@ -6,7 +6,7 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric, SumMetric
 
 from sppo_lightning.losses import PairLogps, PreferenceTerms
 
@@ -28,7 +28,10 @@ class StepMetrics(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.means = nn.ModuleDict({name: MeanMetric() for name in STEP_METRICS})
+        # the check for NaN would wait for the device at every update; a NaN that is logged says more
+        self.sums = nn.ModuleDict(
+            {name: SumMetric(nan_strategy="disable") for name in (*STEP_METRICS, "pairs")}
+        )
 
     def update(
         self, policy: PairLogps, reference: PairLogps, terms: PreferenceTerms, weights: Tensor
@@ -47,14 +50,15 @@ class StepMetrics(nn.Module):
             "logratios/rejected": policy.rejected - reference.rejected,
         }
         for name, value in values.items():
-            cast(MeanMetric, self.means[name]).update(value.detach(), weights)
+            cast(SumMetric, self.sums[name]).update((value.detach() * weights).sum())
+        cast(SumMetric, self.sums["pairs"]).update(weights.sum())
 
     def result(self) -> dict[str, Tensor]:
         """Return the step's means under ``train/`` and start over."""
-        found = {f"train/{name}": cast(MeanMetric, mean).compute() for name, mean in self.means.items()}
-        for mean in self.means.values():
-            cast(MeanMetric, mean).reset()
-        return found
+        sums = {name: cast(SumMetric, metric).compute() for name, metric in self.sums.items()}
+        for metric in self.sums.values():
+            cast(SumMetric, metric).reset()
+        return {f"train/{name}": sums[name] / sums["pairs"] for name in STEP_METRICS}
 
 
 def mean_with_error(values: Tensor) -> Tensor:

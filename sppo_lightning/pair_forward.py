@@ -77,7 +77,8 @@ class PairForward(ABC):
         return PairLogps(*sums.chunk(2))
 
     def release(self, model: nn.Module) -> None:
-        """Leave the model as it was loaded, for whoever samples from it or copies it."""
+        """Give the model its own attention back, for whoever samples from it or copies it."""
+        detach(model)
 
 
 class PlainForward(PairForward):
@@ -111,10 +112,6 @@ class SharedForward(PairForward):
         """Return the log-prob of each response token, ``[N]``, nats."""
         return _shared_token_logps(model, rows, self.chunk, MaskedAttention)
 
-    def release(self, model: nn.Module) -> None:
-        """Give the model its own attention back."""
-        detach(model)
-
 
 class VarlenForward(PairForward):
     """A prompt is read once for both responses; attention by torch's flash kernel, without padding: CUDA, 16 bits."""
@@ -132,10 +129,6 @@ class VarlenForward(PairForward):
     def token_logps(self, model: nn.Module, rows: PairRows) -> Tensor:
         """Return the log-prob of each response token, ``[N]``, nats."""
         return _shared_token_logps(model, rows, self.chunk, VarlenAttention)
-
-    def release(self, model: nn.Module) -> None:
-        """Give the model its own attention back."""
-        detach(model)
 
 
 class AutoForward(PairForward):
@@ -175,10 +168,6 @@ class AutoForward(PairForward):
     def token_logps(self, model: nn.Module, rows: PairRows) -> Tensor:
         """Return the log-prob of each response token, ``[N]``, nats."""
         return self.chosen.token_logps(model, rows)
-
-    def release(self, model: nn.Module) -> None:
-        """Leave the model as it was loaded."""
-        self.chosen.release(model)
 
 
 def _token_logps(model: nn.Module, rows: PairRows, chunk: int | None, attention: dict[str, Any]) -> Tensor:

@@ -13,9 +13,12 @@ LAYERS = {
     1: ["losses", "logprobs", "difficulty", "selection", "pairing", "rules", "schedules", "seeding"],
     2: [
         *("prompts", "prompt_files", "prompt_sets", "prompt_table", "ragged", "rollouts", "pairs", "tally"),
-        *("batching", "metrics", "pretrained", "memory", "servers"),
+        *("batching", "layouts", "metrics", "pretrained", "adapters", "memory", "servers"),
     ],
-    3: ["policy", "generation", "rewards", "scoring", "collect", "evaluation", "iteration"],
+    3: [
+        *("policy", "pair_forward", "shared_attention", "response_head"),
+        *("generation", "rewards", "scoring", "collect", "evaluation", "iteration"),
+    ],
     4: ["module", "datamodule", "preflight", "trainer"],
     5: ["callbacks"],
     6: ["cli", "parse_errors", "run_config", "metrics_csv", "__main__", "__init__"],

@@ -1,22 +1,37 @@
-"""Tiny models of several architectures, and a policy to sample from."""
+"""Tiny models of several architectures, pairs to train them on, and a policy to sample from."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from conftest import byte_tokenizer, tiny_config
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
+    GraniteConfig,
+    Lfm2Config,
     MistralConfig,
+    OPTConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
 )
+
+from sppo_lightning.batching import PairBatch, StepSlot, collate
+from sppo_lightning.layouts import PairLayout
+from sppo_lightning.types import PreferencePair
 
 VOCABULARY = 259
 END = 1
@@ -45,14 +60,43 @@ CONFIGS = {
     "gemma2": Gemma2Config(**_SHAPE, **_GEMMA),
     "gemma3": Gemma3TextConfig(**_SHAPE, **_GEMMA),
 }
+_MIXED = ["sliding_attention", "full_attention"]
+_SMALL = {name: _SHAPE[name] for name in ("vocab_size", "hidden_size", "bos_token_id", "eos_token_id")}
+TRAINED_CONFIGS = {
+    **CONFIGS,
+    # both kinds of layers, and a soft cap behind the head
+    "gemma3_capped": Gemma3TextConfig(**_SHAPE, **_GEMMA, layer_types=_MIXED, final_logit_softcapping=5.0),
+    "qwen3": Qwen3Config(**_SHAPE, head_dim=8),
+    "granite": GraniteConfig(
+        **_SHAPE, logits_scaling=4.0, attention_multiplier=0.3, embedding_multiplier=2.0
+    ),
+    "cohere": CohereConfig(**_SHAPE, logit_scale=0.3),
+    "cohere2": Cohere2Config(**_SHAPE, logit_scale=0.3, sliding_window=6, layer_types=_MIXED),
+    "gpt2": GPT2Config(
+        **_SMALL, num_hidden_layers=2, num_attention_heads=4, n_positions=64, initializer_range=0.3
+    ),
+    "opt": OPTConfig(
+        **_SMALL, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=32, init_std=0.3
+    ),
+    "qwen3_moe": Qwen3MoeConfig(
+        **_SHAPE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    ),
+    "qwen3_5": Qwen3_5TextConfig(**_SHAPE, head_dim=8, layer_types=["linear_attention", "full_attention"]),
+    "lfm2": Lfm2Config(**_SHAPE, layer_types=["conv", "full_attention"]),
+}
 
 
 @functools.cache
 def tiny_model(kind: str = "llama") -> PreTrainedModel:
     """A random model in eval mode; shared, so leave it as it is."""
+    return new_model(kind).eval().requires_grad_(False)
+
+
+def new_model(kind: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A random model to train, the same at every call."""
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[kind])
-    return model.eval().requires_grad_(False)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(TRAINED_CONFIGS[kind])
+    return model.to(dtype)  # type: ignore[arg-type]
 
 
 def random_tokens(*lengths: int, seed: int = 0) -> list[tuple[int, ...]]:
@@ -61,6 +105,61 @@ def random_tokens(*lengths: int, seed: int = 0) -> list[tuple[int, ...]]:
     return [
         tuple(torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()) for length in lengths
     ]
+
+
+LENGTHS = [(5, 3, 1), (1, 6, 2), (9, 1, 4), (2, 2, 9), (7, 5, 5)]  # prompt, chosen, rejected
+
+
+def pairs_of(lengths: Sequence[tuple[int, int, int]] = LENGTHS) -> list[PreferencePair]:
+    """Pairs of random tokens."""
+    pairs = []
+    for number, length in enumerate(lengths):
+        prompt, chosen, rejected = random_tokens(*length, seed=number)
+        pairs.append(PreferencePair(f"p{number}", prompt, chosen, rejected, "c", "r", 1.0, 0.0))
+    return pairs
+
+
+def batch_of(pairs: Sequence[PreferencePair], layout: PairLayout) -> PairBatch:
+    """All pairs as one micro-batch, which is a whole step."""
+    slot = StepSlot(step=0, steps=1, step_pairs=len(pairs), last_in_step=True)
+    return collate(pairs, layout=layout, real=len(pairs), slot=slot)
+
+
+def alone(model: nn.Module, pairs: Sequence[PreferencePair]) -> Tensor:
+    """Log-prob of each response token, ``[N]``, chosen responses first.
+
+    Each sequence is read by itself, without padding, positions or mask, through all logits of the model's own.
+    """
+
+    def logps(prompt: tuple[int, ...], response: tuple[int, ...]) -> Tensor:
+        logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0]
+        all_logps = logits[len(prompt) - 1 : -1].double().log_softmax(-1)
+        return all_logps[torch.arange(len(response)), torch.tensor(response, dtype=torch.long)]
+
+    chosen = [logps(pair.prompt_token_ids, pair.chosen_token_ids) for pair in pairs]
+    rejected = [logps(pair.prompt_token_ids, pair.rejected_token_ids) for pair in pairs]
+    return torch.cat([*chosen, *rejected])
+
+
+def gradients(model: nn.Module, logps: Tensor) -> dict[str, Tensor]:
+    """Gradients of a sum in which each token has a weight of its own, some of them negative."""
+    model.zero_grad()
+    (logps * torch.linspace(-1, 2, len(logps)).to(logps.dtype)).sum().backward()
+    found = {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    model.zero_grad()
+    return found
+
+
+def close_gradients(
+    found: dict[str, Tensor], expected: dict[str, Tensor], *, tolerance: float = 1e-5
+) -> None:
+    """To ``tolerance`` of each parameter's largest gradient."""
+    assert found.keys() == expected.keys() != set()
+    for name, gradient in expected.items():
+        atol = tolerance * float(gradient.abs().max())
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=atol, msg=name)
 
 
 @dataclass
