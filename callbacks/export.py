@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
 from sppo_lightning.datamodule import self_play_data
+from sppo_lightning.live_policy import LivePolicy
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.trainer import is_dev_run
 
@@ -37,21 +38,19 @@ class PolicyExport(pl.Callback):
         datamodule = self_play_data(trainer)
         if datamodule.iteration_ends and not is_dev_run(trainer):
             root = datamodule.folder.root
-            self.export(cast(PreferenceModule, pl_module), root / "policy")
+            policy = cast(PreferenceModule, pl_module).live
+            self.export(policy, root / "policy")
             if self.keep_every_iteration:
-                self.export(
-                    cast(PreferenceModule, pl_module),
-                    root / "policies" / f"{datamodule.current_iteration:03d}",
-                )
+                self.export(policy, root / "policies" / f"{datamodule.current_iteration:03d}")
 
     @rank_zero_only
-    def export(self, module: PreferenceModule, folder: Path) -> None:
+    def export(self, policy: LivePolicy, folder: Path) -> None:
         """Write the policy into ``folder``, replacing what is there in one step."""
         fresh = folder.with_name(f".{folder.name}.new")
         stale = _stale(folder)
         for leftover in (fresh, stale):
             shutil.rmtree(leftover, ignore_errors=True)
-        module.export(fresh)
+        policy.export(fresh)
         if folder.exists():
             folder.rename(stale)
         fresh.rename(folder)

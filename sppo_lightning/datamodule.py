@@ -220,13 +220,13 @@ class SelfPlayDataModule(pl.LightningDataModule):
         return module
 
     def _encoded(self, key: str) -> EncodedPrompts:
-        return self.prompt_sets.encode(key, self.module.tokenizer)
+        return self.prompt_sets.encode(key, self.module.live.tokenizer)
 
     def _collector(self) -> Collector:
         return Collector(
             generator=self.generator,
             reward=self.reward,
-            policy=self.module,
+            policy=self.module.live,
             device=self.module.device,
             seed=self.rules.seed,
             prompts_per_shard=self.prompts_per_shard,
@@ -283,7 +283,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         if iteration > 0:
             self._table = self.difficulty_after(iteration - 1)
         store = self.folder.iteration(iteration)
-        fingerprint = self.module.fingerprint()
+        fingerprint = self.module.live.fingerprint()
         manifest = store.read_manifest()
         if manifest is not None and manifest["policy_fingerprint"] != fingerprint:
             raise UserError(
@@ -361,7 +361,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
             prefix=prefix,
             prompts=self._encoded(key),
             collector=self._collector(),
-            policy=self.module,
+            policy=self.module.live,
             made_with=self._made_with,
             replace_others=fitting,
         )

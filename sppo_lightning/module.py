@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sppo_lightning import policy as policies
-from sppo_lightning import pretrained
 from sppo_lightning.batching import PairBatch
 from sppo_lightning.layouts import PairLayout
+from sppo_lightning.live_policy import LivePolicy
 from sppo_lightning.losses import PairLogps, PreferenceLoss
 from sppo_lightning.metrics import EvaluationBatch, EvaluationMetrics, StepMetrics
 from sppo_lightning.pair_forward import AutoForward, PairForward, Trial
@@ -27,9 +26,6 @@ from sppo_lightning.policy import PolicyConfig
 from sppo_lightning.schedules import LearningRateSchedule, Linear
 from sppo_lightning.seeding import derive_seed
 from sppo_lightning.types import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 COMPUTE_DTYPES = {
     "32-true": torch.float32,
@@ -75,7 +71,7 @@ class PreferenceModule(pl.LightningModule):
             raise ValueError(f"model.learning_rate={learning_rate} must be greater than 0")
         if weight_decay < 0:
             raise ValueError(f"model.weight_decay={weight_decay} must be 0 or more")
-        self.policy_config = policy
+        self.live = LivePolicy(policy, lambda: self.trainer.global_step)
         self.loss = loss
         self.learning_rate = learning_rate
         self.reference = reference
@@ -90,11 +86,8 @@ class PreferenceModule(pl.LightningModule):
         self.policy: nn.Module | None = None
         self.step_metrics = StepMetrics()
         self.evaluation_metrics = EvaluationMetrics()
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._pair_layout: PairLayout | None = None
         self._reference_model: nn.Module | None = None
-        self._sampled_instead: nn.Module | None = None
-        self._fingerprinted: tuple[tuple[int, int], str] | None = None  # which weights, and their digest
         self._watched: tuple[nn.Parameter, Tensor] | None = None
 
     # ------------------------------------------------------------------ set-up
@@ -122,23 +115,7 @@ class PreferenceModule(pl.LightningModule):
                 "trainer.deterministic=true: sampling sums in a way that CUDA cannot do deterministically: use "
                 "deterministic: warn"
             )
-        config = self.policy_config
-        self.model_config = pretrained.load_model_config(
-            config.pretrained,
-            key="model.policy.pretrained",
-            trust_remote_code=config.trust_remote_code,
-            expect="causal-lm",
-        )
-        self.load_tokenizer()
-
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Return the policy's tokenizer; needs no weights."""
-        if self._tokenizer is None:
-            config = self.policy_config
-            self._tokenizer = pretrained.load_tokenizer(
-                config.pretrained, key="model.policy.pretrained", trust_remote_code=config.trust_remote_code
-            )
-        return self._tokenizer
+        self.model_config = self.live.check()
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -149,9 +126,7 @@ class PreferenceModule(pl.LightningModule):
         """Load the policy, once."""
         if self.policy is not None:
             return
-        self.policy = policies.load_policy(self.policy_config, compute_dtype=self.compute_dtype)
-        policies.disable_dropout(self.policy)
-        self.policy.train()
+        self.policy = self.live.load(self.compute_dtype)
         policies.check_updates_survive(self._trainable(), self.learning_rate)
 
     def pair_layout(self, longest: int) -> PairLayout:
@@ -169,7 +144,7 @@ class PreferenceModule(pl.LightningModule):
             )
             with policies.without_dropout(self.policy):
                 rank_zero_info(f"Training forward: {self.pair_forward.prepare(self.policy, trial)}.")
-            pad = self.tokenizer.pad_token_id
+            pad = self.live.tokenizer.pad_token_id
             assert isinstance(pad, int)
             self._pair_layout = self.pair_forward.layout(pad)
         return self._pair_layout
@@ -303,7 +278,7 @@ class PreferenceModule(pl.LightningModule):
     def reference_pass(self) -> Iterator[None]:
         """Hold the reference in memory while the context lasts."""
         assert self.policy is not None
-        held = nullcontext(self.policy) if self.reference == "previous_iteration" else self._initial_model()
+        held = nullcontext(self.policy) if self.reference == "previous_iteration" else self.live.initial()
         with held as model:
             self._reference_model = model
             try:
@@ -311,18 +286,6 @@ class PreferenceModule(pl.LightningModule):
                     yield
             finally:
                 self._reference_model = None
-
-    @contextmanager
-    def _initial_model(self) -> Iterator[nn.Module]:
-        """Yield the policy that the run started from: the adapter switched off, or the weights read again."""
-        assert self.policy is not None
-        if self.policy_config.lora is not None:
-            with cast(Any, self.policy).disable_adapter():
-                yield self.policy
-        else:
-            model = policies.load_base_model(self.policy_config, compute_dtype=self.compute_dtype)
-            policies.disable_dropout(model)
-            yield cast(nn.Module, model).to(self.device, next(self.policy.parameters()).dtype)
 
     def reference_logps(self, batch: PairBatch) -> PairLogps:
         """Return the reference's log-probs through the training forward, ``[B]`` each, float64, on the CPU."""
@@ -332,66 +295,6 @@ class PreferenceModule(pl.LightningModule):
                 self._reference_model, move_data_to_device(batch.rows, self.device)
             )
         return PairLogps(logps.chosen.cpu(), logps.rejected.cpu())
-
-    # ---------------------------------------------------------------- sampling
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The policy's tokenizer."""
-        return self.load_tokenizer()
-
-    @property
-    def end_token_ids(self) -> frozenset[int]:
-        """Token ids that end a response."""
-        model = cast(Any, self.policy)
-        generation = getattr(model, "generation_config", None)
-        return frozenset(policies.end_token_ids(model.config, self.tokenizer, generation))
-
-    def sampling_model(self) -> nn.Module:
-        """Return the current policy to sample from.
-
-        The policy itself where it is already in the compute dtype or carries an adapter; else a copy in the
-        compute dtype, so that nothing is cast at every token.
-        """
-        assert self.policy is not None
-        model = self._sampled_instead or self.policy
-        self.pair_forward.release(model)
-        dtype = next(model.parameters()).dtype
-        if self.policy_config.lora is not None or dtype == self.compute_dtype:
-            return model.eval()
-        return policies.sampling_copy(model, self.compute_dtype)
-
-    @contextmanager
-    def sampling_initial_policy(self) -> Iterator[None]:
-        """Let :meth:`sampling_model` return the policy that the run started from while the context lasts."""
-        with self._initial_model() as model:
-            self._sampled_instead = model
-            try:
-                yield
-            finally:
-                self._sampled_instead = None
-
-    def fingerprint(self) -> str:
-        """Return a digest of the policy that is sampled."""
-        assert self.policy is not None
-        pretrained = self.policy_config.pretrained
-        if self._sampled_instead is not None:
-            return policies.fingerprint(self._sampled_instead, pretrained)
-        weights = (self.trainer.global_step, sum(parameter._version for parameter in self._trainable()))
-        if self._fingerprinted is None or self._fingerprinted[0] != weights:
-            self._fingerprinted = (weights, policies.fingerprint(self.policy, pretrained))
-        return self._fingerprinted[1]
-
-    def export(self, folder: Path) -> None:
-        """Write the policy that is sampled as a Hugging Face folder; an adapter in PEFT's layout."""
-        model = self._sampled_instead or self.policy
-        assert model is not None
-        if self._sampled_instead is not None and self.policy_config.lora is not None:
-            raise UserError(
-                "the initial policy of a run with lora is its adapter switched off, which no folder holds: evaluate "
-                "it in fit, or with generator HFGenerator"
-            )
-        policies.write_folder(model, self.tokenizer, folder)
 
     # -------------------------------------------------------------- evaluation
 

@@ -16,7 +16,7 @@ LAYERS = {
         *("batching", "layouts", "metrics", "pretrained", "adapters", "memory", "servers"),
     ],
     3: [
-        *("policy", "pair_forward", "shared_attention", "response_head"),
+        *("policy", "live_policy", "pair_forward", "shared_attention", "response_head"),
         *("generation", "rewards", "scoring", "collect", "evaluation", "iteration"),
     ],
     4: ["module", "datamodule", "preflight", "trainer"],

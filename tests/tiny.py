@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -95,7 +96,7 @@ def tiny_model(kind: str = "llama") -> PreTrainedModel:
 def new_model(kind: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random model to train, the same at every call."""
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(TRAINED_CONFIGS[kind])
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(TRAINED_CONFIGS[kind]))
     return model.to(dtype)  # type: ignore[arg-type]
 
 
