@@ -20,6 +20,7 @@ FREE_KEYS = {
     "data.generator.init_args.weight_sync.init_args.folder",
     "data.test_prompts",
     "data.predict_prompts",
+    "model.pair_forward",
     "model.policy.gradient_checkpointing",
 }
 TRAINER_KEYS = ("precision", "gradient_clip_val", "gradient_clip_algorithm")
