@@ -48,7 +48,8 @@ class PreferenceModule(pl.LightningModule):
         reference: ``previous_iteration``: the policy as it was when the iteration started; ``initial``: the
             policy that the run started from.
         lr_schedule: the rate within an iteration, as a share of the peak; default: linear, warm-up 0.1.
-        optimizer: optimizer class; default AdamW. Its own ``lr`` and ``weight_decay`` are not used.
+        optimizer: optimizer class; default AdamW, fused unless gradients are clipped under mixed precision. Its own
+            ``lr`` and ``weight_decay`` are not used.
         weight_decay: decoupled decay of matrices (not of norms and biases), per step and unit of rate.
         carry_optimizer: keep the optimizer's state from one iteration to the next, instead of clearing it.
         pair_forward: how log-probs are computed; default: the fastest way that this model can take.
@@ -76,7 +77,7 @@ class PreferenceModule(pl.LightningModule):
         self.learning_rate = learning_rate
         self.reference = reference
         self.lr_schedule = lr_schedule or Linear()
-        self.optimizer_factory = optimizer or torch.optim.AdamW
+        self.optimizer_factory = optimizer
         self.weight_decay = weight_decay
         self.carry_optimizer = carry_optimizer
         self.pair_forward = pair_forward or AutoForward()
@@ -165,11 +166,15 @@ class PreferenceModule(pl.LightningModule):
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = self.optimizer_factory([group for group in groups if group["params"]])
+        groups = [group for group in groups if group["params"]]
+        clipped = self.compute_dtype in (torch.bfloat16, torch.float16) and self.trainer.gradient_clip_val
+        if self.optimizer_factory is None:
+            optimizer: Optimizer = torch.optim.AdamW(groups, fused=not clipped)
+        else:
+            optimizer = self.optimizer_factory(groups)
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate
-        mixed = self.compute_dtype in (torch.bfloat16, torch.float16)
-        if mixed and self.trainer.gradient_clip_val and optimizer.defaults.get("fused"):
+        if clipped and optimizer.defaults.get("fused"):
             raise UserError(
                 "trainer.gradient_clip_val and a fused optimizer do not go together under mixed precision: leave "
                 "out one of them"
