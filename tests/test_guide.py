@@ -24,16 +24,17 @@ def test_the_guide_has_blocks() -> None:
 def test_a_block_parses(block: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     part = tmp_path / "part.yaml"
     part.write_text(block)
-    given = yaml.safe_load(block)["data"]
+    given = yaml.safe_load(block)
+    named = {f"{part}.{key}" for part, keys in given.items() for key in keys}
     arguments = [
         argument
         for argument in cli_arguments(Path("policy"), Path("prompts.jsonl"), tmp_path)
-        if argument.split("=")[0].split(".")[1] not in given
+        if ".".join(argument.lstrip("-").split("=")[0].split(".")[:2]) not in named
     ]
     with pytest.raises(SystemExit) as exit:
         main(["fit", f"--config={part}", *arguments, "--print_config"])
     assert exit.value.code == 0
-    shown = yaml.safe_load(capsys.readouterr().out)["data"]
+    shown = yaml.safe_load(capsys.readouterr().out)
     assert merged(shown, given) == shown
 
 
