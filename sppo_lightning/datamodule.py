@@ -1,4 +1,4 @@
-"""The LightningDataModule: makes each self-play iteration's data and owns the difficulty table."""
+"""The LightningDataModule: the loop's settings, their checks, and the dataloaders."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from sppo_lightning.batching import PairBatch, PairDataset, StepSampler, accumulation_steps
+from sppo_lightning.batching import PairBatch, PairDataset, accumulation_steps
 from sppo_lightning.collect import Collector
-from sppo_lightning.difficulty import (
-    Reestimation,
-    StatisticsTable,
-    empty_difficulty_table,
-)
+from sppo_lightning.difficulty import Reestimation, StatisticsTable
 from sppo_lightning.evaluation import EvaluationLoader, HeldOut, write_predictions
 from sppo_lightning.generation import Generator
-from sppo_lightning.iteration import IterationBuilder, difficulty_after
+from sppo_lightning.iteration import IterationBuilder
+from sppo_lightning.iteration_state import IterationState
 from sppo_lightning.layouts import PairLayout
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.pairing import BestWorst, Pairing
@@ -39,15 +36,7 @@ from sppo_lightning.rewards import Reward
 from sppo_lightning.rollouts import RunFolder, describe
 from sppo_lightning.rules import IterationRules
 from sppo_lightning.scoring import UnfinishedRule
-from sppo_lightning.seeding import random_keys
-from sppo_lightning.selection import (
-    AllPairs,
-    AllPrompts,
-    Curriculum,
-    RandomOrder,
-    Schedule,
-    Selection,
-)
+from sppo_lightning.selection import AllPairs, AllPrompts, Curriculum, RandomOrder, Schedule, Selection
 from sppo_lightning.trainer import TrainerRanks, fit_position, is_dev_run
 from sppo_lightning.types import PhaseObserver, UserError
 
@@ -160,11 +149,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
             system_prompt,
         )
         self.observers: list[PhaseObserver] = []
-        self.reestimation: Reestimation | None = None  # set by DifficultyReestimation, for the next iteration
-        self._iteration = -1  # whose data was made last
-        self._table = empty_difficulty_table()  # known before that iteration
-        self.pairs = PairTable.collect([])  # of that iteration, in pair order
-        self._finished = 0  # iterations that the loaded checkpoint has finished
+        self._state = IterationState()
 
     # ------------------------------------------------------------------ set-up
 
@@ -252,54 +237,32 @@ class SelfPlayDataModule(pl.LightningDataModule):
                 "own checkpoints/last.ckpt"
             )
         iteration, epoch_in_iteration = divmod(position.epoch, self.epochs_per_iteration)
-        if iteration != self._iteration and not position.epoch_is_over:
+        if iteration != self._state.current and not position.epoch_is_over:
             if iteration == 0 and self.prompt_sets.named("eval_prompts"):
                 self._held_out("eval_prompts").measure(0)
-            self._enter(iteration)
-        elif not self.pairs:
-            self.pairs = self._finished_pairs(iteration)
-        difficulty, _ = self.folder.iteration(iteration).read_difficulty()
-        ids = self.pairs.prompt_ids
-        keys = random_keys(ids, self.rules.seed, iteration, epoch_in_iteration, "order")
-        sampler = StepSampler(
-            self.curriculum.order(difficulty.rows(ids)["difficulty"], keys).tolist(),
-            pairs_per_step=self.rules.pairs_per_step,
-            batch_size=self.rules.batch_size,
-            lengths=self.pairs.tokens().tolist(),
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
+            fingerprint = self.module.live.fingerprint()
+            self._state.enter(
+                iteration, folder=self.folder, policy_fingerprint=fingerprint, builder=self._builder
+            )
+        else:
+            self._state.reopen(iteration, folder=self.folder)
+        sampler = self._state.steps(
+            iteration,
+            folder=self.folder,
+            rules=self.rules,
+            curriculum=self.curriculum,
+            ranks=self.ranks,
             epoch=epoch_in_iteration,
             epochs=self.epochs_per_iteration,
         )
         dataset = PairDataset(self.pairs, self._pair_layout)
-        return DataLoader(dataset, sampler=sampler, batch_size=None)
+        return DataLoader(
+            dataset, sampler=sampler, batch_size=None, pin_memory=self.module.device.type == "cuda"
+        )
 
     @property
     def _pair_layout(self) -> PairLayout:
         return self.module.pair_layout(self.prompt_sets.max_tokens + self.generator.max_new_tokens)
-
-    def _enter(self, iteration: int) -> None:
-        """Make the data of an iteration that no optimizer step has been taken in."""
-        if iteration > 0:
-            self._table = self.difficulty_after(iteration - 1)
-        store = self.folder.iteration(iteration)
-        fingerprint = self.module.live.fingerprint()
-        manifest = store.read_manifest()
-        if manifest is not None and manifest["policy_fingerprint"] != fingerprint:
-            raise UserError(
-                f"{store.folder} was sampled from another policy than the one that enters iteration {iteration}: "
-                "delete the run folder to start anew, or continue from its checkpoints/last.ckpt"
-            )
-        if not store.complete:
-            self._builder().build(
-                store,
-                iteration=iteration,
-                previous=self._table,
-                reestimation=self.reestimation,
-                policy_fingerprint=fingerprint,
-            )
-        self._iteration = iteration
-        self.pairs = store.read_pairs()
 
     def _builder(self) -> IterationBuilder:
         return IterationBuilder(
@@ -312,29 +275,30 @@ class SelfPlayDataModule(pl.LightningDataModule):
             layout=self._pair_layout,
         )
 
-    def _finished_pairs(self, iteration: int) -> PairTable:
-        store = self.folder.iteration(iteration)
-        if not store.complete:
-            raise UserError(
-                f"{store.folder} is gone or incomplete although the checkpoint was trained on it: restore it, or "
-                "start anew in another trainer.default_root_dir"
-            )
-        return store.read_pairs()
-
-    def difficulty_after(self, iteration: int) -> StatisticsTable:
-        """Return the difficulties known once ``iteration``, the one made last, has all its rollouts."""
-        assert iteration == self._iteration
-        store = self.folder.iteration(iteration)
-        manifest = store.read_manifest()
-        assert manifest is not None
-        return difficulty_after(
-            store.shards.rewards(), self._table, iteration=iteration, smoothing=float(manifest["smoothing"])
-        )
+    # -------------------------------------------------------------- iterations
 
     @property
     def current_iteration(self) -> int:
         """The iteration whose data was made last; -1 before the first."""
-        return self._iteration
+        return self._state.current
+
+    @property
+    def pairs(self) -> PairTable:
+        """The current iteration's pairs, in pair order."""
+        return self._state.pairs
+
+    @property
+    def reestimation(self) -> Reestimation | None:
+        """What ``DifficultyReestimation`` found due when the next iteration starts."""
+        return self._state.due
+
+    @reestimation.setter
+    def reestimation(self, due: Reestimation | None) -> None:
+        self._state.due = due
+
+    def difficulty_after(self, iteration: int) -> StatisticsTable:
+        """Return the difficulties known once ``iteration``, the one made last, has all its rollouts."""
+        return self._state.difficulty_after(iteration, folder=self.folder)
 
     @property
     def iteration_ends(self) -> bool:
@@ -346,10 +310,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
     @property
     def iteration_metrics(self) -> dict[str, float]:
         """What the loggers get at the current iteration's start."""
-        manifest = self.folder.iteration(self._iteration).read_manifest()
-        assert manifest is not None
-        dropped = {f"iteration/dropped/{reason}": float(n) for reason, n in manifest["dropped"].items()}
-        return {"iteration/number": float(self._iteration), **manifest["metrics"], **dropped}
+        return self._state.metrics(self.folder)
 
     # -------------------------------------------------------------- evaluation
 
@@ -383,7 +344,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
     def _finished_iterations(self) -> int:
         assert self.trainer is not None
         if self.trainer.state.fn != "fit":
-            return self._finished
+            return self._state.finished
         position = fit_position(self.trainer)
         return (position.trained + position.inside) // self.epochs_per_iteration
 
@@ -398,23 +359,12 @@ class SelfPlayDataModule(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside the store."""
         assert self.trainer is not None
-        due = self.reestimation
-        return {
-            "iteration": self._iteration,
-            "finished": fit_position(self.trainer).trained // self.epochs_per_iteration,
-            "table": self._table.state(),
-            "reestimation": None
-            if due is None
-            else {"prompt_ids": list(due.prompt_ids), "samples": due.samples, "smoothing": due.smoothing},
-        }
+        finished = fit_position(self.trainer).trained // self.epochs_per_iteration
+        return self._state.state_dict(finished=finished)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint stood."""
-        self._iteration = state_dict["iteration"]
-        self._finished = state_dict["finished"]
-        self._table = StatisticsTable.from_state(state_dict["table"])
-        due = state_dict["reestimation"]
-        self.reestimation = due and Reestimation(tuple(due["prompt_ids"]), due["samples"], due["smoothing"])
+        self._state.load_state_dict(state_dict)
 
 
 def self_play_data(trainer: pl.Trainer) -> SelfPlayDataModule:

@@ -50,7 +50,8 @@ class PolicyConfig:
         pretrained: a HF folder, a hub id, or a ``.gguf`` file.
         dtype: dtype of the weights. ``auto``: float32 for full fine-tuning (updates of 1e-7 vanish in
             bfloat16), the trainer's compute dtype for the frozen base of an adapter.
-        attn_implementation: attention kernel, as in transformers; ``None`` leaves the choice to it.
+        attn_implementation: attention kernel, as in transformers; ``None`` leaves the choice to it. A training forward
+            that shares prompts brings its own (``model.pair_forward``).
         quantization: 4-bit NF4 or 8-bit weights through bitsandbytes, for the frozen base of an adapter.
         lora: train a low-rank adapter instead of all weights.
         gradient_checkpointing: recompute activations in the backward pass.

@@ -17,7 +17,7 @@ LAYERS = {
     ],
     3: [
         *("policy", "live_policy", "pair_forward", "shared_attention", "response_head"),
-        *("generation", "rewards", "scoring", "collect", "evaluation", "iteration"),
+        *("generation", "rewards", "scoring", "collect", "evaluation", "iteration", "iteration_state"),
     ],
     4: ["module", "datamodule", "preflight", "trainer"],
     5: ["callbacks"],
@@ -81,7 +81,9 @@ def test_pure_rooms_import_torch_and_the_standard_library_only(room: str) -> Non
         assert name.split(".")[0] in PURE | {"sppo_lightning"}, name
 
 
-@pytest.mark.parametrize("room", ["generation", "rewards", "scoring", "collect", "iteration"])
+@pytest.mark.parametrize(
+    "room", ["generation", "rewards", "scoring", "collect", "iteration", "iteration_state"]
+)
 def test_engines_never_see_a_trainer(room: str) -> None:
     for path in source_files():
         if room_of(path) == room:

@@ -1,0 +1,158 @@
+"""How far a run has come: which iteration's data is made, what is known about difficulty, what is due next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sppo_lightning.batching import StepSampler
+from sppo_lightning.difficulty import Reestimation, StatisticsTable, empty_difficulty_table
+from sppo_lightning.iteration import IterationBuilder, difficulty_after
+from sppo_lightning.pairs import PairTable
+from sppo_lightning.rollouts import RunFolder
+from sppo_lightning.rules import IterationRules
+from sppo_lightning.seeding import random_keys
+from sppo_lightning.selection import Curriculum
+from sppo_lightning.types import Ranks, UserError
+
+
+class IterationState:
+    """What a run carries from one self-play iteration to the next, beside the policy's weights.
+
+    The data itself lies in the run's folder. This says how far it goes, and is part of a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.current = -1  # iteration whose data was made last
+        self.known = empty_difficulty_table()  # before that iteration
+        self.pairs = PairTable.collect([])  # of that iteration, in pair order; not in a checkpoint
+        self.due: Reestimation | None = None  # when the next iteration starts
+        self.finished = 0  # iterations that the loaded checkpoint has finished
+
+    def enter(
+        self,
+        iteration: int,
+        *,
+        folder: RunFolder,
+        policy_fingerprint: str,
+        builder: Callable[[], IterationBuilder],
+    ) -> None:
+        """Make the data of an iteration that no optimizer step has been taken in, as far as it is not stored.
+
+        Args:
+            iteration: self-play iteration, the one after the current.
+            folder: the run.
+            policy_fingerprint: of the weights that enter the iteration.
+            builder: called only where data is missing.
+
+        Raises:
+            UserError: if another policy's data is stored.
+        """
+        if iteration > 0:
+            self.known = self.difficulty_after(iteration - 1, folder=folder)
+        store = folder.iteration(iteration)
+        manifest = store.read_manifest()
+        if manifest is not None and manifest["policy_fingerprint"] != policy_fingerprint:
+            raise UserError(
+                f"{store.folder} was sampled from another policy than the one that enters iteration {iteration}: "
+                "delete the run folder to start anew, or continue from its checkpoints/last.ckpt"
+            )
+        if not store.complete:
+            builder().build(
+                store,
+                iteration=iteration,
+                previous=self.known,
+                reestimation=self.due,
+                policy_fingerprint=policy_fingerprint,
+            )
+        self.current = iteration
+        self.pairs = store.read_pairs()
+
+    def reopen(self, iteration: int, *, folder: RunFolder) -> None:
+        """Read the pairs of an iteration that has been trained on, unless they are here.
+
+        Raises:
+            UserError: if they are no longer stored.
+        """
+        if self.pairs:
+            return
+        store = folder.iteration(iteration)
+        if not store.complete:
+            raise UserError(
+                f"{store.folder} is gone or incomplete although the checkpoint was trained on it: restore it, or "
+                "start anew in another trainer.default_root_dir"
+            )
+        self.pairs = store.read_pairs()
+
+    def steps(
+        self,
+        iteration: int,
+        *,
+        folder: RunFolder,
+        rules: IterationRules,
+        curriculum: Curriculum,
+        ranks: Ranks,
+        epoch: int,
+        epochs: int,
+    ) -> StepSampler:
+        """Return the optimizer steps of one epoch over the pairs, in training order.
+
+        Args:
+            iteration: self-play iteration that the pairs belong to.
+            folder: the run.
+            rules: sizes of steps and micro-batches; the seed.
+            curriculum: order of the pairs.
+            ranks: the processes that share a step.
+            epoch: of the iteration, from 0.
+            epochs: that the iteration has.
+        """
+        difficulty, _ = folder.iteration(iteration).read_difficulty()
+        ids = self.pairs.prompt_ids
+        keys = random_keys(ids, rules.seed, iteration, epoch, "order")
+        return StepSampler(
+            curriculum.order(difficulty.rows(ids)["difficulty"], keys).tolist(),
+            pairs_per_step=rules.pairs_per_step,
+            batch_size=rules.batch_size,
+            lengths=self.pairs.tokens().tolist(),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            epoch=epoch,
+            epochs=epochs,
+        )
+
+    def difficulty_after(self, iteration: int, *, folder: RunFolder) -> StatisticsTable:
+        """Return the difficulties known once ``iteration``, the current one, has all its rollouts."""
+        assert iteration == self.current
+        store = folder.iteration(iteration)
+        manifest = store.read_manifest()
+        assert manifest is not None
+        return difficulty_after(
+            store.shards.rewards(), self.known, iteration=iteration, smoothing=float(manifest["smoothing"])
+        )
+
+    def metrics(self, folder: RunFolder) -> dict[str, float]:
+        """Return what the loggers get at the current iteration's start."""
+        manifest = folder.iteration(self.current).read_manifest()
+        assert manifest is not None
+        dropped = {f"iteration/dropped/{reason}": float(n) for reason, n in manifest["dropped"].items()}
+        return {"iteration/number": float(self.current), **manifest["metrics"], **dropped}
+
+    def state_dict(self, *, finished: int) -> dict[str, Any]:
+        """Return the state as plain containers and tensors; ``finished``: iterations trained to their end."""
+        due = self.due
+        return {
+            "iteration": self.current,
+            "finished": finished,
+            "table": self.known.state(),
+            "reestimation": None
+            if due is None
+            else {"prompt_ids": list(due.prompt_ids), "samples": due.samples, "smoothing": due.smoothing},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the state that :meth:`state_dict` came from."""
+        self.current = state["iteration"]
+        self.finished = state["finished"]
+        self.known = StatisticsTable.from_state(state["table"])
+        due = state["reestimation"]
+        self.due = due and Reestimation(tuple(due["prompt_ids"]), due["samples"], due["smoothing"])
