@@ -48,8 +48,8 @@ class PreferenceModule(pl.LightningModule):
         reference: ``previous_iteration``: the policy as it was when the iteration started; ``initial``: the
             policy that the run started from.
         lr_schedule: the rate within an iteration, as a share of the peak; default: linear, warm-up 0.1.
-        optimizer: optimizer class; default AdamW, fused unless gradients are clipped under mixed precision. Its own
-            ``lr`` and ``weight_decay`` are not used.
+        optimizer: optimizer class; default AdamW, fused unless gradients are scaled and clipped (float16). Its
+            own ``lr`` and ``weight_decay`` are not used.
         weight_decay: decoupled decay of matrices (not of norms and biases), per step and unit of rate.
         carry_optimizer: keep the optimizer's state from one iteration to the next, instead of clearing it.
         pair_forward: how log-probs are computed; default: the fastest way that this model can take.
@@ -167,19 +167,36 @@ class PreferenceModule(pl.LightningModule):
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        clipped = self.compute_dtype in (torch.bfloat16, torch.float16) and self.trainer.gradient_clip_val
+        unscaled = self.compute_dtype == torch.float16 and bool(self.trainer.gradient_clip_val)
         if self.optimizer_factory is None:
-            optimizer: Optimizer = torch.optim.AdamW(groups, fused=not clipped)
+            optimizer: Optimizer = torch.optim.AdamW(groups, fused=not unscaled)
         else:
             optimizer = self.optimizer_factory(groups)
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate
-        if clipped and optimizer.defaults.get("fused"):
+        if unscaled and optimizer.defaults.get("fused"):
             raise UserError(
-                "trainer.gradient_clip_val and a fused optimizer do not go together under mixed precision: leave "
-                "out one of them"
+                "trainer.gradient_clip_val and a fused optimizer do not go together under 16-mixed: leave out one "
+                "of them, or use bf16-mixed"
             )
         return optimizer
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients of an optimizer step.
+
+        Lightning refuses fused optimizers under every mixed precision, though only float16's scaler is in the way.
+        """
+        if self.compute_dtype == torch.bfloat16 and gradient_clip_val:
+            by_value = gradient_clip_algorithm == "value"
+            clip = nn.utils.clip_grad_value_ if by_value else nn.utils.clip_grad_norm_
+            clip(self._trainable(), gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # ---------------------------------------------------------------- training
 
