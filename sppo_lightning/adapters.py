@@ -14,6 +14,14 @@ def unwrapped(model: nn.Module) -> Any:
     return inner() if inner else model
 
 
+def decoders(model: nn.Module) -> list[Any]:
+    """Return the models inside a causal language model, outermost first; the first ends in its hidden states."""
+    from transformers import PreTrainedModel
+
+    inner = unwrapped(model)
+    return [part for part in inner.modules() if isinstance(part, PreTrainedModel) and part is not inner]
+
+
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield a model's weights under the names of its checkpoint, an adapter that is switched on merged into them.
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from sppo_lightning import policy as policies
 from sppo_lightning import pretrained
+from sppo_lightning.compiled_layers import run_plain
 from sppo_lightning.policy import PolicyConfig
 from sppo_lightning.shared_attention import detach
 from sppo_lightning.types import UserError
@@ -106,6 +107,7 @@ class LivePolicy:
         """
         model = self._sampled_instead or self.model
         detach(model)
+        run_plain(model)
         dtype = next(model.parameters()).dtype
         if self.config.lora is not None or dtype == self._compute_dtype:
             return model.eval()
@@ -140,4 +142,5 @@ class LivePolicy:
             )
         model = self._sampled_instead or self.model
         detach(model)
+        run_plain(model)
         policies.write_folder(model, self.tokenizer, folder)

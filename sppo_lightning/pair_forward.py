@@ -14,7 +14,8 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 
-from sppo_lightning.adapters import unwrapped
+from sppo_lightning.adapters import decoders, unwrapped
+from sppo_lightning.compiled_layers import compile_layers, run_plain
 from sppo_lightning.layouts import PairLayout, PairRows, PlainLayout, SharedLayout
 from sppo_lightning.logprobs import response_sums
 from sppo_lightning.losses import PairLogps
@@ -26,6 +27,8 @@ from sppo_lightning.types import UserError, first_line
 # mean distance of a token's log-prob from the one of its sequence alone, nats
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 PROMPTS, RESPONSES = (11, 4), ((5, 9), (8, 2))  # tokens of the trial's two pairs
+ADVICE = "use sppo_lightning.pair_forward.AutoForward"
+ELSEWHERE = "it differs on another process"
 SHARED = "a prompt is read once for both of its responses"
 PLAIN = "each response is read with its own copy of the prompt"
 OVER_WINDOW = 8  # tokens by which the trial's longest sequence is longer than a window
@@ -44,14 +47,18 @@ class PairForward(ABC):
 
     Args:
         chunk: positions whose logits exist at once; ``None``: as many as 2^26 logits are (2^29 on CUDA).
+        compiled: run the decoder's layers through ``torch.compile``; on a CPU that takes a C++ compiler.
     """
 
     half_only: ClassVar[bool] = False  # whether it computes in 16 bits only
+    failing: ClassVar[str] = "cannot share a prompt"  # what is said of a model that raises
+    differing: ClassVar[str] = "gives other log-probs when a prompt is shared"
 
-    def __init__(self, chunk: int | None = None) -> None:
+    def __init__(self, chunk: int | None = None, compiled: bool = False) -> None:
         if chunk is not None and chunk < 1:
             raise ValueError(f"{type(self).__name__}.chunk={chunk} must be at least 1")
         self.chunk = chunk
+        self.compiled = compiled
 
     @abstractmethod
     def prepare(self, model: nn.Module, trial: Trial) -> str:
@@ -71,21 +78,28 @@ class PairForward(ABC):
 
     def logps(self, model: nn.Module, rows: PairRows) -> PairLogps:
         """Return the log-prob of each response given its prompt, ``[B]`` each, float64, nats."""
+        if self.compiled:
+            compile_layers(model)
         sums = response_sums(
             self.token_logps(model, rows), rows.places, rows.responses, rows.longest_response
         )
         return PairLogps(*sums.chunk(2))
 
     def release(self, model: nn.Module) -> None:
-        """Give the model its own attention back, for whoever samples from it or copies it."""
+        """Give the model its own attention and layers back, for whoever samples from it or copies it."""
         detach(model)
+        run_plain(model)
 
 
 class PlainForward(PairForward):
     """Each response with its own copy of the prompt; every causal language model takes it."""
 
+    failing = "cannot be read in padded rows"
+    differing = "gives other log-probs in padded rows"
+
     def prepare(self, model: nn.Module, trial: Trial) -> str:
         """Return what to tell the user."""
+        _require(self, model, trial, "this architecture cannot be trained")
         return PLAIN
 
     def layout(self, pad_token_id: int) -> PairLayout:
@@ -102,7 +116,8 @@ class SharedForward(PairForward):
 
     def prepare(self, model: nn.Module, trial: Trial) -> str:
         """Return what to tell the user."""
-        return _required(self, model, trial)
+        _require(self, model, trial, ADVICE)
+        return SHARED
 
     def layout(self, pad_token_id: int) -> PairLayout:
         """Return one row without padding."""
@@ -120,7 +135,8 @@ class VarlenForward(PairForward):
 
     def prepare(self, model: nn.Module, trial: Trial) -> str:
         """Return what to tell the user."""
-        return _required(self, model, trial)
+        _require(self, model, trial, ADVICE)
+        return SHARED
 
     def layout(self, pad_token_id: int) -> PairLayout:
         """Return one row without padding."""
@@ -137,8 +153,8 @@ class AutoForward(PairForward):
     On CUDA in 16 bits ``VarlenForward``, else ``SharedForward``, else ``PlainForward``.
     """
 
-    def __init__(self, chunk: int | None = None) -> None:
-        super().__init__(chunk)
+    def __init__(self, chunk: int | None = None, compiled: bool = False) -> None:
+        super().__init__(chunk, compiled)
         self._chosen: PairForward | None = None
 
     @property
@@ -150,15 +166,16 @@ class AutoForward(PairForward):
     def prepare(self, model: nn.Module, trial: Trial) -> str:
         """Return what to tell the user."""
         on_cuda = next(model.parameters()).is_cuda
-        candidates: list[PairForward] = [VarlenForward(self.chunk)] if on_cuda else []
+        kinds: list[type[PairForward]] = [VarlenForward, SharedForward] if on_cuda else [SharedForward]
         reasons = []
-        for candidate in (*candidates, SharedForward(self.chunk)):
+        for candidate in (kind(self.chunk, self.compiled) for kind in kinds):
             reason = _cannot(candidate, model, trial)
             if trial.agree(reason is None):
                 self._chosen = candidate
                 return f"{SHARED} ({type(candidate).__name__})"
-            reasons.append(reason or "it differs on another process")
-        self._chosen = PlainForward(self.chunk)
+            reasons.append(reason or ELSEWHERE)
+        self._chosen = PlainForward(self.chunk, self.compiled)
+        self._chosen.prepare(model, trial)
         return f"{PLAIN}: {'; '.join(dict.fromkeys(reasons))}"
 
     def layout(self, pad_token_id: int) -> PairLayout:
@@ -172,7 +189,7 @@ class AutoForward(PairForward):
 
 def _token_logps(model: nn.Module, rows: PairRows, chunk: int | None, attention: dict[str, Any]) -> Tensor:
     """Run the decoder, and its head where response tokens are predicted."""
-    output = unwrapped(model).base_model(
+    output = decoders(model)[0](
         input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False, **attention
     )
     hidden: Tensor = output.last_hidden_state
@@ -193,14 +210,10 @@ def _shared_token_logps(
     )
 
 
-def _required(forward: PairForward, model: nn.Module, trial: Trial) -> str:
+def _require(forward: PairForward, model: nn.Module, trial: Trial, advice: str) -> None:
     reason = _cannot(forward, model, trial)
     if not trial.agree(reason is None):
-        raise UserError(
-            f"model.pair_forward {type(forward).__name__}: {reason or 'it differs on another process'}: use "
-            "sppo_lightning.pair_forward.AutoForward"
-        )
-    return SHARED
+        raise UserError(f"model.pair_forward {type(forward).__name__}: {reason or ELSEWHERE}: {advice}")
 
 
 def _cannot(forward: PairForward, model: nn.Module, trial: Trial) -> str | None:
@@ -216,7 +229,7 @@ def _cannot(forward: PairForward, model: nn.Module, trial: Trial) -> str | None:
         except Exception as error:
             if ran_out(error):
                 raise
-            return f"{name} cannot share a prompt ({first_line(error)})"
+            return f"{name} {forward.failing} ({first_line(error)})"
         finally:
             forward.release(model)
         pairs = zip([*prompts, *prompts], [*chosen, *rejected], strict=True)
@@ -224,10 +237,7 @@ def _cannot(forward: PairForward, model: nn.Module, trial: Trial) -> str | None:
     drift = (found - own).abs().mean().item()
     if drift <= TOLERANCE[dtype]:
         return None
-    return (
-        f"{name} gives other log-probs when a prompt is shared, by {drift:.2g} nat per token (tolerance "
-        f"{TOLERANCE[dtype]:g})"
-    )
+    return f"{name} {forward.differing}, by {drift:.2g} nat per token (tolerance {TOLERANCE[dtype]:g})"
 
 
 def _precision(

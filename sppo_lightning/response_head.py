@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sppo_lightning.adapters import unwrapped
+from sppo_lightning.adapters import decoders, unwrapped
 from sppo_lightning.logprobs import token_logps
 
 CHUNK_LOGITS = {"cuda": 1 << 29, "cpu": 1 << 26}  # logits held at once, unless told otherwise
@@ -53,16 +54,32 @@ def _logits(model: nn.Module, hidden: Tensor) -> Tensor:
 @contextmanager
 def _decoder_returns(model: nn.Module, hidden: Tensor) -> Iterator[None]:
     """Let the model's decoder return ``hidden`` without computing anything."""
-    from transformers.modeling_outputs import MoeModelOutputWithPast
+    output = _returned()(last_hidden_state=hidden)
 
-    decoder = unwrapped(model).base_model
-    output = MoeModelOutputWithPast(last_hidden_state=hidden)
-
-    def given(*args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
+    def given(*args: Any, **kwargs: Any) -> Any:
         return output
 
-    decoder.forward = given  # on the object, in front of the class's own
+    inside = decoders(model)  # a head may ask the inner one of two
+    before = [vars(decoder).get("forward") for decoder in inside]
+    for decoder in inside:
+        decoder.forward = given  # on the object, in front of the class's own
     try:
         yield
     finally:
-        del decoder.forward
+        for decoder, own in zip(inside, before, strict=True):
+            del decoder.forward
+            if own is not None:
+                decoder.forward = own
+
+
+@cache
+def _returned() -> Any:
+    """Return a class of decoder outputs in which all but the hidden states is ``None``, whatever is asked for."""
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+
+    class Returned(MoeModelOutputWithPast):
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("__"):
+                raise AttributeError(name)
+
+    return Returned

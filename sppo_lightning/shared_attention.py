@@ -237,7 +237,11 @@ def _shared_prompts_attention(
 ) -> tuple[Tensor, None]:
     """Take the place of a model's attention; ``[1, heads, T, D]`` in, ``[1, T, H, D]`` out."""
     if shared_attention is None:
-        raise CannotShareError(f"{type(module).__name__} does not hand on what its model is called with")
+        raise CannotShareError(
+            f"{type(module).__name__} was called without the segments of its row: its model does not hand on what it "
+            "is called with, or it was called outside the training forward (LivePolicy.sampling_model gives a policy "
+            "to generate from)"
+        )
     asked = [name for name in NOT_HANDLED if others.get(name) is not None]
     if asked or others.get("dropout"):
         raise CannotShareError(f"{type(module).__name__} needs {' and '.join(asked) or 'dropout'}")
@@ -262,7 +266,8 @@ def attach(model: nn.Module) -> None:
     others = set(getattr(inner.config.get_text_config(), "layer_types", None) or ()) - WINDOWED
     if others:
         raise CannotShareError(f"{type(inner).__name__} has layers of {', '.join(sorted(others))}")
-    AttentionInterface.register(NAME, _shared_prompts_attention)
+    if NAME not in AttentionInterface():
+        AttentionInterface.register(NAME, _shared_prompts_attention)
     inner.set_attn_implementation(NAME)
     if inner.config._attn_implementation != NAME:
         raise CannotShareError(f"{type(inner).__name__} does not let its attention be replaced")
@@ -274,3 +279,10 @@ def detach(model: nn.Module) -> None:
     inner = unwrapped(model)
     if inner in _before:
         inner.set_attn_implementation(_before.pop(inner))
+
+
+def leave_uncompiled() -> None:
+    """Keep ``torch.compile`` out of the attention, whose kernels are compiled already."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, cast(Any, torch.compiler).disable(_shared_prompts_attention))

@@ -21,9 +21,11 @@ from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
 from sppo_lightning.batching import PairDataset, StepSampler, StepSlot, accumulation_steps, collate
+from sppo_lightning.layouts import PairLayout
 from sppo_lightning.losses import DPOLoss, PairLogps, dpo_loss
 from sppo_lightning.module import PreferenceModule
-from sppo_lightning.policy import PolicyConfig, pair_logps
+from sppo_lightning.pair_forward import PairForward, PlainForward, SharedForward
+from sppo_lightning.policy import PolicyConfig
 from sppo_lightning.types import PreferencePair
 
 # the steps are too small on purpose
@@ -52,10 +54,12 @@ def close_gradient(ours: dict[str, float], recorded: dict[str, float]) -> None:
 
 
 @torch.no_grad()
-def all_logps(model: LlamaForCausalLM, pairs: list[PreferencePair], batch_size: int = COUNT) -> PairLogps:
-    slot = StepSlot(step=0, steps=1, step_pairs=len(pairs), last_in_step=True)
+def all_logps(
+    model: LlamaForCausalLM, pairs: list[PreferencePair], forward: PairForward, batch_size: int = COUNT
+) -> PairLogps:
+    slot, layout = StepSlot(0, 1, len(pairs), True), forward.layout(golden.PAD)
     parts = [
-        pair_logps(model, collate(part, real=len(part), slot=slot, pad_token_id=golden.PAD))
+        forward.logps(model, collate(part, layout=layout, real=len(part), slot=slot).rows)
         for part in (pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size))
     ]
     return PairLogps(*(torch.cat(side) for side in zip(*parts, strict=True)))
@@ -75,6 +79,11 @@ def policy() -> LlamaForCausalLM:
     return golden.policy()
 
 
+@pytest.fixture(params=[PlainForward, SharedForward])
+def forward(request: pytest.FixtureRequest) -> PairForward:
+    return request.param()  # type: ignore[no-any-return]
+
+
 @pytest.fixture(scope="module")
 def pairs() -> list[PreferencePair]:
     """The recorded pairs, with the reference log-probs that we compute."""
@@ -84,7 +93,7 @@ def pairs() -> list[PreferencePair]:
         return PreferencePair(f"p{number}", prompt, *responses, "", "", 1.0, 0.0, chosen, rejected)
 
     unknown = [build(numbered, float("nan"), float("nan")) for numbered in enumerate(golden.PAIRS)]
-    logps = all_logps(golden.reference(), unknown)
+    logps = all_logps(golden.reference(), unknown, PlainForward())
     return [
         build(*row)
         for row in zip(enumerate(golden.PAIRS), logps.chosen.tolist(), logps.rejected.tolist(), strict=True)
@@ -100,21 +109,22 @@ def setting(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.mark.parametrize("batch_size", [1, 2, COUNT])
 @pytest.mark.parametrize("name", ["policy", "reference"])
-def test_logps(name: str, batch_size: int, pairs: list[PreferencePair]) -> None:
-    ours = all_logps(getattr(golden, name)(), pairs, batch_size)
+def test_logps(name: str, batch_size: int, pairs: list[PreferencePair], forward: PairForward) -> None:
+    ours = all_logps(getattr(golden, name)(), pairs, forward, batch_size)
     close(ours.chosen, RECORDED["logps"][name]["chosen"])
     close(ours.rejected, RECORDED["logps"][name]["rejected"])
 
 
 def test_terms_of_each_pair(
-    setting: dict[str, Any], policy: LlamaForCausalLM, pairs: list[PreferencePair]
+    setting: dict[str, Any], policy: LlamaForCausalLM, pairs: list[PreferencePair], forward: PairForward
 ) -> None:
+    logps = all_logps(policy, pairs, forward)
     reference = PairLogps(
         torch.tensor([pair.reference_chosen_logp for pair in pairs], dtype=torch.float64),
         torch.tensor([pair.reference_rejected_logp for pair in pairs], dtype=torch.float64),
     )
     knobs = {"beta": setting["beta"], "label_smoothing": setting["label_smoothing"]}
-    terms = DPOLoss(**knobs)(all_logps(policy, pairs), reference)
+    terms = DPOLoss(**knobs)(logps, reference)
     close(terms.loss, setting["pairs"]["loss"])
     close(terms.chosen_reward, setting["pairs"]["rewards/chosen"])
     close(terms.rejected_reward, setting["pairs"]["rewards/rejected"])
@@ -122,16 +132,16 @@ def test_terms_of_each_pair(
     assert [float(a > b) for a, b in zip(terms.chosen_reward, terms.rejected_reward, strict=True)] == (
         setting["pairs"]["rewards/accuracy"]
     )
-    assert torch.equal(terms.loss, dpo_loss(all_logps(policy, pairs), reference, **knobs).loss)
+    assert torch.equal(terms.loss, dpo_loss(logps, reference, **knobs).loss)
 
 
 def test_gradient_of_one_batch(
-    setting: dict[str, Any], policy: LlamaForCausalLM, pairs: list[PreferencePair]
+    setting: dict[str, Any], policy: LlamaForCausalLM, pairs: list[PreferencePair], forward: PairForward
 ) -> None:
     slot = StepSlot(step=0, steps=1, step_pairs=COUNT, last_in_step=True)
-    batch = collate(pairs, real=COUNT, slot=slot, pad_token_id=golden.PAD)
+    batch = collate(pairs, layout=forward.layout(golden.PAD), real=COUNT, slot=slot)
     loss = DPOLoss(setting["beta"], setting["label_smoothing"])
-    loss(pair_logps(policy, batch), batch.reference).loss.mean().backward()
+    loss(forward.logps(policy, batch.rows), batch.reference).loss.mean().backward()
     close_gradient(golden.gradient_summary(policy), setting["step"]["gradient"])
 
 
@@ -145,9 +155,9 @@ class StoredPairs(pl.LightningDataModule):
     iteration_metrics: ClassVar[dict[str, float]] = {}
     rules = SimpleNamespace(seed=0)
 
-    def __init__(self, pairs: list[PreferencePair], sampler: StepSampler) -> None:
+    def __init__(self, pairs: list[PreferencePair], layout: PairLayout, sampler: StepSampler) -> None:
         super().__init__()
-        self.loader = DataLoader(PairDataset(pairs, golden.PAD), sampler=sampler, batch_size=None)
+        self.loader = DataLoader(PairDataset(pairs, layout), sampler=sampler, batch_size=None)
 
     def train_dataloader(self) -> TRAIN_DATALOADERS:
         return self.loader
@@ -166,9 +176,10 @@ class StepGradients(pl.Callback):
         self.steps.append(golden.gradient_summary(module.policy))
 
 
-def make_module(setting: dict[str, Any], policy: LlamaForCausalLM) -> PreferenceModule:
+def make_module(setting: dict[str, Any], policy: LlamaForCausalLM, forward: PairForward) -> PreferenceModule:
     loss = DPOLoss(setting["beta"], setting["label_smoothing"])
-    module = PreferenceModule(PolicyConfig("made in the test"), loss, 1e-30, reference="initial")
+    config = PolicyConfig("made in the test")
+    module = PreferenceModule(config, loss, 1e-30, reference="initial", pair_forward=forward)
     module.policy = policy
     return module
 
@@ -201,16 +212,21 @@ def fit(
         limit_val_batches=0,
     )
     sampler = StepSampler(range(len(pairs)), pairs_per_step=pairs_per_step, batch_size=batch_size)
-    trainer.fit(module, datamodule=StoredPairs(pairs, sampler))
+    trainer.fit(module, datamodule=StoredPairs(pairs, module.pair_forward.layout(golden.PAD), sampler))
     return trainer.callback_metrics, gradients.steps
 
 
 @pytest.mark.usefixtures("no_checks")
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 6])
 def test_accumulated_step(
-    setting: dict[str, Any], batch_size: int, policy: LlamaForCausalLM, pairs: list[PreferencePair]
+    setting: dict[str, Any],
+    batch_size: int,
+    policy: LlamaForCausalLM,
+    pairs: list[PreferencePair],
+    forward: PairForward,
 ) -> None:
-    logged, steps = fit(make_module(setting, policy), pairs, pairs_per_step=COUNT, batch_size=batch_size)
+    module = make_module(setting, policy, forward)
+    logged, steps = fit(module, pairs, pairs_per_step=COUNT, batch_size=batch_size)
     assert len(steps) == 1
     trained = setting["trained"].get(str(batch_size), setting["trained"]["1"])
     for recorded in (setting["step"], trained):
@@ -221,9 +237,14 @@ def test_accumulated_step(
 @pytest.mark.usefixtures("no_checks")
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_partial_last_step(
-    setting: dict[str, Any], batch_size: int, policy: LlamaForCausalLM, pairs: list[PreferencePair]
+    setting: dict[str, Any],
+    batch_size: int,
+    policy: LlamaForCausalLM,
+    pairs: list[PreferencePair],
+    forward: PairForward,
 ) -> None:
-    logged, steps = fit(make_module(setting, policy), pairs, pairs_per_step=LAST_STEP, batch_size=batch_size)
+    module = make_module(setting, policy, forward)
+    logged, steps = fit(module, pairs, pairs_per_step=LAST_STEP, batch_size=batch_size)
     assert len(steps) == 2
     recorded = setting["last_step"]
     close([logged[f"train/{name}"] for name in METRICS], [recorded[name] for name in METRICS])
@@ -243,7 +264,7 @@ def run_rank(
         current_epoch=1,
         optimizers=[SimpleNamespace(param_groups=[{"lr": 0.0}])],
     )
-    dataset = PairDataset(pairs, golden.PAD)
+    dataset = PairDataset(pairs, module.pair_forward.layout(golden.PAD))
     for number, micro in enumerate(sampler):
         yield module.training_step(dataset[micro], number) / passes
 
@@ -260,10 +281,11 @@ def test_ranks_average_to_the_same_gradient(
     pairs_per_step: int,
     policy: LlamaForCausalLM,
     pairs: list[PreferencePair],
+    forward: PairForward,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(PreferenceModule, "log_dict", lambda *args, **kwargs: None)
-    module = make_module(setting, policy)
+    module = make_module(setting, policy, forward)
     passes = accumulation_steps(pairs_per_step=pairs_per_step, batch_size=batch_size, world_size=world_size)
     for rank in range(world_size):
         sampler = StepSampler(

@@ -1,15 +1,24 @@
-"""Optimizer steps, micro-batches and padding."""
+"""Optimizer steps and micro-batches."""
 
 from __future__ import annotations
 
 import math
+from itertools import zip_longest
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sppo_lightning.batching import MicroBatch, StepSampler, StepSlot, accumulation_steps, collate
+from sppo_lightning.batching import (
+    MicroBatch,
+    PairDataset,
+    StepSampler,
+    StepSlot,
+    accumulation_steps,
+    collate,
+)
+from sppo_lightning.layouts import PairLayout, PlainLayout, SharedLayout
 from sppo_lightning.types import PreferencePair, UserError
 
 QUICK = settings(max_examples=50, deadline=None)
@@ -47,7 +56,7 @@ def test_sizes_that_do_not_divide(pairs: int, batch: int, world: int) -> None:
 def test_sampler_golden() -> None:
     """Ten pairs, 8 a step, 2 at once on each of 2 ranks.
 
-    Step 0 takes 8 pairs in two passes, 4 a rank. Step 1 has 2 pairs left: one a rank, in one pass.
+    Step 0 takes 8 pairs in two passes of 4, dealt out in turn. Step 1 has 2 pairs left: one a rank, in one pass.
     """
     order = [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
     first, last = StepSlot(2, 4, 8, False), StepSlot(2, 4, 8, True)
@@ -57,15 +66,29 @@ def test_sampler_golden() -> None:
         for rank in range(2)
     ]
     assert list(ranks[0]) == [
-        MicroBatch([9, 8], 2, first),
-        MicroBatch([7, 6], 2, last),
+        MicroBatch([9, 7], 2, first),
+        MicroBatch([5, 3], 2, last),
         MicroBatch([1], 1, end),
     ]
     assert list(ranks[1]) == [
-        MicroBatch([5, 4], 2, first),
-        MicroBatch([3, 2], 2, last),
+        MicroBatch([8, 6], 2, first),
+        MicroBatch([4, 2], 2, last),
         MicroBatch([0], 1, end),
     ]
+
+
+def test_pairs_of_one_step_go_by_length() -> None:
+    """Twelve pairs, 8 a step: row r has lengths[r] tokens; each step longest first, dealt out in turn.
+
+    Step 0 takes rows 0 to 7, by length 5, 1, 7, 3 | 0, 6, 2, 4; equal lengths keep their order.
+    """
+    lengths = [4, 8, 3, 5, 2, 9, 4, 6, 1, 1, 7, 1]
+    ranks = [
+        StepSampler(range(12), pairs_per_step=8, batch_size=2, lengths=lengths, rank=rank, world_size=2)
+        for rank in range(2)
+    ]
+    assert [micro.rows for micro in ranks[0]] == [[5, 7], [0, 2], [10, 9]]
+    assert [micro.rows for micro in ranks[1]] == [[1, 3], [6, 4], [8, 11]]
 
 
 def test_a_rank_without_pairs_runs_fillers_of_the_same_step() -> None:
@@ -79,7 +102,7 @@ def test_a_rank_without_pairs_runs_fillers_of_the_same_step() -> None:
         [MicroBatch([4], 1, slot)],
         [MicroBatch([5], 1, slot)],
         [MicroBatch([6], 1, slot)],
-        [MicroBatch([4], 0, slot)],
+        [MicroBatch([6], 0, slot)],
     ]
 
 
@@ -98,11 +121,13 @@ def test_ranks_share_every_step(
     per_step = batch_size * world_size * accumulation
     order = data.draw(st.permutations(range(100, 100 + total)))
     epoch = data.draw(st.integers(0, epochs - 1))
+    lengths = data.draw(st.none() | st.lists(st.integers(1, 9), min_size=140, max_size=140))
     samplers = [
         StepSampler(
             order,
             pairs_per_step=per_step,
             batch_size=batch_size,
+            lengths=lengths,
             rank=rank,
             world_size=world_size,
             epoch=epoch,
@@ -119,7 +144,18 @@ def test_ranks_share_every_step(
     for step in range(steps):
         slice_ = order[step * per_step : (step + 1) * per_step]
         ours = [[micro for micro in run if micro.slot.step == epoch * steps + step] for run in runs]
-        assert [row for run in ours for micro in run for row in micro.rows[: micro.real]] == slice_
+        assert sorted(row for run in ours for micro in run for row in micro.rows[: micro.real]) == sorted(
+            slice_
+        )
+        dealt = [
+            [row for place in zip_longest(*(micro.rows[: micro.real] for micro in passes)) for row in place]
+            for passes in zip(*ours, strict=True)
+        ]
+        in_turn = [row for passes in dealt for row in passes if row is not None]
+        if lengths is None:
+            assert in_turn == slice_
+        else:
+            assert in_turn == sorted(slice_, key=lambda row: -lengths[row])
         for run in ours:
             if len(slice_) == per_step:
                 assert len(run) == accumulation
@@ -133,18 +169,21 @@ def test_ranks_share_every_step(
     assert sum(micro.real for run in runs for micro in run) == total
 
 
-# -------------------------------------------------------------------- padding
+# -------------------------------------------------------------- micro-batches
 
 
 def test_collate_golden() -> None:
-    """Widths: chosen 2 + 1 and 1 + 3, rejected 2 + 2 and 1 + 1, so T = 4 and R = 3; 0 pads on the left."""
+    """The last of two pairs is a filler."""
     pairs = [pair_of((11, 12), (21,), (31, 32)), pair_of((13,), (22, 23, 24), (33,), number=1)]
-    batch = collate(pairs, real=1, slot=SLOT, pad_token_id=0)
-    assert batch.input_ids.tolist() == [[0, 11, 12, 21], [13, 22, 23, 24], [11, 12, 31, 32], [0, 0, 13, 33]]
-    assert batch.attention_mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1]]
-    assert batch.position_ids.tolist() == [[0, 0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3], [0, 0, 0, 1]]
-    assert batch.targets.tolist() == [[0, 0, 21], [22, 23, 24], [0, 31, 32], [0, 0, 33]]
-    assert batch.target_mask.int().tolist() == [[0, 0, 1], [1, 1, 1], [0, 1, 1], [0, 0, 1]]
+    batch = collate(pairs, layout=PlainLayout(0), real=1, slot=SLOT)
+    assert batch.rows.input_ids.tolist() == [
+        [11, 12, 21, 0],
+        [13, 22, 23, 24],
+        [11, 12, 31, 32],
+        [13, 33, 0, 0],
+    ]
+    assert batch.rows.targets.tolist() == [21, 22, 23, 24, 31, 32, 33]
+    assert batch.rows.places.tolist() == [0, 3, 4, 5, 6, 7, 9]
     assert batch.reference.chosen.tolist() == [-0.1, -1.1]
     assert batch.reference.rejected.tolist() == [-0.2, -1.2]
     assert batch.weights.tolist() == [1, 0]
@@ -152,39 +191,35 @@ def test_collate_golden() -> None:
 
 
 def test_collate_dtypes() -> None:
-    batch = collate([pair_of((1,), (2,), (3,))], real=1, slot=SLOT, pad_token_id=0)
-    for ids in (batch.input_ids, batch.attention_mask, batch.position_ids, batch.targets):
-        assert ids.dtype == torch.long
-    assert batch.target_mask.dtype == torch.bool
+    batch = collate([pair_of((1,), (2,), (3,))], layout=PlainLayout(0), real=1, slot=SLOT)
     for exact in batch.reference:
         assert exact.dtype == torch.float64
+    assert batch.weights.dtype == torch.float32
 
 
 @QUICK
 @given(
     rows=st.lists(st.tuples(TOKENS, TOKENS, TOKENS), min_size=1, max_size=4),
-    pad=st.integers(0, 50),
+    layout=st.sampled_from([PlainLayout(0), PlainLayout(50), SharedLayout()]),
     data=st.data(),
 )
 def test_collate_keeps_exactly_the_sampled_tokens(
-    rows: list[tuple[tuple[int, ...], ...]], pad: int, data: st.DataObject
+    rows: list[tuple[tuple[int, ...], ...]], layout: PairLayout, data: st.DataObject
 ) -> None:
-    """Also where the padding token is a token of the text."""
+    """What is trained on, in the order of responses, and weights for real pairs only."""
     real = data.draw(st.integers(0, len(rows)))
     pairs = [pair_of(*row, number=number) for number, row in enumerate(rows)]
-    batch = collate(pairs, real=real, slot=SLOT, pad_token_id=pad)
+    batch = collate(pairs, layout=layout, real=real, slot=SLOT)
     responses = [row[1] for row in rows] + [row[2] for row in rows]
-    width = max(len(row[0]) + max(len(row[1]), len(row[2])) for row in rows)
-    assert batch.input_ids.shape == (2 * len(rows), width)
-    assert batch.targets.shape == (2 * len(rows), max(map(len, responses)))
-    for row, response in enumerate(responses):
-        tokens = (*rows[row % len(rows)][0], *response)
-        mask = batch.attention_mask[row].bool()
-        assert tuple(batch.input_ids[row][mask].tolist()) == tokens
-        assert batch.position_ids[row][mask].tolist() == list(range(len(tokens)))
-        assert mask.tolist() == sorted(mask.tolist())  # padding on the left only
-        assert tuple(batch.targets[row][batch.target_mask[row]].tolist()) == response
-        assert tuple(batch.input_ids[row, -len(response) :].tolist()) == response
-        assert int(batch.target_mask[row].sum()) == len(response)
-        assert bool((batch.input_ids[row][~mask] == pad).all())
+    assert batch.rows.targets.tolist() == [token for response in responses for token in response]
+    assert batch.rows.responses == len(responses)
     assert batch.weights.tolist() == [1.0] * real + [0.0] * (len(rows) - real)
+
+
+def test_a_dataset_hands_out_micro_batches() -> None:
+    pairs = [pair_of((11,), (21 + number,), (31,), number=number) for number in range(4)]
+    batch = PairDataset(pairs, SharedLayout())[MicroBatch([2, 0, 0], 2, SLOT)]
+    assert batch.rows.targets.tolist() == [23, 21, 21, 31, 31, 31]
+    assert batch.reference.chosen.tolist() == [-2.1, -0.1, -0.1]
+    assert batch.weights.tolist() == [1, 1, 0]
+    assert batch.slot == SLOT

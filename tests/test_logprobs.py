@@ -1,4 +1,4 @@
-"""Token and sequence log-probs."""
+"""Log-probs of tokens and of responses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sppo_lightning.logprobs import sequence_logps, token_logps
+from sppo_lightning.logprobs import response_sums, token_logps
 
 QUICK = settings(max_examples=50, deadline=None)
 
@@ -163,35 +163,47 @@ def test_bad_chunk(chunk: int) -> None:
         token_logps(*draw(2, 3), chunk=chunk)
 
 
-def test_sequence_logps_golden() -> None:
-    """-1 - 2 = -3; -4 alone; nothing at all."""
-    logps = torch.tensor([[-1.0, -2, -9], [-9, -9, -4], [-9, -9, -9]])
-    mask = torch.tensor([[1, 1, 0], [0, 0, 1], [0, 0, 0]]).bool()
-    found = sequence_logps(logps, mask)
+# -------------------------------------------------------------------- responses
+
+
+def test_response_sums_golden() -> None:
+    """Places 0, 1 and 5 of three responses of up to 3 tokens: -1 - 2 = -3; -4 alone; nothing at all."""
+    found = response_sums(torch.tensor([-1.0, -2, -4]), torch.tensor([0, 1, 5]), 3, 3)
     assert found.dtype == torch.float64
     assert found.tolist() == [-3, -4, 0]
 
 
-def test_sequence_sums_are_float64() -> None:
+def test_sums_without_tokens() -> None:
+    assert response_sums(torch.zeros(0), torch.zeros(0, dtype=torch.long), 2, 0).tolist() == [0, 0]
+
+
+def test_response_sums_are_float64() -> None:
     """In float32, 2**24 + 1 = 2**24."""
-    logps = torch.tensor([[-(2.0**24), -1.0, -1.0]])
-    assert sequence_logps(logps, torch.ones(1, 3, dtype=torch.bool)).tolist() == [-(2.0**24) - 2]
+    logps = torch.tensor([-(2.0**24), -1.0, -1.0])
+    assert response_sums(logps, torch.arange(3), 1, 3).tolist() == [-(2.0**24) - 2]
+    exact = torch.tensor([-1 / 3], dtype=torch.float64)
+    assert torch.equal(response_sums(exact, torch.arange(1), 1, 1), exact)
 
 
-def test_masked_tokens_count_for_nothing_whatever_they_are() -> None:
-    logps = torch.tensor([[-1.0, float("nan"), float("-inf"), -2.0]], requires_grad=True)
-    total = sequence_logps(logps, torch.tensor([[True, False, False, True]]))
-    total.sum().backward()
-    assert total.tolist() == [-3]
+def test_each_token_gets_its_own_gradient() -> None:
+    logps = torch.zeros(3, requires_grad=True)
+    total = response_sums(logps, torch.tensor([4, 0, 1]), 2, 3)
+    (total * torch.tensor([2.0, -3.0])).sum().backward()
     assert logps.grad is not None
-    assert logps.grad.tolist() == [[1, 0, 0, 1]]
+    assert logps.grad.tolist() == [-3, 2, 2]
 
 
 @QUICK
-@given(st.integers(1, 6), st.integers(0, 6), st.integers(0, 99))
-def test_padding_changes_no_sum(length: int, padding: int, seed: int) -> None:
-    logps = torch.randn(2, length, generator=torch.Generator().manual_seed(seed))
-    mask = torch.ones(2, length, dtype=torch.bool)
-    padded = torch.cat([torch.full((2, padding), -7.0), logps], dim=1)
-    padded_mask = torch.cat([torch.zeros(2, padding, dtype=torch.bool), mask], dim=1)
-    torch.testing.assert_close(sequence_logps(padded, padded_mask), sequence_logps(logps, mask))
+@given(
+    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=5),
+    padding=st.integers(0, 4),
+    seed=st.integers(0, 99),
+)
+def test_padding_changes_no_sum(lengths: list[int], padding: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logps = torch.randn(sum(lengths), generator=generator)
+    longest = max(lengths) + padding
+    places = [row * longest + offset for row, length in enumerate(lengths) for offset in range(length)]
+    found = response_sums(logps, torch.tensor(places, dtype=torch.long), len(lengths), longest)
+    expected = torch.stack([part.double().sum() for part in logps.split(lengths)])
+    torch.testing.assert_close(found, expected)

@@ -1,4 +1,4 @@
-"""Loading a policy, copying it for sampling, and reading log-probs from it."""
+"""Loading a policy, copying it for sampling, and what training does to it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,26 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import byte_tokenizer, tiny_config
 from test_generation import greedy, sampled
-from tiny import CONFIGS, VOCABULARY, Source, random_tokens, tiny_model
+from tiny import (
+    CONFIGS,
+    TRAINED_CONFIGS,
+    Source,
+    batch_of,
+    close_gradients,
+    gradients,
+    new_model,
+    pairs_of,
+    random_tokens,
+    tiny_model,
+)
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen2Config
 
-from sppo_lightning.batching import PairBatch, StepSlot, collate
 from sppo_lightning.generation import SampleRequest
-from sppo_lightning.losses import DPOLoss, PairLogps
+from sppo_lightning.losses import DPOLoss
 from sppo_lightning.module import PreferenceModule
+from sppo_lightning.pair_forward import PairForward, PlainForward, SharedForward
 from sppo_lightning.policy import (
     LoRAConfig,
     PolicyConfig,
@@ -29,155 +40,44 @@ from sppo_lightning.policy import (
     fingerprint,
     load_base_model,
     load_policy,
-    pair_logps,
     sampling_copy,
 )
 from sppo_lightning.types import PreferencePair, UserError
 
 PAD = 2
 LORA = LoRAConfig(rank=4, alpha=8)
-LENGTHS = [(5, 3, 1), (1, 6, 2), (9, 1, 4), (2, 2, 9), (7, 5, 5)]  # prompt, chosen, rejected
 
 
-def pairs_of(lengths: Sequence[tuple[int, int, int]] = LENGTHS) -> list[PreferencePair]:
-    pairs = []
-    for number, length in enumerate(lengths):
-        prompt, chosen, rejected = random_tokens(*length, seed=number)
-        pairs.append(PreferencePair(f"p{number}", prompt, chosen, rejected, "c", "r", 1.0, 0.0))
-    return pairs
+FORWARDS = [PlainForward(), SharedForward()]
+every_forward = pytest.mark.parametrize("forward", FORWARDS, ids=lambda forward: type(forward).__name__)
 
 
-def batch_of(pairs: Sequence[PreferencePair], *, pad: int = PAD) -> PairBatch:
-    slot = StepSlot(step=0, steps=1, step_pairs=len(pairs), last_in_step=True)
-    return collate(pairs, real=len(pairs), slot=slot, pad_token_id=pad)
+def read(forward: PairForward, model: nn.Module, pairs: Sequence[PreferencePair]) -> Tensor:
+    """Log-prob of each response token, ``[N]``."""
+    return forward.token_logps(model, batch_of(pairs, forward.layout(PAD)).rows)
 
 
-def one_by_one(model: nn.Module, pairs: Sequence[PreferencePair]) -> PairLogps:
-    """Each sequence alone, without padding, positions or mask; all logits, ``log_softmax``, float64."""
-
-    def logp(prompt: tuple[int, ...], response: tuple[int, ...]) -> Tensor:
-        logits = model(input_ids=torch.tensor([prompt + response])).logits[0]
-        logps = logits[len(prompt) - 1 : -1].double().log_softmax(-1)
-        return logps[torch.arange(len(response)), torch.tensor(response)].sum()
-
-    chosen = [logp(pair.prompt_token_ids, pair.chosen_token_ids) for pair in pairs]
-    rejected = [logp(pair.prompt_token_ids, pair.rejected_token_ids) for pair in pairs]
-    return PairLogps(torch.stack(chosen), torch.stack(rejected))
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients of a sum over response tokens."""
+    return gradients(model, read(PlainForward(), model, pairs_of()))
 
 
-def close(found: PairLogps, expected: PairLogps, *, atol: float) -> None:
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours.double(), theirs.double(), rtol=0, atol=atol)
-
-
-def trainable(kind: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[kind]).to(dtype)  # type: ignore[no-any-return]
-
-
-def gradients(model: nn.Module, batches: Sequence[PairBatch]) -> dict[str, Tensor]:
-    """Gradients of the sum over pairs of 2 chosen - rejected log-probs."""
-    model.zero_grad()
-    for batch in batches:
-        logps = pair_logps(model, batch)
-        (2 * logps.chosen - logps.rejected).sum().backward()
-    return {
-        name: parameter.grad.clone()
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
-
-
-def close_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """To 1e-5 of each parameter's largest gradient."""
-    assert found.keys() == expected.keys() != set()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(
-            found[name], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()), msg=name
-        )
-
-
-# ------------------------------------------------------------------ log-probs
-
-
-@pytest.mark.parametrize(
-    ("kind", "dtype", "atol"),
-    [(kind, torch.float32, 1e-5) for kind in CONFIGS]
-    # Gemma 2's attention masks with float64's lowest number and takes the softmax in float32: NaN
-    + [(kind, torch.float64, 1e-10) for kind in CONFIGS if kind != "gemma2"],
-)
-@torch.no_grad()
-def test_logps_equal_each_sequence_on_its_own(kind: str, dtype: torch.dtype, atol: float) -> None:
-    """The tolerance is per token; the longest response has 9."""
-    model = trainable(kind, torch.float64)
-    expected = one_by_one(model, pairs_of())
-    found = pair_logps(model.to(dtype), batch_of(pairs_of()))
-    assert found.chosen.dtype == found.rejected.dtype == torch.float64
-    close(found, expected, atol=9 * atol)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_padding_batch_size_and_order_change_nothing(kind: str) -> None:
-    model, pairs = trainable(kind), pairs_of()
-    whole = batch_of(pairs)
-    expected, expected_gradients = pair_logps(model, whole), gradients(model, [whole])
-
-    padding = pairs_of([(60, 20, 1)])  # twenty columns of responses, eighty in all
-    order = [3, 0, 4, 2, 1]
-    variants: list[tuple[list[PairBatch], Callable[[Tensor], Tensor]]] = [
-        ([batch_of(pairs, pad=77)], lambda logps: logps),
-        ([batch_of([pair]) for pair in pairs], lambda logps: logps),
-        ([batch_of(pairs[:2]), batch_of(pairs[2:])], lambda logps: logps),
-        ([batch_of([pairs[row] for row in order])], lambda logps: logps[torch.tensor(order).argsort()]),
-        ([batch_of([*pairs, *padding])], lambda logps: logps[:-1]),
-    ]
-    for number, (batches, back) in enumerate(variants):
-        parts = [pair_logps(model, batch) for batch in batches]
-        found = PairLogps(*(back(torch.cat(side)) for side in zip(*parts, strict=True)))
-        close(found, expected, atol=1e-5)
-        if number < len(variants) - 1:
-            close_gradients(gradients(model, batches), expected_gradients)
-
-
-def test_gradients_equal_those_of_each_sequence_on_its_own() -> None:
-    model = trainable(dtype=torch.float64)
-    found = gradients(model, [batch_of(pairs_of())])
-    model.zero_grad()
-    logps = one_by_one(model, pairs_of())
-    (2 * logps.chosen - logps.rejected).sum().backward()
-    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert gradient is not None
-        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
+def close(found: Tensor, expected: Tensor, *, atol: float) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-def test_gradient_checkpointing_changes_no_gradient_and_no_sample(
-    tiny_policy: Path, lora: LoRAConfig | None
-) -> None:
-    found, samples = [], []
+def test_gradient_checkpointing_changes_no_sample(tiny_policy: Path, lora: LoRAConfig | None) -> None:
+    samples = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         config = PolicyConfig(str(tiny_policy), lora=lora, gradient_checkpointing=checkpointing)
         model = load_policy(config, compute_dtype=torch.float32).train()
-        found.append(gradients(model, [batch_of(pairs_of())]))
+        trained(model)
         samples.append(
             sampled(Source(model), [SampleRequest(prompt, (1, 2)) for prompt in random_tokens(3, 9)])
         )
-    close_gradients(found[1], found[0])
     assert samples[1] == samples[0]
-
-
-def test_gradient_checkpointing_recomputes(tiny_policy: Path) -> None:
-    """Each of the two layers runs twice, and so does its attention."""
-    config = PolicyConfig(str(tiny_policy), gradient_checkpointing=True)
-    model: Any = load_policy(config, compute_dtype=torch.float32).train()
-    runs: list[int] = []
-    for layer in model.model.layers:
-        layer.self_attn.register_forward_hook(lambda *_: runs.append(1))
-    gradients(model, [batch_of(pairs_of())])
-    assert len(runs) == 4
 
 
 # ------------------------------------------------------------ the head's copy
@@ -200,24 +100,28 @@ def largest_operand(compute: Callable[[], object]) -> int:
     return largest
 
 
-@pytest.mark.parametrize("task", ["log-probs", "gradients", "generation"])
-def test_a_frozen_head_is_never_held_once_a_sequence(tiny_policy: Path, task: str) -> None:
-    """Without the hook on the head it is, which shows that this would be seen."""
-    config = PolicyConfig(str(tiny_policy), lora=LORA)
-    model: Any = load_policy(config, compute_dtype=torch.float32)
-    batch = batch_of(pairs_of())
-    prompts = random_tokens(*[6] * len(batch.input_ids))
-    tasks: dict[str, Callable[[], object]] = {
-        "log-probs": torch.no_grad()(lambda: pair_logps(model, batch)),
-        "gradients": lambda: gradients(model, [batch]),
-        "generation": lambda: greedy(Source(model), prompts, max_new_tokens=2),
-    }
+@every_forward
+def test_training_never_holds_a_frozen_head_once_a_sequence(tiny_policy: Path, forward: PairForward) -> None:
+    model: Any = load_policy(PolicyConfig(str(tiny_policy), lora=LORA), compute_dtype=torch.float32)
+    head = model.get_base_model().lm_head.weight
+    assert not head.requires_grad
+    two_heads = 2 * head.numel()
+    assert largest_operand(torch.no_grad()(lambda: read(forward, model, pairs_of()))) < two_heads
+    assert largest_operand(lambda: gradients(model, read(forward, model, pairs_of()))) < two_heads
+
+
+def test_generation_never_holds_a_frozen_head_once_a_sequence(tiny_policy: Path) -> None:
+    """Without the hook on the head it does, which shows that this would be seen."""
+    model: Any = load_policy(PolicyConfig(str(tiny_policy), lora=LORA), compute_dtype=torch.float32)
     head = model.get_base_model().lm_head
-    assert not head.weight.requires_grad
-    one_head_a_sequence = len(batch.input_ids) * head.weight.numel()
-    assert largest_operand(tasks[task]) < one_head_a_sequence
+    one_head_a_sequence = 10 * head.weight.numel()
+
+    def generate() -> object:
+        return greedy(Source(model), random_tokens(*[6] * 10), max_new_tokens=2)
+
+    assert largest_operand(generate) < one_head_a_sequence
     head._forward_pre_hooks.clear()
-    assert largest_operand(tasks[task]) >= one_head_a_sequence
+    assert largest_operand(generate) >= one_head_a_sequence
 
 
 def test_the_sampling_copy_keeps_the_head_from_being_copied(tiny_policy: Path) -> None:
@@ -235,7 +139,7 @@ def test_the_sampling_copy_keeps_the_head_from_being_copied(tiny_policy: Path) -
 def test_sampling_copy_is_a_frozen_copy(dtype: torch.dtype, tied: bool) -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny_config(tie_word_embeddings=tied)).train()
-    gradients(model, [batch_of(pairs_of())])
+    trained(model)
     copied = sampling_copy(model, dtype)
     before = {name: value.clone() for name, value in copied.named_parameters()}
     assert not copied.training
@@ -273,7 +177,7 @@ def test_sampling_copy_keeps_buffers_as_they_are() -> None:
 
 
 def test_fingerprint_changes_with_any_weight() -> None:
-    model = trainable()
+    model = new_model()
     digests = {fingerprint(model, "base")}
     for parameter in model.parameters():
         flat = parameter.detach().view(-1)
@@ -284,10 +188,10 @@ def test_fingerprint_changes_with_any_weight() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fingerprint_is_equal_for_equal_weights(dtype: torch.dtype) -> None:
-    first, second = trainable(dtype=dtype), trainable(dtype=dtype)
+    first, second = new_model(dtype=dtype), new_model(dtype=dtype)
     assert fingerprint(first, "base") == fingerprint(second, "base")
     assert fingerprint(first, "base") != fingerprint(second, "other")
-    gradients(first, [batch_of(pairs_of())])
+    trained(first)
     assert fingerprint(first.eval(), "base") == fingerprint(second.train(), "base")
 
 
@@ -332,27 +236,27 @@ def test_lora_trains_a_float32_adapter_and_nothing_else(tiny_policy: Path, compu
     assert all("lora_" in name for name, _ in adapter)
     assert len(adapter) == 2 * 7 * 2  # two matrices for each of seven layers of two blocks
     optimizer = torch.optim.SGD([p for _, p in adapter], lr=1e-3)
-    gradients(model, [batch_of(pairs_of())])
+    read(PlainForward(), model, pairs_of()).sum().backward()
     before = fingerprint(model, "base")
     optimizer.step()
     assert fingerprint(model, "base") != before
     assert all(torch.equal(model.get_parameter(name), p) for name, p in base.items())
 
 
+@every_forward
 @torch.no_grad()
-def test_a_fresh_adapter_changes_nothing_and_switches_off(tiny_policy: Path) -> None:
+def test_a_fresh_adapter_changes_nothing_and_switches_off(tiny_policy: Path, forward: PairForward) -> None:
     """Once trained it does change the outputs; switched off, it never does."""
     model: Any = load_policy(PolicyConfig(str(tiny_policy), lora=LORA), compute_dtype=torch.float32)
     base = load_base_model(PolicyConfig(str(tiny_policy)), compute_dtype=torch.float32)
-    batch = batch_of(pairs_of())
-    expected = pair_logps(base, batch)
-    close(pair_logps(model, batch), expected, atol=0)
+    expected = read(forward, base, pairs_of())
+    close(read(forward, model, pairs_of()), expected, atol=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.fill_(0.1)
-    assert float((pair_logps(model, batch).chosen - expected.chosen).abs().max()) > 0.1
+    assert float((read(forward, model, pairs_of()) - expected).abs().max()) > 0.1
     with model.disable_adapter():
-        close(pair_logps(model, batch), expected, atol=0)
+        close(read(forward, model, pairs_of()), expected, atol=0)
 
 
 def test_target_modules_that_match_nothing(tiny_policy: Path) -> None:
@@ -409,14 +313,8 @@ def load_quantized(folder: Path, kind: Any, *, dropout: float = 0.0) -> Any:
     return model.train()
 
 
-def largest_ratio(found: PairLogps, reference: PairLogps, batch: PairBatch) -> float:
-    """Largest |log-ratio| per token."""
-    lengths = PairLogps(*batch.target_mask.sum(-1).chunk(2))
-    ratios = [((a - b).abs() / n).max() for a, b, n in zip(found, reference, lengths, strict=True)]
-    return max(float(ratio) for ratio in ratios)
-
-
-def test_nf4_trains_an_adapter(policy_of_64: Path) -> None:
+@every_forward
+def test_nf4_trains_an_adapter(policy_of_64: Path, forward: PairForward) -> None:
     model = load_quantized(policy_of_64, "nf4")
     layers = [module for module in model.modules() if type(module) is Linear4bit]
     assert len(layers) == 14
@@ -424,31 +322,29 @@ def test_nf4_trains_an_adapter(policy_of_64: Path) -> None:
     assert {layer.weight.dtype for layer in layers} == {torch.uint8}
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
-    batch = batch_of(pairs_of())
-    policy = pair_logps(model, batch)
+    policy = read(forward, model, pairs_of())
     with torch.no_grad(), model.disable_adapter():
-        reference = pair_logps(model, batch)
-    assert largest_ratio(policy, reference, batch) <= NF4_TOLERANCE
-    found = gradients(model, [batch])
+        reference = read(forward, model, pairs_of())
+    close(policy, reference, atol=NF4_TOLERANCE)
+    found = gradients(model, policy)
     assert all(float(found[name].abs().max()) > 0 for name in found if "lora_B" in name)
 
 
-def test_nf4_in_eval_mode_is_the_training_forward(policy_of_64: Path) -> None:
-    model, batch = load_quantized(policy_of_64, "nf4"), batch_of(pairs_of())
-    with torch.no_grad():
-        trained = pair_logps(model, batch)
-        evaluated = pair_logps(model.eval(), batch)
-    assert largest_ratio(evaluated, trained, batch) <= NF4_TOLERANCE
+@every_forward
+@torch.no_grad()
+def test_nf4_in_eval_mode_is_the_training_forward(policy_of_64: Path, forward: PairForward) -> None:
+    model = load_quantized(policy_of_64, "nf4")
+    in_training = read(forward, model, pairs_of())
+    close(read(forward, model.eval(), pairs_of()), in_training, atol=NF4_TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_sampling_from_quantised_weights_leaves_the_gradients_alone(policy_of_64: Path, kind: str) -> None:
     """bitsandbytes packs 4-bit weights for AVX512-BF16 in an eval forward; that product has no backward."""
-    model, batch = load_quantized(policy_of_64, kind), batch_of(pairs_of())
-    before = gradients(model, [batch])
+    model = load_quantized(policy_of_64, kind)
+    before = trained(model)
     greedy(Source(model), random_tokens(3, 9))
-    after = gradients(model.train(), [batch])
-    close_gradients(after, before)
+    close_gradients(trained(model.train()), before)
 
 
 # ----------------------------------------------------------- guards of training
@@ -480,23 +376,23 @@ def test_the_guard_agrees_with_the_arithmetic() -> None:
                 check_updates_survive([nn.Parameter(weights)], rate)
 
 
-GPT2 = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64)
 DROPPING = Qwen2Config(**{**CONFIGS["qwen2"].to_dict(), "attention_dropout": 0.5})
 
 
 @pytest.mark.parametrize(
-    "config", [GPT2, DROPPING, tiny_config(attention_dropout=0.5)], ids=lambda c: c.model_type
+    "config",
+    [TRAINED_CONFIGS["gpt2"], DROPPING, tiny_config(attention_dropout=0.5)],
+    ids=lambda c: c.model_type,
 )
 @torch.no_grad()
 def test_disable_dropout_makes_training_and_evaluation_agree(config: Any) -> None:
     """GPT-2 drops embeddings, attention and residuals; the others attention, by a number and not a module."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    batch = batch_of(pairs_of())
-    evaluated = pair_logps(model.eval(), batch)
-    assert float((pair_logps(model.train(), batch).chosen - evaluated.chosen).abs().max()) > 1e-3
+    evaluated = read(PlainForward(), model.eval(), pairs_of())
+    assert float((read(PlainForward(), model.train(), pairs_of()) - evaluated).abs().max()) > 1e-3
     disable_dropout(model)
-    close(pair_logps(model, batch), evaluated, atol=0)
+    close(read(PlainForward(), model, pairs_of()), evaluated, atol=0)
 
 
 @torch.no_grad()
@@ -522,12 +418,12 @@ def test_a_modules_fingerprint_follows_its_weights_and_is_taken_once(
         "sppo_lightning.policy.fingerprint", lambda *given: taken.append(fingerprint(*given)) or taken[-1]
     )
     assert module.policy is not None
-    digests = [module.fingerprint(), module.fingerprint()]
+    digests = [module.live.fingerprint(), module.live.fingerprint()]
     with torch.no_grad():
         next(iter(module.policy.parameters())).view(-1)[0] += 1
-    digests.append(module.fingerprint())
+    digests.append(module.live.fingerprint())
     module.policy.load_state_dict({name: value + 1 for name, value in module.policy.state_dict().items()})
-    digests.append(module.fingerprint())
+    digests.append(module.live.fingerprint())
     assert digests[0] == digests[1]
     assert len(set(digests)) == len(taken) == 3
     assert digests[-1] == fingerprint(module.policy, str(tiny_policy))

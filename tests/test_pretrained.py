@@ -12,11 +12,10 @@ import pytest
 import torch
 from conftest import SPECIAL, byte_tokenizer, tiny_config
 from test_generation import greedy
-from test_policy import batch_of, pairs_of
-from tiny import Source, random_tokens
+from tiny import Source, alone, pairs_of, random_tokens
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 
-from sppo_lightning.policy import PolicyConfig, end_token_ids, load_policy, pair_logps
+from sppo_lightning.policy import PolicyConfig, end_token_ids, load_policy
 from sppo_lightning.pretrained import hub_location, load_model_config, load_tokenizer
 from sppo_lightning.types import Message, UserError
 
@@ -123,9 +122,7 @@ def test_a_policy_from_gguf_can_be_saved_and_sampled_from(
     assert (tmp_path / "model.safetensors").exists()
     assert "quantization_config" not in (tmp_path / "config.json").read_text()
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    batch = batch_of(pairs_of())
-    expected = pair_logps(original, batch).chosen
-    assert torch.equal(pair_logps(again, batch).chosen, expected)
+    assert torch.equal(alone(again, pairs_of()), alone(original, pairs_of()))
     prompts = random_tokens(3, 20)
     assert greedy(Source(model), prompts) == greedy(Source(original), prompts)
 

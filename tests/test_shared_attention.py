@@ -274,6 +274,26 @@ def test_a_model_that_never_attended_otherwise_is_left_alone() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+class Noting(SharedAttention):
+    """Attends to nothing, and notes the dtypes that it gets."""
+
+    def __call__(self, *states: Tensor, scale: float | None, window: int | None) -> Tensor:
+        self.dtypes = [each.dtype for each in states]
+        return states[0]
+
+
+def test_autocast_reaches_all_states() -> None:
+    """Rotary embeddings and norms leave float32 behind, which a kernel for 16 bits would refuse."""
+    noting, states = (
+        Noting(shared_prompts(RAGGED)),
+        [each[None].transpose(1, 2).float() for each in drawn(RAGGED)],
+    )
+    for enabled, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            shared_attention._shared_prompts_attention(new_model(), *states, None, shared_attention=noting)
+        assert noting.dtypes == [dtype] * 3
+
+
 def refused(model: Any, message: str, **options: Any) -> None:
     before = model.config._attn_implementation
 
@@ -288,7 +308,13 @@ def refused(model: Any, message: str, **options: Any) -> None:
 
 
 def test_a_call_that_does_not_reach_the_attention() -> None:
-    refused(new_model(), "LlamaAttention does not hand on what its model is called with", attention=None)
+    """Also one outside the training forward."""
+    message = (
+        "LlamaAttention was called without the segments of its row: its model does not hand on what it is called "
+        r"with, or it was called outside the training forward \(LivePolicy\.sampling_model gives a policy to "
+        r"generate from\)"
+    )
+    refused(new_model(), message, attention=None)
 
 
 @pytest.mark.parametrize(("kind", "layers"), [("qwen3_5", "linear_attention"), ("lfm2", "conv")])

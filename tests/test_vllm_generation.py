@@ -26,8 +26,8 @@ from tiny import CONFIGS, END, Source, random_tokens, tiny_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
-from sppo_lightning.generation import Generator, HFGenerator, SampleRequest
 from sppo_lightning.adapters import merged_weights
+from sppo_lightning.generation import Generator, HFGenerator, SampleRequest
 from sppo_lightning.generation.parity import ParityError
 from sppo_lightning.generation.vllm import VLLMGenerator
 from sppo_lightning.policy import LoRAConfig, PolicyConfig, load_policy

@@ -17,9 +17,11 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GPT2Config,
     GraniteConfig,
     Lfm2Config,
+    Llama4TextConfig,
     MistralConfig,
     OPTConfig,
     PreTrainedModel,
@@ -83,6 +85,18 @@ TRAINED_CONFIGS = {
         **_SHAPE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
     ),
     "qwen3_5": Qwen3_5TextConfig(**_SHAPE, head_dim=8, layer_types=["linear_attention", "full_attention"]),
+    "llama4": Llama4TextConfig(
+        **_SHAPE, head_dim=8, attention_chunk_size=6, num_local_experts=2, intermediate_size_mlp=64
+    ),
+    "gemma4": Gemma4TextConfig(
+        **_SHAPE,
+        head_dim=8,
+        global_head_dim=8,
+        sliding_window=6,
+        layer_types=_MIXED,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+    ),
     "lfm2": Lfm2Config(**_SHAPE, layer_types=["conv", "full_attention"]),
 }
 
