@@ -26,10 +26,13 @@ format: $(VENV)/dev.done
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/dev.done $(MODEL)/config.json
+bench: $(VENV)/bench.done $(MODEL)/config.json
 	$(BIN)/python benchmarks/rollout.py --model $(MODEL)
 	$(BIN)/python benchmarks/score.py --model $(MODEL)
 	$(BIN)/python benchmarks/growth.py
+	@mkdir -p runs/bench
+	$(BIN)/python benchmarks/train_step.py --model $(MODEL) --arms ours,ours-compiled,trl-compile,trl-best \
+		--json runs/bench/train_step.json
 
 # torch first, and by pip: resolving it together with the rest may pull gigabytes of CUDA
 $(VENV)/run.done: pyproject.toml requirements/pins.txt
@@ -41,6 +44,10 @@ $(VENV)/run.done: pyproject.toml requirements/pins.txt
 
 $(VENV)/dev.done: $(VENV)/run.done
 	@$(PIP) -c requirements/pins.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/bench.done: $(VENV)/dev.done
+	@$(PIP) -c requirements/pins.txt -e '.[bench]'
 	@touch $@
 
 $(MODEL)/config.json: configs/quickstart/fetch_model.py | $(VENV)/run.done

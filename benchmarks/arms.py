@@ -176,7 +176,9 @@ def _palindrome_rates(rows: Sequence[dict[str, Any]]) -> list[float]:
 
 
 def _quartiles(name: str, values: Sequence[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else list(values) * 3
+    low, median, high = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else list(values) * 3
+    )
     return {name: median, f"{name}_q25": low, f"{name}_q75": high}
 
 

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ GRIDS = {
     "large": [Size(512, 512, 4), Size(2048, 256, 2), Size(8192, 64, 1)],
 }
 PRODUCTS = "products"  # the arm that only multiplies matrices
+PACKAGES = ("torch", "transformers", "lightning", "peft", "accelerate")
 FIRST_STEP = ["--precision=32-true", "--steps=1", "--warm-up=0", "--layers=4"]
 
 
@@ -66,7 +68,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ragged", action="store_true", help="lengths vary up to the sizes given")
     parser.add_argument("--steps", type=int, default=20, help="measured in each arm")
     parser.add_argument("--warm-up", type=int, default=6, help="steps of each arm before them")
-    parser.add_argument("--arms", default="ours,trl-best", help="ours, plain, shipped, trl-best, trl-default")
+    parser.add_argument(
+        "--arms",
+        default="ours,trl-best",
+        help="some of ours, ours-compiled, ours-clipped, plain, trl-best, trl-compile, trl-default; ratios are against "
+        "the last one",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
@@ -144,7 +151,11 @@ def check_gate(settings: argparse.Namespace, names: list[str], size: Size) -> Ga
         files = {name: Path(folder) / f"{name}.safetensors" for name in names}
         for name, file in files.items():
             words = [*options(settings, few), *FIRST_STEP, f"--first-step={file}", "--arm", name]
-            subprocess.run([sys.executable, *sys.argv, *words], check=True)
+            status = subprocess.run([sys.executable, *sys.argv, *words]).returncode
+            if status:
+                raise SystemExit(
+                    f"the first step of {name} ended with exit status {status}: nothing is timed"
+                )
             found.shared[name] = is_shared(file)
         for name in names[:-1]:
             agreement = compare(files[name], files[names[-1]], torch.tensor(lengths))
@@ -244,7 +255,8 @@ def main() -> None:
     for size in sizes(settings):
         found.append(measure(settings, size))
         if settings.json:  # after each size, so that a long run leaves what it has
-            record = {"settings": workload.as_json(settings), "torch": torch.__version__, "sizes": found}
+            versions = {name: version(name) for name in PACKAGES}
+            record = {"settings": workload.as_json(settings), "versions": versions, "sizes": found}
             settings.json.write_text(json.dumps(record, indent=2))
 
 

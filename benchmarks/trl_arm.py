@@ -31,17 +31,16 @@ class TRLSetting:
     follows_checkpointing: bool = False  # else gradient checkpointing stays TRL's default, on
 
 
+BEST = {
+    "precompute_ref_log_probs": True,
+    "optim": "adamw_torch_fused",
+    "logging_strategy": "no",
+    "logging_nan_inf_filter": False,  # looks at the loss on the host at every step
+    "max_grad_norm": 0.0,
+}
 SETTINGS = {
-    "trl-best": TRLSetting(
-        {
-            "precompute_ref_log_probs": True,
-            "optim": "adamw_torch_fused",
-            "logging_strategy": "no",
-            "logging_nan_inf_filter": False,  # looks at the loss on the host at every step
-            "max_grad_norm": 0.0,
-        },
-        follows_checkpointing=True,
-    ),
+    "trl-best": TRLSetting(BEST, follows_checkpointing=True),
+    "trl-compile": TRLSetting({**BEST, "torch_compile": True}, follows_checkpointing=True),
     "trl-default": TRLSetting(),
 }
 

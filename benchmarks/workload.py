@@ -30,7 +30,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 512,
     },
 }
-"""Llama models with random weights, by name; their head is tied to the embeddings in none."""
+"""Llama models to make with random weights, by name; the head is not tied to the embeddings."""
 DISTINCT_STEPS = 8  # batches that a run goes through again and again
 BETA = 0.1
 LEARNING_RATE = 5e-7

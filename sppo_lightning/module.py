@@ -252,7 +252,10 @@ class PreferenceModule(pl.LightningModule):
         return (terms.loss * batch.weights).sum() * scale
 
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
-        """After the first optimizer step, log how many weights it moved."""
+        """Free the gradients after an optimizer step; after the first one, log how many weights it moved."""
+        if batch.slot.last_in_step:
+            for optimizer in self.trainer.optimizers:
+                optimizer.zero_grad()  # Lightning would, but only behind the next forward, whose peak they add to
         if self._watched is not None and batch.slot.last_in_step:
             parameter, before = self._watched
             moved = (parameter.detach().flatten()[:MOVED_SAMPLE] != before).float().mean()
