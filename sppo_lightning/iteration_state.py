@@ -152,6 +152,7 @@ class IterationState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the state that :meth:`state_dict` came from."""
         self.current = state["iteration"]
+        self.pairs = PairTable.collect([])
         self.finished = state["finished"]
         self.known = StatisticsTable.from_state(state["table"])
         due = state["reestimation"]

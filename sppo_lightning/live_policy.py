@@ -12,9 +12,7 @@ from torch import nn
 
 from sppo_lightning import policy as policies
 from sppo_lightning import pretrained
-from sppo_lightning.compiled_layers import run_plain
 from sppo_lightning.policy import PolicyConfig
-from sppo_lightning.shared_attention import detach
 from sppo_lightning.types import UserError
 
 if TYPE_CHECKING:
@@ -29,11 +27,15 @@ class LivePolicy:
     Args:
         config: which model, and how to hold it.
         steps: optimizer steps taken so far.
+        release: undoes what the training forward does to a model.
     """
 
-    def __init__(self, config: PolicyConfig, steps: Callable[[], int]) -> None:
+    def __init__(
+        self, config: PolicyConfig, *, steps: Callable[[], int], release: Callable[[nn.Module], None]
+    ) -> None:
         self.config = config
         self._steps = steps
+        self._release = release
         self._model: nn.Module | None = None
         self._compute_dtype = torch.float32
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -106,8 +108,7 @@ class LivePolicy:
         compute dtype, so that nothing is cast at every token.
         """
         model = self._sampled_instead or self.model
-        detach(model)
-        run_plain(model)
+        self._release(model)
         dtype = next(model.parameters()).dtype
         if self.config.lora is not None or dtype == self._compute_dtype:
             return model.eval()
@@ -141,6 +142,5 @@ class LivePolicy:
                 "it in fit, or with generator HFGenerator"
             )
         model = self._sampled_instead or self.model
-        detach(model)
-        run_plain(model)
+        self._release(model)
         policies.write_folder(model, self.tokenizer, folder)

@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 
 from sppo_lightning import policy as policies
 from sppo_lightning.batching import PairBatch
+from sppo_lightning.forward_trial import Trial
 from sppo_lightning.layouts import PairLayout
 from sppo_lightning.live_policy import LivePolicy
 from sppo_lightning.losses import PairLogps, PreferenceLoss
 from sppo_lightning.metrics import EvaluationBatch, EvaluationMetrics, StepMetrics
-from sppo_lightning.pair_forward import AutoForward, PairForward, Trial
+from sppo_lightning.pair_forward import AutoForward, PairForward
 from sppo_lightning.policy import PolicyConfig
 from sppo_lightning.schedules import LearningRateSchedule, Linear
 from sppo_lightning.seeding import derive_seed
@@ -72,7 +73,10 @@ class PreferenceModule(pl.LightningModule):
             raise ValueError(f"model.learning_rate={learning_rate} must be greater than 0")
         if weight_decay < 0:
             raise ValueError(f"model.weight_decay={weight_decay} must be 0 or more")
-        self.live = LivePolicy(policy, lambda: self.trainer.global_step)
+        self.pair_forward = pair_forward or AutoForward()
+        self.live = LivePolicy(
+            policy, steps=lambda: self.trainer.global_step, release=self.pair_forward.release
+        )
         self.loss = loss
         self.learning_rate = learning_rate
         self.reference = reference
@@ -80,7 +84,6 @@ class PreferenceModule(pl.LightningModule):
         self.optimizer_factory = optimizer
         self.weight_decay = weight_decay
         self.carry_optimizer = carry_optimizer
-        self.pair_forward = pair_forward or AutoForward()
         self.strict_loading = (
             False  # checkpoints hold what was trained; on_load_checkpoint compares the names
         )
@@ -96,6 +99,11 @@ class PreferenceModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Check everything that can be checked before weights are loaded."""
         self.check()
+
+    def teardown(self, stage: str) -> None:
+        """Leave a policy that generates."""
+        if self.policy is not None:
+            self.pair_forward.release(self.policy)
 
     def check(self) -> None:
         """Raise :class:`~sppo_lightning.types.UserError` if the Trainer or the model folder does not fit."""
@@ -144,7 +152,8 @@ class PreferenceModule(pl.LightningModule):
                 self.trainer.strategy.reduce_boolean_decision,
             )
             with policies.without_dropout(self.policy):
-                rank_zero_info(f"Training forward: {self.pair_forward.prepare(self.policy, trial)}.")
+                told = self.pair_forward.prepare(self.policy, trial)
+            rank_zero_info(f"Training forward: {told}.")
             pad = self.live.tokenizer.pad_token_id
             assert isinstance(pad, int)
             self._pair_layout = self.pair_forward.layout(pad)
@@ -191,7 +200,7 @@ class PreferenceModule(pl.LightningModule):
 
         Lightning refuses fused optimizers under every mixed precision, though only float16's scaler is in the way.
         """
-        if self.compute_dtype == torch.bfloat16 and gradient_clip_val:
+        if self.compute_dtype == torch.bfloat16 and gradient_clip_val is not None and gradient_clip_val > 0:
             by_value = gradient_clip_algorithm == "value"
             clip = nn.utils.clip_grad_value_ if by_value else nn.utils.clip_grad_norm_
             clip(self._trainable(), gradient_clip_val)

@@ -6,40 +6,34 @@ Shapes: B pairs, S rows of T tokens, N response tokens, H hidden width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 
-from sppo_lightning.adapters import decoders, unwrapped
+from sppo_lightning.adapters import decoders
 from sppo_lightning.compiled_layers import compile_layers, run_plain
+from sppo_lightning.forward_trial import Trial, objection
 from sppo_lightning.layouts import PairLayout, PairRows, PlainLayout, SharedLayout
 from sppo_lightning.logprobs import response_sums
 from sppo_lightning.losses import PairLogps
-from sppo_lightning.memory import ran_out
 from sppo_lightning.response_head import response_logps
-from sppo_lightning.shared_attention import MaskedAttention, SharedAttention, VarlenAttention, attach, detach
-from sppo_lightning.types import UserError, first_line
+from sppo_lightning.shared_attention import (
+    CannotShareError,
+    MaskedAttention,
+    SharedAttention,
+    VarlenAttention,
+    attach,
+    detach,
+    window_of,
+)
+from sppo_lightning.types import UserError
 
-# mean distance of a token's log-prob from the one of its sequence alone, nats
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
-PROMPTS, RESPONSES = (11, 4), ((5, 9), (8, 2))  # tokens of the trial's two pairs
 ADVICE = "use sppo_lightning.pair_forward.AutoForward"
+NO_OTHER = "no forward reads this model as it reads itself"
 ELSEWHERE = "it differs on another process"
 SHARED = "a prompt is read once for both of its responses"
 PLAIN = "each response is read with its own copy of the prompt"
-OVER_WINDOW = 8  # tokens by which the trial's longest sequence is longer than a window
-
-
-class Trial(NamedTuple):
-    """What a forward is tried with at a run's start."""
-
-    longest: int  # most tokens of prompt and response together
-    precision: Callable[[], AbstractContextManager[Any]]  # the trainer's
-    agree: Callable[[bool], bool]  # whether it is true on all processes
 
 
 class PairForward(ABC):
@@ -86,20 +80,20 @@ class PairForward(ABC):
         return PairLogps(*sums.chunk(2))
 
     def release(self, model: nn.Module) -> None:
-        """Give the model its own attention and layers back, for whoever samples from it or copies it."""
+        """Give the model its own attention and layers back, before anything else uses or copies it."""
         detach(model)
         run_plain(model)
 
 
 class PlainForward(PairForward):
-    """Each response with its own copy of the prompt; every causal language model takes it."""
+    """Each response with its own copy of the prompt, in rows that are padded on the right."""
 
     failing = "cannot be read in padded rows"
     differing = "gives other log-probs in padded rows"
 
     def prepare(self, model: nn.Module, trial: Trial) -> str:
         """Return what to tell the user."""
-        _require(self, model, trial, "this architecture cannot be trained")
+        _require(self, model, trial, NO_OTHER)
         return PLAIN
 
     def layout(self, pad_token_id: int) -> PairLayout:
@@ -169,7 +163,7 @@ class AutoForward(PairForward):
         kinds: list[type[PairForward]] = [VarlenForward, SharedForward] if on_cuda else [SharedForward]
         reasons = []
         for candidate in (kind(self.chunk, self.compiled) for kind in kinds):
-            reason = _cannot(candidate, model, trial)
+            reason = objection(candidate, model, trial)
             if trial.agree(reason is None):
                 self._chosen = candidate
                 return f"{SHARED} ({type(candidate).__name__})"
@@ -205,71 +199,19 @@ def _shared_token_logps(
     attach(model)
     # a mask of four dimensions is handed on as it is: without one, restarting positions would be taken for documents
     mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=rows.input_ids.device)
-    return _token_logps(
-        model, rows, chunk, {"attention_mask": mask, "shared_attention": attention(rows.shared)}
-    )
+    segments = attention(rows.shared)
+    logps = _token_logps(model, rows, chunk, {"attention_mask": mask, "shared_attention": segments})
+    window = window_of(model)
+    if (
+        window is not None
+        and not segments.windows
+        and window < rows.shared.prompts[1] + rows.shared.responses[1]
+    ):
+        raise CannotShareError(f"it does not tell its attention of its window of {window} tokens")
+    return logps
 
 
 def _require(forward: PairForward, model: nn.Module, trial: Trial, advice: str) -> None:
-    reason = _cannot(forward, model, trial)
+    reason = objection(forward, model, trial)
     if not trial.agree(reason is None):
         raise UserError(f"model.pair_forward {type(forward).__name__}: {reason or ELSEWHERE}: {advice}")
-
-
-def _cannot(forward: PairForward, model: nn.Module, trial: Trial) -> str | None:
-    """Return why a forward does not give the model's own log-probs; ``None`` if it does."""
-    inner, device = unwrapped(model), next(model.parameters()).device
-    name = type(inner).__name__
-    context, dtype = _precision(forward, model, trial)
-    prompts, chosen, rejected = _trial_pairs(inner.config.get_text_config(), trial.longest)
-    rows = move_data_to_device(forward.layout(0).rows(prompts, chosen, rejected), device)
-    with torch.no_grad(), context:
-        try:
-            found = forward.token_logps(model, rows)
-        except Exception as error:
-            if ran_out(error):
-                raise
-            return f"{name} {forward.failing} ({first_line(error)})"
-        finally:
-            forward.release(model)
-        pairs = zip([*prompts, *prompts], [*chosen, *rejected], strict=True)
-        own = torch.cat([_alone(inner, torch.tensor([*p, *r], device=device), len(r)) for p, r in pairs])
-    drift = (found - own).abs().mean().item()
-    if drift <= TOLERANCE[dtype]:
-        return None
-    return f"{name} {forward.differing}, by {drift:.2g} nat per token (tolerance {TOLERANCE[dtype]:g})"
-
-
-def _precision(
-    forward: PairForward, model: nn.Module, trial: Trial
-) -> tuple[AbstractContextManager[Any], torch.dtype]:
-    """Return the most exact arithmetic in which weights and kernel can be compared."""
-    weights = {parameter.dtype for parameter in model.parameters()}
-    if weights <= {torch.float32, torch.float64} and not forward.half_only:
-        return nullcontext(), torch.float32 if torch.float32 in weights else torch.float64
-    device = next(model.parameters()).device.type
-    with trial.precision():
-        if torch.is_autocast_enabled(device):
-            return trial.precision(), torch.get_autocast_dtype(device)
-    return trial.precision(), torch.float16 if torch.float16 in weights else torch.bfloat16
-
-
-def _alone(model: nn.Module, ids: Tensor, response: int) -> Tensor:
-    """Return the log-probs of the last ``response`` tokens by the model's own logits, ``[response]``."""
-    logits: Tensor = model(input_ids=ids[None], use_cache=False, logits_to_keep=response + 1).logits[0, :-1]
-    logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    return logps.gather(-1, ids[-response:, None]).squeeze(-1)
-
-
-def _trial_pairs(config: Any, longest: int) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
-    """Return two pairs of random tokens, longer than the model's window if the run's sequences may be."""
-    window = getattr(config, "sliding_window", None) or 0
-    reach = window + OVER_WINDOW if window < longest else 0
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(length: int) -> list[int]:
-        ids: list[int] = torch.randint(config.vocab_size, (length,), generator=generator).tolist()
-        return ids
-
-    prompts = [drawn(max(PROMPTS[0], reach)), drawn(PROMPTS[1])]
-    return prompts, [drawn(c) for c, _ in RESPONSES], [drawn(r) for _, r in RESPONSES]

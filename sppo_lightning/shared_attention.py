@@ -21,10 +21,10 @@ from sppo_lightning.adapters import unwrapped
 from sppo_lightning.layouts import SharedPrompts
 
 NAME = "sppo_shared_prompts"
-WINDOWED = {"full_attention", "sliding_attention"}  # layers that a mask by position describes
 NOT_HANDLED = ("softcap", "s_aux", "position_bias", "cache")  # what a model may ask of its attention besides
 
-_before: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # what an attached model attended with
+# what an attached model attended with: itself under "", and each of its parts that has a config of its own
+_before: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
 
 
 class CannotShareError(Exception):
@@ -40,6 +40,7 @@ class SharedAttention(ABC):
 
     def __init__(self, shared: SharedPrompts) -> None:
         self.shared = shared
+        self.windows: set[int] = set()  # that layers have asked for
 
     @abstractmethod
     def __call__(
@@ -171,8 +172,9 @@ def _varlen_kernel() -> Any:
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and query.device.type != "cpu" and mask is not None:
-        # with a mask only the CPU kernel takes grouped heads as they are
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if groups > 1 and query.device.type != "cpu" and (mask is not None or not half):
+        # of the kernels elsewhere only flash takes grouped heads as they are: 16 bits, no mask
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         groups = 1
     return F.scaled_dot_product_attention(
@@ -242,12 +244,16 @@ def _shared_prompts_attention(
             "is called with, or it was called outside the training forward (LivePolicy.sampling_model gives a policy "
             "to generate from)"
         )
+    if attention_mask is None or attention_mask.numel() != 1:
+        raise CannotShareError(f"{type(module).__name__} changes its attention mask")
     asked = [name for name in NOT_HANDLED if others.get(name) is not None]
     if asked or others.get("dropout"):
         raise CannotShareError(f"{type(module).__name__} needs {' and '.join(asked) or 'dropout'}")
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     states = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    if sliding_window is not None:
+        shared_attention.windows.add(sliding_window)
     return shared_attention(*states, scale=scaling, window=sliding_window)[None], None
 
 
@@ -260,16 +266,20 @@ def attach(model: nn.Module) -> None:
     from transformers import AttentionInterface
 
     inner = unwrapped(model)
-    before: str = inner.config._attn_implementation
-    if before == NAME:
+    config = inner.config
+    if config._attn_implementation == NAME:
         return
-    others = set(getattr(inner.config.get_text_config(), "layer_types", None) or ()) - WINDOWED
+    before = {"": config._attn_implementation}
+    before |= {
+        key: getattr(config, key)._attn_implementation for key in config.sub_configs if getattr(config, key)
+    }
+    others = _layer_types(inner) - {"full_attention", "sliding_attention"}
     if others:
         raise CannotShareError(f"{type(inner).__name__} has layers of {', '.join(sorted(others))}")
     if NAME not in AttentionInterface():
         AttentionInterface.register(NAME, _shared_prompts_attention)
     inner.set_attn_implementation(NAME)
-    if inner.config._attn_implementation != NAME:
+    if config._attn_implementation != NAME:
         raise CannotShareError(f"{type(inner).__name__} does not let its attention be replaced")
     _before[inner] = before
 
@@ -279,6 +289,19 @@ def detach(model: nn.Module) -> None:
     inner = unwrapped(model)
     if inner in _before:
         inner.set_attn_implementation(_before.pop(inner))
+
+
+def window_of(model: nn.Module) -> int | None:
+    """Return the tokens that a layer with a window sees; ``None`` if no layer has one."""
+    types = _layer_types(model)
+    if types and "sliding_attention" not in types:
+        return None
+    window: int | None = getattr(unwrapped(model).config.get_text_config(), "sliding_window", None)
+    return window
+
+
+def _layer_types(model: nn.Module) -> set[str]:
+    return set(getattr(unwrapped(model).config.get_text_config(), "layer_types", None) or ())
 
 
 def leave_uncompiled() -> None:

@@ -16,7 +16,15 @@ LAYERS = {
         *("batching", "layouts", "metrics", "pretrained", "adapters", "memory", "servers"),
     ],
     3: [
-        *("policy", "live_policy", "pair_forward", "shared_attention", "response_head", "compiled_layers"),
+        *(
+            "policy",
+            "live_policy",
+            "pair_forward",
+            "forward_trial",
+            "shared_attention",
+            "response_head",
+            "compiled_layers",
+        ),
         *("generation", "rewards", "scoring", "collect", "evaluation", "iteration", "iteration_state"),
     ],
     4: ["module", "datamodule", "preflight", "trainer"],

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_config
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -70,3 +71,15 @@ def test_gradients_are_clipped_under_bf16_with_a_fused_optimizer(algorithm: str)
     else:
         assert largest == 0.5
         assert norm > 1
+
+
+def test_a_clip_value_below_zero_clips_nothing() -> None:
+    """As in Lightning; a norm scaled to a negative value would turn the gradients round."""
+    module = module_with("bf16-mixed", -1.0)
+    optimizer = module.configure_optimizers()
+    module.trainer.precision_plugin = MixedPrecision("bf16-mixed", "cpu")
+    module.trainer.gradient_clip_algorithm = None
+    parameter = optimizer.param_groups[0]["params"][0]
+    parameter.grad = torch.ones_like(parameter)
+    module.configure_gradient_clipping(optimizer, -1.0, "norm")
+    assert bool((parameter.grad == 1).all())

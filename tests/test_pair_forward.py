@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from sppo_lightning import shared_attention
 from sppo_lightning.batching import PairBatch, collate
+from sppo_lightning.forward_trial import Trial
 from sppo_lightning.layouts import PlainLayout
 from sppo_lightning.pair_forward import (
     PLAIN,
@@ -36,7 +37,6 @@ from sppo_lightning.pair_forward import (
     PairForward,
     PlainForward,
     SharedForward,
-    Trial,
     VarlenForward,
 )
 from sppo_lightning.policy import LoRAConfig, PolicyConfig, load_policy, sampling_copy

@@ -244,13 +244,16 @@ def test_the_kernel_itself(window: int | None, key_heads: int) -> None:
 # --------------------------------------------------------- in place of a model's own
 
 
+MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+
+
 def run(model: Any, attention: type[SharedAttention] | None = MaskedAttention, **options: Any) -> Tensor:
     rows = batch_of(pairs_of(), SharedLayout()).rows
     assert rows.shared is not None
     if attention is not None:
         options["shared_attention"] = attention(rows.shared)
-    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-    output = model(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, **options)
+    options = {"attention_mask": MASK, **options}
+    output = model(input_ids=rows.input_ids, position_ids=rows.position_ids, **options)
     return output.logits  # type: ignore[no-any-return]
 
 
@@ -290,7 +293,7 @@ def test_autocast_reaches_all_states() -> None:
     )
     for enabled, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            shared_attention._shared_prompts_attention(new_model(), *states, None, shared_attention=noting)
+            shared_attention._shared_prompts_attention(new_model(), *states, MASK, shared_attention=noting)
         assert noting.dtypes == [dtype] * 3
 
 
@@ -325,6 +328,12 @@ def test_layers_that_are_no_attention_are_named(kind: str, layers: str) -> None:
 
 def test_a_soft_cap_is_named() -> None:
     refused(new_model("gemma2"), "Gemma2Attention needs softcap")
+
+
+@pytest.mark.parametrize("mask", [None, torch.zeros(1, 1, 1, 9)])
+def test_a_mask_of_the_models_own_is_named(mask: Tensor | None) -> None:
+    """What a model adds to its mask would be lost, with the gradient of whatever made it."""
+    refused(new_model(), "LlamaAttention changes its attention mask", attention_mask=mask)
 
 
 def test_dropout_is_named() -> None:
