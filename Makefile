@@ -31,8 +31,7 @@ bench: $(VENV)/bench.done $(MODEL)/config.json
 	$(BIN)/python benchmarks/score.py --model $(MODEL)
 	$(BIN)/python benchmarks/growth.py
 	@mkdir -p runs/bench
-	$(BIN)/python benchmarks/train_step.py --model $(MODEL) --arms ours,ours-compiled,trl-compile,trl-best \
-		--json runs/bench/train_step.json
+	$(BIN)/python benchmarks/train_step.py --model $(MODEL) --json runs/bench/train_step.json
 
 # torch first, and by pip: resolving it together with the rest may pull gigabytes of CUDA
 $(VENV)/run.done: pyproject.toml requirements/pins.txt
