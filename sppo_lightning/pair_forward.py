@@ -47,6 +47,8 @@ class PairForward(ABC):
     half_only: ClassVar[bool] = False  # whether it computes in 16 bits only
     failing: ClassVar[str] = "cannot share a prompt"  # what is said of a model that raises
     differing: ClassVar[str] = "gives other log-probs when a prompt is shared"
+    serving: ClassVar[str] = SHARED  # what is said of a model that it suits
+    advice: ClassVar[str] = ADVICE
 
     def __init__(self, chunk: int | None = None, compiled: bool = False) -> None:
         if chunk is not None and chunk < 1:
@@ -54,13 +56,16 @@ class PairForward(ABC):
         self.chunk = chunk
         self.compiled = compiled
 
-    @abstractmethod
     def prepare(self, model: nn.Module, trial: Trial) -> str:
         """Try the forward on the model, once, before the first batch; return what to tell the user.
 
         Raises:
             UserError: if the model cannot take it.
         """
+        reason = objection(self, model, trial)
+        if not trial.agree(reason is None):
+            raise UserError(f"model.pair_forward {type(self).__name__}: {reason or ELSEWHERE}: {self.advice}")
+        return self.serving
 
     @abstractmethod
     def layout(self, pad_token_id: int) -> PairLayout:
@@ -90,11 +95,8 @@ class PlainForward(PairForward):
 
     failing = "cannot be read in padded rows"
     differing = "gives other log-probs in padded rows"
-
-    def prepare(self, model: nn.Module, trial: Trial) -> str:
-        """Return what to tell the user."""
-        _require(self, model, trial, NO_OTHER)
-        return PLAIN
+    serving = PLAIN
+    advice = NO_OTHER
 
     def layout(self, pad_token_id: int) -> PairLayout:
         """Return rows padded on the right."""
@@ -107,11 +109,6 @@ class PlainForward(PairForward):
 
 class SharedForward(PairForward):
     """A prompt is read once for both responses; attention by ``scaled_dot_product_attention``, on any device."""
-
-    def prepare(self, model: nn.Module, trial: Trial) -> str:
-        """Return what to tell the user."""
-        _require(self, model, trial, ADVICE)
-        return SHARED
 
     def layout(self, pad_token_id: int) -> PairLayout:
         """Return one row without padding."""
@@ -126,11 +123,6 @@ class VarlenForward(PairForward):
     """A prompt is read once for both responses; attention by torch's flash kernel, without padding: CUDA, 16 bits."""
 
     half_only = True
-
-    def prepare(self, model: nn.Module, trial: Trial) -> str:
-        """Return what to tell the user."""
-        _require(self, model, trial, ADVICE)
-        return SHARED
 
     def layout(self, pad_token_id: int) -> PairLayout:
         """Return one row without padding."""
@@ -209,9 +201,3 @@ def _shared_token_logps(
     ):
         raise CannotShareError(f"it does not tell its attention of its window of {window} tokens")
     return logps
-
-
-def _require(forward: PairForward, model: nn.Module, trial: Trial, advice: str) -> None:
-    reason = objection(forward, model, trial)
-    if not trial.agree(reason is None):
-        raise UserError(f"model.pair_forward {type(forward).__name__}: {reason or ELSEWHERE}: {advice}")

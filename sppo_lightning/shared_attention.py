@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from functools import cache
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -131,7 +132,7 @@ class VarlenAttention(SharedAttention):
         kernel = _varlen_kernel()
         options = {}
         if query.shape[1] != key.shape[1]:
-            if "enable_gqa" in inspect.signature(kernel).parameters:
+            if _takes_grouped_heads(kernel):
                 options["enable_gqa"] = True
             else:
                 key, value = (
@@ -168,6 +169,12 @@ def _varlen_kernel() -> Any:
     except ImportError as error:
         raise CannotShareError("this torch has no variable-length attention") from error
     return varlen_attn
+
+
+@cache
+def _takes_grouped_heads(kernel: Any) -> bool:
+    """Whether it has the argument, which torch 2.11 does not know yet; looked up once, not in every layer."""
+    return "enable_gqa" in inspect.signature(kernel).parameters
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
