@@ -28,7 +28,7 @@ from sppo_lightning.losses import DPOLoss, PairLogps, PreferenceLoss, Preference
 from sppo_lightning.metrics_csv import MetricsCSV
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.pair_forward import AutoForward, PairForward, PlainForward
-from sppo_lightning.policy import LoRAConfig, PolicyConfig
+from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
 from sppo_lightning.types import PreferencePair
 
 

@@ -25,7 +25,7 @@ from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.metrics_csv import MetricsCSV
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.parse_errors import check_config_files, explain
-from sppo_lightning.policy import PolicyConfig
+from sppo_lightning.policy_config import PolicyConfig
 from sppo_lightning.run_config import check_checkpoint, check_same_run, check_writable
 from sppo_lightning.types import UserError
 
@@ -86,7 +86,6 @@ class SelfPlayCLI(LightningCLI):
                 "trainer.num_sanity_val_steps": 0,
                 "trainer.use_distributed_sampler": False,
                 "model.lr_schedule": {"class_path": "sppo_lightning.schedules.Linear"},
-                "model.optimizer": {"class_path": "torch.optim.AdamW"},
                 "data.seed": None,
                 "data.schedule": {"class_path": "sppo_lightning.selection.AllPrompts"},
                 "data.curriculum": {"class_path": "sppo_lightning.selection.RandomOrder"},
@@ -127,6 +126,8 @@ class SelfPlayCLI(LightningCLI):
 
     def _check_optimizer(self, optimizer: Any) -> None:
         """Refuse optimizer settings that the module sets by itself."""
+        if optimizer is None:
+            return
         defaults = signature(pkgutil.resolve_name(optimizer.class_path)).parameters
         for name in ("lr", "weight_decay"):
             given = optimizer.get("init_args", {}).get(name)
@@ -157,7 +158,7 @@ class SelfPlayCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, ImportError, MisconfigurationException) as error:
-            raise UserError(str(error)) from error
+            raise UserError(explain(str(error), ())) from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Add the callbacks and loggers that a run has by default."""
@@ -218,7 +219,7 @@ UNACTIONABLE = (
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*module\(s\) in eval mode at the start of training.*",
     r"Total length of `list` across ranks is zero.*",  # no data.eval_prompts
-    r".*`is_gradient_checkpointing` is deprecated.*",  # transformers, asked by PEFT
+    r".*gradient_checkpointing(_enable)?` is deprecated.*",  # transformers 5.23, for what 5.17 needs
     r"\s*By default only one JsonargparseDeprecationWarning per type is shown",  # Lightning calls jsonargparse
     r"\s*``instantiate_classes`` was deprecated",
 )

@@ -183,7 +183,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
                 self.reward.check_prompts(self.prompt_sets.read(key))
         self.module.check()
         for key in keys:
-            check_context(self._encoded(key), self.generator, self.module.model_config, key=key)
+            check_context(self._encoded(key), self.generator, self.module.live.model_config, key=key)
         if stage == "fit":
             check_sizes(self.rules, self._encoded("prompts").ids)
         if is_dev_run(self.trainer):

@@ -32,8 +32,8 @@ BATCH = 256  # stored answers aggregated at once
 class InitialPolicy(Protocol):
     """A policy that can stand aside for the one that the run started from."""
 
-    def sampling_initial_policy(self) -> AbstractContextManager[None]:
-        """Let samples come from the initial policy while the context lasts."""
+    def initial(self) -> AbstractContextManager[Any]:
+        """Let the policy that the run started from stand in while the context lasts."""
 
     def fingerprint(self) -> str:
         """Return a digest of the current policy."""
@@ -70,7 +70,7 @@ class HeldOut:
         """Ensure the current policy's answers, and the initial policy's to compare with, and measure them."""
         baseline = self._stored(0) if finished > 0 else None
         if finished > 0 and baseline is None:
-            with self.policy.sampling_initial_policy():
+            with self.policy.initial():
                 baseline = self.answer(0, policy_fingerprint=self.policy.fingerprint())
         opponents = {row.prompt_id: row.response for row in baseline or () if row.drop_reason is None}
         rows = self.answer(

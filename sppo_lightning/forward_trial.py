@@ -38,7 +38,7 @@ def objection(forward: PairForward, model: nn.Module, trial: Trial) -> str | Non
     inner, device = unwrapped(model), next(model.parameters()).device
     name = type(inner).__name__
     context, dtype = _precision(forward, model, trial)
-    prompts, chosen, rejected = _trial_pairs(
+    prompts, chosen, rejected = trial_pairs(
         inner.config.get_text_config().vocab_size, window_of(model) or 0, trial.longest
     )
     rows = move_data_to_device(forward.layout(0).rows(prompts, chosen, rejected), device)
@@ -87,10 +87,16 @@ def _alone(model: nn.Module, ids: Tensor, response: int) -> tuple[Tensor, Tensor
     return logps, logits.abs().amax(-1)
 
 
-def _trial_pairs(
-    vocabulary: int, window: int, longest: int
+def trial_pairs(
+    vocabulary: int, window: int = 0, longest: int = 0
 ) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
-    """Return two pairs of random tokens, longer than the model's window if the run's sequences may be."""
+    """Return prompts, chosen and rejected responses of two pairs of random tokens.
+
+    Args:
+        vocabulary: size of it.
+        window: of the model's attention, in tokens.
+        longest: most tokens of a run's sequences; the pairs are longer than the window if those may be.
+    """
     reach = window + OVER_WINDOW if window < longest else 0
     generator = torch.Generator().manual_seed(0)
 

@@ -5,16 +5,16 @@ Everything lands in the iteration's store as it comes; a second call goes on whe
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 
-from sppo_lightning.batching import PairBatch, StepSlot, collate
 from sppo_lightning.collect import Collector, WantedRows
 from sppo_lightning.difficulty import (
     Reestimation,
@@ -23,7 +23,6 @@ from sppo_lightning.difficulty import (
     reward_statistics,
 )
 from sppo_lightning.layouts import PairLayout
-from sppo_lightning.losses import PairLogps
 from sppo_lightning.pairing import (
     main_drop_reason,
     pair_responses,
@@ -31,20 +30,13 @@ from sppo_lightning.pairing import (
 )
 from sppo_lightning.pairs import PairTable
 from sppo_lightning.prompt_table import EncodedById
+from sppo_lightning.reference_pass import ReferencePolicy, reference_pass
 from sppo_lightning.rollouts import IterationStore, by_prompt, describe, merged
 from sppo_lightning.rules import IterationRules
 from sppo_lightning.tally import ResponseTally
 from sppo_lightning.types import Phase, PreferencePair, UserError
 
-
-class ReferencePolicy(Protocol):
-    """The frozen reference of an iteration."""
-
-    def reference_pass(self) -> AbstractContextManager[None]:
-        """Hold the reference in memory while the context lasts."""
-
-    def reference_logps(self, batch: PairBatch) -> PairLogps:
-        """Return the reference's log-probs of a batch, ``[B]`` each, float64, nats, on the CPU."""
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,6 +69,7 @@ class IterationBuilder:
         previous: StatisticsTable,
         reestimation: Reestimation | None,
         policy_fingerprint: str,
+        first_reference: str | None = None,
     ) -> None:
         """Make the iteration's data, or finish it.
 
@@ -86,9 +79,11 @@ class IterationBuilder:
             previous: difficulties known so far.
             reestimation: which of them to estimate again; ``None``: only the unknown ones.
             policy_fingerprint: of the weights that answer.
+            first_reference: digest of iteration 0's reference; ``None``: this is iteration 0.
 
         Raises:
-            UserError: if fewer pairs come out than one optimizer step needs.
+            UserError: if fewer pairs come out than one optimizer step needs, or if a reference that has to stay is
+                another one now.
         """
         rules = self.rules
         first = self.collector.ranks.rank == 0
@@ -114,7 +109,15 @@ class IterationBuilder:
         pairs = PairTable.collect(
             self._paired(store, candidates, set(selected), iteration, tally, rewards, dropped)
         )
-        pairs = self._reference_pass(pairs, iteration)
+        pairs, reference = reference_pass(
+            pairs,
+            self.reference,
+            layout=self.layout,
+            batch_size=rules.batch_size,
+            first_fingerprint=first_reference,
+            ranks=self.collector.ranks,
+            report=partial(self.collector.notify, "reference", iteration),
+        )
         paired = ranked.rows(pairs.prompt_ids)
         difficulty = dict(zip(paired.prompt_ids, paired["difficulty"].tolist(), strict=True))
         statistics = pair_statistics(pairs.prompt_ids, pairs.statistics(), rewards, difficulty)
@@ -139,12 +142,14 @@ class IterationBuilder:
                 {
                     **manifest,
                     "complete": True,
+                    "reference_fingerprint": reference,
                     "counts": counts,
                     "dropped": dict(dropped),
                     "responses": tally.counts(),
                     "metrics": {**tally.metrics(), **_iteration_metrics(ranked, pairs)},
                 }
             )
+            LOGGER.info("Iteration %d: policy %s, reference %s", iteration, policy_fingerprint, reference)
         self.collector.ranks.barrier("iteration complete")
 
     def _manifest(
@@ -255,29 +260,6 @@ class IterationBuilder:
                 usable = (row.reward for row in rows if row.usable and row.reward is not None)
                 rewards[prompt_id] = array("d", usable)
                 yield pair
-
-    def _reference_pass(self, pairs: PairTable, iteration: int) -> PairTable:
-        """Fill in the reference's log-probs, pairs of similar length together."""
-        ranks, size = self.collector.ranks, self.rules.batch_size
-        order = pairs.tokens().argsort(descending=True, stable=True).tolist()
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
-        mine = batches[ranks.rank :: ranks.world_size]
-        sides = torch.full((2, len(pairs)), float("nan"), dtype=torch.float64)  # chosen, rejected
-        total, done, tokens = sum(map(len, mine)), 0, 0
-        if mine:
-            self.collector.notify("reference", iteration, done, total, tokens)
-        with self.reference.reference_pass():
-            for rows in mine:
-                slot = StepSlot(step=0, steps=1, step_pairs=len(rows), last_in_step=True)
-                batch = collate([pairs[row] for row in rows], layout=self.layout, real=len(rows), slot=slot)
-                logps = self.reference.reference_logps(batch)
-                sides[:, rows] = torch.stack([logps.chosen, logps.rejected])
-                done += len(rows)
-                tokens += batch.rows.input_ids.numel()
-                self.collector.notify("reference", iteration, done, total, tokens)
-        for part in ranks.gather([sides]):
-            sides = torch.where(sides.isnan(), part[0], sides)
-        return pairs.with_reference(*sides.tolist())
 
 
 def difficulty_after(

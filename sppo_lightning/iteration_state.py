@@ -50,6 +50,7 @@ class IterationState:
         """
         if iteration > 0:
             self.known = self.difficulty_after(iteration - 1, folder=folder)
+        first = folder.iteration(0).read_manifest() if iteration > 0 else None
         store = folder.iteration(iteration)
         manifest = store.read_manifest()
         if manifest is not None and manifest["policy_fingerprint"] != policy_fingerprint:
@@ -64,6 +65,7 @@ class IterationState:
                 previous=self.known,
                 reestimation=self.due,
                 policy_fingerprint=policy_fingerprint,
+                first_reference=None if first is None else first.get("reference_fingerprint"),
             )
         self.current = iteration
         self.pairs = store.read_pairs()

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from lightning.pytorch.accelerators import CUDAAccelerator
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sppo_lightning import policy as policies
+from sppo_lightning.adapters import unwrapped
 from sppo_lightning.batching import PairBatch
-from sppo_lightning.forward_trial import Trial
+from sppo_lightning.forward_trial import Trial, trial_pairs
 from sppo_lightning.layouts import PairLayout
 from sppo_lightning.live_policy import LivePolicy
 from sppo_lightning.losses import PairLogps, PreferenceLoss
 from sppo_lightning.metrics import EvaluationBatch, EvaluationMetrics, StepMetrics
+from sppo_lightning.optimizers import OptimizerFactory, build_optimizer, clip_gradients
 from sppo_lightning.pair_forward import AutoForward, PairForward
-from sppo_lightning.policy import PolicyConfig
+from sppo_lightning.policy_config import PolicyConfig
+from sppo_lightning.reference_probe import check_reference_is_frozen
 from sppo_lightning.schedules import LearningRateSchedule, Linear
 from sppo_lightning.seeding import derive_seed
+from sppo_lightning.trainer import check_hardware, compute_dtype
 from sppo_lightning.types import UserError
 
-COMPUTE_DTYPES = {
-    "32-true": torch.float32,
-    "64-true": torch.float64,
-    "bf16-mixed": torch.bfloat16,
-    "16-mixed": torch.float16,
-}
 # mean |log-ratio| per token at an iteration's start, where the reference equals the policy
 RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.02}
 MOVED_SAMPLE = 1 << 20  # weights watched through the first optimizer step
@@ -63,7 +59,7 @@ class PreferenceModule(pl.LightningModule):
         learning_rate: float,
         reference: Literal["previous_iteration", "initial"],
         lr_schedule: LearningRateSchedule | None = None,
-        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
+        optimizer: OptimizerFactory | None = None,
         weight_decay: float = 0.0,
         carry_optimizer: bool = False,
         pair_forward: PairForward | None = None,
@@ -106,36 +102,25 @@ class PreferenceModule(pl.LightningModule):
             self.pair_forward.release(self.policy)
 
     def check(self) -> None:
-        """Raise :class:`~sppo_lightning.types.UserError` if the Trainer or the model folder does not fit."""
-        precision = str(self.trainer.precision)
-        if precision not in COMPUTE_DTYPES:
+        """Raise :class:`~sppo_lightning.types.UserError` if the Trainer or the policy's settings do not fit."""
+        check_hardware(self.trainer)
+        if self.pair_forward.compiled and self.live.config.gradient_checkpointing:
             raise UserError(
-                f"trainer.precision={precision} holds the trained weights in 16 bits, where small updates round to "
-                "nothing: use bf16-mixed (float32 weights, bfloat16 products) or 32-true"
+                "model.pair_forward.compiled=true would do nothing under model.policy.gradient_checkpointing=true: torch "
+                "runs checkpointed layers uncompiled; set one of them to false"
             )
-        if not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-            raise UserError(
-                f"trainer.strategy={type(self.trainer.strategy).__name__} is not supported: use one device or ddp"
-            )
-        if torch.are_deterministic_algorithms_enabled() and isinstance(
-            self.trainer.accelerator, CUDAAccelerator
-        ):
-            raise UserError(
-                "trainer.deterministic=true: sampling sums in a way that CUDA cannot do deterministically: use "
-                "deterministic: warn"
-            )
-        self.model_config = self.live.check()
+        self.live.check(compute_dtype=self.compute_dtype, device=self.trainer.strategy.root_device)
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """Dtype of the trainer's matrix products."""
-        return COMPUTE_DTYPES[str(self.trainer.precision)]
+        return compute_dtype(self.trainer)
 
     def configure_model(self) -> None:
         """Load the policy, once."""
         if self.policy is not None:
             return
-        self.policy = self.live.load(self.compute_dtype)
+        self.policy = self.live.load(self.compute_dtype, self.trainer.strategy.root_device)
         policies.check_updates_survive(self._trainable(), self.learning_rate)
 
     def pair_layout(self, longest: int) -> PairLayout:
@@ -157,7 +142,21 @@ class PreferenceModule(pl.LightningModule):
             pad = self.live.tokenizer.pad_token_id
             assert isinstance(pad, int)
             self._pair_layout = self.pair_forward.layout(pad)
+            if self.reference_stays and self.live.config.lora is not None:
+                check_reference_is_frozen(self.live, self._trial_logps)
         return self._pair_layout
+
+    def _trial_logps(self, model: nn.Module) -> Tensor:
+        """Return log-probs of a few random tokens by the training forward."""
+        assert self._pair_layout is not None
+        vocabulary = unwrapped(model).config.get_text_config().vocab_size
+        rows = move_data_to_device(self._pair_layout.rows(*trial_pairs(vocabulary)), self.device)
+        with (
+            torch.no_grad(),
+            self.trainer.precision_plugin.forward_context(),
+            policies.without_dropout(model),
+        ):
+            return torch.cat(self.pair_forward.logps(model, rows))
 
     def _trainable(self) -> list[nn.Parameter]:
         assert self.policy is not None
@@ -170,25 +169,13 @@ class PreferenceModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         """Build the optimizer; the rate is set at every batch."""
-        parameters = self._trainable()
-        groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        unscaled = self.compute_dtype == torch.float16 and bool(self.trainer.gradient_clip_val)
-        if self.optimizer_factory is None:
-            optimizer: Optimizer = torch.optim.AdamW(groups, fused=not unscaled)
-        else:
-            optimizer = self.optimizer_factory(groups)
-        for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate
-        if unscaled and optimizer.defaults.get("fused"):
-            raise UserError(
-                "trainer.gradient_clip_val and a fused optimizer do not go together under 16-mixed: leave out one "
-                "of them, or use bf16-mixed"
-            )
-        return optimizer
+        return build_optimizer(
+            self.optimizer_factory,
+            self._trainable(),
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            clips_unscaled=self.compute_dtype == torch.float16 and bool(self.trainer.gradient_clip_val),
+        )
 
     def configure_gradient_clipping(
         self,
@@ -201,9 +188,7 @@ class PreferenceModule(pl.LightningModule):
         Lightning refuses fused optimizers under every mixed precision, though only float16's scaler is in the way.
         """
         if self.compute_dtype == torch.bfloat16 and gradient_clip_val is not None and gradient_clip_val > 0:
-            by_value = gradient_clip_algorithm == "value"
-            clip = nn.utils.clip_grad_value_ if by_value else nn.utils.clip_grad_norm_
-            clip(self._trainable(), gradient_clip_val)
+            clip_gradients(self._trainable(), gradient_clip_val, algorithm=gradient_clip_algorithm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -222,7 +207,7 @@ class PreferenceModule(pl.LightningModule):
             self._watched = (largest, largest.detach().flatten()[:MOVED_SAMPLE].clone())
 
     def on_train_epoch_start(self) -> None:
-        """Begin an iteration: log its data, clear the optimizer."""
+        """Begin an epoch, and at an iteration's first one log its data."""
         assert self.policy is not None
         self.policy.train()
         datamodule = cast(Any, self.trainer).datamodule
@@ -232,9 +217,6 @@ class PreferenceModule(pl.LightningModule):
         )
         if self.trainer.current_epoch % datamodule.epochs_per_iteration == 0:
             self._log_now(datamodule.iteration_metrics)
-            if not self.carry_optimizer:
-                for optimizer in self.trainer.optimizers:
-                    optimizer.state.clear()
 
     def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
         """Set the learning rate, a function of the step in the iteration."""
@@ -261,10 +243,12 @@ class PreferenceModule(pl.LightningModule):
         return (terms.loss * batch.weights).sum() * scale
 
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
-        """Free the gradients after an optimizer step; after the first one, log how many weights it moved."""
+        """Free what is not needed any more; after the first optimizer step, log how many weights it moved."""
         if batch.slot.last_in_step:
             for optimizer in self.trainer.optimizers:
                 optimizer.zero_grad()  # Lightning would, but only behind the next forward, whose peak they add to
+                if batch.slot.step == batch.slot.steps - 1 and not self.carry_optimizer:
+                    optimizer.state.clear()  # before the next iteration samples, rather than when it trains
         if self._watched is not None and batch.slot.last_in_step:
             parameter, before = self._watched
             moved = (parameter.detach().flatten()[:MOVED_SAMPLE] != before).float().mean()
@@ -278,7 +262,7 @@ class PreferenceModule(pl.LightningModule):
     def _check_reference(self, batch: PairBatch) -> None:
         """Raise if the policy's log-probs differ from the reference's although the two are the same."""
         assert self.policy is not None
-        if self.reference == "initial" and self.trainer.current_epoch > 0:
+        if self.reference_stays and self.trainer.current_epoch > 0:
             return
         with torch.no_grad(), policies.without_dropout(self.policy):
             policy = self.pair_forward.logps(self.policy, batch.rows)
@@ -308,11 +292,20 @@ class PreferenceModule(pl.LightningModule):
 
     # --------------------------------------------------------------- reference
 
+    @property
+    def reference_stays(self) -> bool:
+        """Whether all iterations have the same reference."""
+        return self.reference == "initial"
+
+    def reference_fingerprint(self) -> str:
+        """Return a digest of the reference that is held."""
+        return self.live.fingerprint()
+
     @contextmanager
     def reference_pass(self) -> Iterator[None]:
         """Hold the reference in memory while the context lasts."""
         assert self.policy is not None
-        held = nullcontext(self.policy) if self.reference == "previous_iteration" else self.live.initial()
+        held = self.live.initial() if self.reference_stays else nullcontext(self.policy)
         with held as model:
             self._reference_model = model
             try:
@@ -363,15 +356,11 @@ class PreferenceModule(pl.LightningModule):
     # ------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the trained weights only, and no optimizer state that the next iteration would clear."""
+        """Keep the trained weights only."""
         trained = self._trained_names()
         checkpoint["state_dict"] = {
             name: value for name, value in checkpoint["state_dict"].items() if name in trained
         }
-        datamodule = cast(Any, self.trainer).datamodule
-        if datamodule.iteration_ends and not self.carry_optimizer:
-            for state in checkpoint.get("optimizer_states", ()):
-                state["state"] = {}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another policy."""

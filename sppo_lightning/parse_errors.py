@@ -161,6 +161,10 @@ def _no_command(found: re.Match[str], key: str, owner: str, keys: Sequence[str])
     return f"no command: give one of {found[1].replace(',', ', ')}, e.g. sppo-lightning fit --config FILE"
 
 
+def _own(found: re.Match[str], key: str, owner: str, keys: Sequence[str]) -> str:
+    return found[0]
+
+
 def _linked(found: re.Match[str], key: str, owner: str, keys: Sequence[str]) -> str:
     return f"{found[1]} follows from {found[2]}: set that instead"
 
@@ -179,6 +183,7 @@ _REASONS: list[tuple[str, Callable[[re.Match[str], str, str, Sequence[str]], str
     (r"argument (--\S+): expected one argument", _no_value),
     (r'expected "subcommand" to be one of \{(.+)\}', _no_command),
     (r'Linked "(.+)" must be given via "(.+)"', _linked),
+    (r"(model|data|trainer)\.[\w.]+\b.+", _own),  # said by a settings class of ours
 ]
 
 

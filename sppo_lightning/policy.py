@@ -6,13 +6,14 @@ import copy
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from sppo_lightning.lora import with_adapter
+from sppo_lightning.policy_config import PolicyConfig
 from sppo_lightning.pretrained import (
     DTYPES,
     forget_gguf,
@@ -24,78 +25,31 @@ from sppo_lightning.types import UserError, first_line
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-
-@dataclass
-class LoRAConfig:
-    """Low-rank adapters (arXiv 2106.09685) through PEFT; the adapter trains in float32.
-
-    Args:
-        rank: rank of the update.
-        alpha: the update is scaled by alpha / rank.
-        dropout: dropout on the adapter's input while training; off for log-prob passes of the reference.
-        target_modules: names of the layers to adapt; ``all-linear`` or a list.
-    """
-
-    rank: int
-    alpha: int
-    dropout: float = 0.0
-    target_modules: str | list[str] = "all-linear"
+CPU = torch.device("cpu")
 
 
-@dataclass
-class PolicyConfig:
-    """Which model to train and how to hold it.
-
-    Args:
-        pretrained: a HF folder, a hub id, or a ``.gguf`` file.
-        dtype: dtype of the weights. ``auto``: float32 for full fine-tuning (updates of 1e-7 vanish in
-            bfloat16), the trainer's compute dtype for the frozen base of an adapter.
-        attn_implementation: attention kernel, as in transformers; ``None`` leaves the choice to it. A training forward
-            that shares prompts brings its own (``model.pair_forward``).
-        quantization: 4-bit NF4 or 8-bit weights through bitsandbytes, for the frozen base of an adapter.
-        lora: train a low-rank adapter instead of all weights.
-        gradient_checkpointing: recompute activations in the backward pass.
-        trust_remote_code: run code that comes with the model.
-    """
-
-    pretrained: str
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    attn_implementation: str | None = None
-    quantization: Literal["none", "nf4", "int8"] = "none"
-    lora: LoRAConfig | None = None
-    gradient_checkpointing: bool = False
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        if self.quantization != "none" and self.lora is None:
-            raise UserError(
-                f"model.policy.quantization={self.quantization} freezes the weights, so that there is nothing "
-                "to train: set model.policy.lora too, or quantization: none"
-            )
-        if self.lora is not None and self.lora.rank < 1:
-            raise UserError(f"model.policy.lora.rank={self.lora.rank} must be at least 1")
-
-
-def load_base_model(config: PolicyConfig, *, compute_dtype: torch.dtype) -> PreTrainedModel:
+def load_base_model(
+    config: PolicyConfig, *, compute_dtype: torch.dtype, device: torch.device = CPU
+) -> PreTrainedModel:
     """Load the causal language model without an adapter.
 
     Args:
         config: what to load.
         compute_dtype: dtype of the trainer's matrix products; the frozen base of an adapter is held in it.
+        device: where to.
     """
     from transformers import AutoModelForCausalLM
 
     location, extra = hub_location(config.pretrained)
-    default = torch.float32 if config.lora is None else compute_dtype
-    options: dict[str, Any] = {**extra, "dtype": DTYPES.get(config.dtype, default)}
-    if config.attn_implementation is not None:
-        options["attn_implementation"] = config.attn_implementation
+    options = {**extra, **_options(config, compute_dtype)}
+    if device.type != "cpu" or config.quantization != "none":
+        options["device_map"] = {"": device}  # 4-bit weights are made where they stay
     if config.quantization != "none":
-        options["quantization_config"] = quantization_options(config.quantization, compute_dtype)
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            location, trust_remote_code=config.trust_remote_code, **options
+        options["quantization_config"] = quantization_options(
+            config.quantization, compute_dtype, double=config.double_quantization
         )
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(location, **options)
     except OSError as error:
         raise UserError(
             f"model.policy.pretrained={config.pretrained!r} has no weights that can be read ({first_line(error)}): "
@@ -112,6 +66,17 @@ def load_base_model(config: PolicyConfig, *, compute_dtype: torch.dtype) -> PreT
     return model
 
 
+def _options(config: PolicyConfig, compute_dtype: torch.dtype) -> dict[str, Any]:
+    default = torch.float32 if config.lora is None else compute_dtype
+    options: dict[str, Any] = {
+        "dtype": DTYPES.get(config.dtype, default),
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    return options
+
+
 def keep_head_input_contiguous(model: PreTrainedModel) -> None:
     """Keep a frozen head from being copied once per sequence.
 
@@ -125,40 +90,57 @@ def _contiguous_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tens
     return (args[0].contiguous(), *args[1:])
 
 
-def load_policy(config: PolicyConfig, *, compute_dtype: torch.dtype) -> nn.Module:
-    """Load the policy to train: all weights trainable, or a fresh adapter on a frozen base.
+def load_policy(config: PolicyConfig, *, compute_dtype: torch.dtype, device: torch.device = CPU) -> nn.Module:
+    """Load the policy to train: all weights trainable, or an adapter on a frozen base.
+
+    Args:
+        config: what to load.
+        compute_dtype: dtype of the trainer's matrix products.
+        device: where to.
 
     Raises:
-        UserError: if ``target_modules`` match nothing.
+        UserError: if the adapter does not fit.
     """
-    model = load_base_model(config, compute_dtype=compute_dtype)
+    return _trainable(load_base_model(config, compute_dtype=compute_dtype, device=device), config)
+
+
+def skeleton(
+    config: PolicyConfig, model_config: PretrainedConfig, *, compute_dtype: torch.dtype
+) -> nn.Module:
+    """Return the policy to train without its weights: on the meta device, and not quantised.
+
+    Args:
+        config: what :func:`load_policy` would load.
+        model_config: the model's own settings.
+        compute_dtype: dtype of the trainer's matrix products.
+
+    Raises:
+        UserError: if attention kernel or adapter do not fit the model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                copy.deepcopy(model_config), **_options(config, compute_dtype)
+            )
+            return _trainable(model, config)
+    except (ImportError, ValueError) as error:
+        if isinstance(error, UserError) or config.attn_implementation is None:
+            raise
+        raise UserError(
+            f"model.policy.attn_implementation={config.attn_implementation} does not serve this model here "
+            f"({first_line(error)}): leave it out"
+        ) from error
+
+
+def _trainable(model: PreTrainedModel, config: PolicyConfig) -> nn.Module:
     model.config.use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora is None:
         return model
-    from peft import LoraConfig as PeftLoraConfig
-    from peft import get_peft_model, prepare_model_for_kbit_training
-
-    if config.quantization != "none":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    elif config.gradient_checkpointing:
-        model.enable_input_require_grads()
-    try:
-        adapted: nn.Module = get_peft_model(
-            model,
-            PeftLoraConfig(
-                r=config.lora.rank,
-                lora_alpha=config.lora.alpha,
-                lora_dropout=config.lora.dropout,
-                target_modules=config.lora.target_modules,
-                task_type="CAUSAL_LM",
-            ),
-            autocast_adapter_dtype=True,
-        )
-    except ValueError as error:
-        raise UserError(f"model.policy.lora.target_modules: {first_line(error)}") from error
-    return adapted
+    return cast(nn.Module, with_adapter(model, config.lora, pretrained=config.pretrained))
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -239,6 +221,11 @@ def check_updates_survive(parameters: Iterable[nn.Parameter], learning_rate: flo
             f"model.learning_rate={learning_rate:g} is lost to rounding in {lost / total:.0%} of the trainable "
             "weights: hold them in float32 (model.policy.dtype: auto, trainer.precision: bf16-mixed) or use lora"
         )
+
+
+def digest_of(pretrained: str) -> str:
+    """Return the digest of a base without trained weights."""
+    return hashlib.sha256(pretrained.encode()).hexdigest()[:32]
 
 
 def fingerprint(model: nn.Module, pretrained: str) -> str:

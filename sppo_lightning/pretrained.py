@@ -88,8 +88,53 @@ def load_tokenizer(pretrained: str, *, key: str, trust_remote_code: bool) -> Pre
     return tokenizer
 
 
-def quantization_options(kind: Literal["nf4", "int8"], compute_dtype: torch.dtype) -> Any:
-    """Return transformers' settings for bitsandbytes (QLoRA, arXiv 2305.14314, for ``nf4``)."""
+def check_quantization(kind: str, device: torch.device, *, key: str) -> None:
+    """Refuse quantised weights where bitsandbytes cannot make them.
+
+    Raises:
+        UserError: naming ``key``, if bitsandbytes is not there or does not know the device.
+    """
+    if kind == "none":
+        return
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError(
+            f"{key}={kind} needs bitsandbytes, which cannot be imported here ({first_line(error)}): pip install "
+            "bitsandbytes, or set quantization: none"
+        ) from error
+    known: set[str] = bitsandbytes.supported_torch_devices
+    if device.type not in known:
+        raise UserError(
+            f"{key}={kind}: bitsandbytes does not know the device {device.type!r}, only {', '.join(sorted(known))}: "
+            "choose another trainer.accelerator, or set quantization: none"
+        )
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any, *, key: str) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for.
+
+    Raises:
+        UserError: naming ``key``.
+    """
+    rows, ids = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1
+    if ids > rows:
+        raise UserError(
+            f"{key}: the tokenizer has {ids} tokens, the model's embedding {rows} rows: save the tokenizer that "
+            "belongs to the model beside it, or the model with its embedding resized"
+        )
+
+
+def quantization_options(
+    kind: Literal["nf4", "int8"], compute_dtype: torch.dtype, *, double: bool = True
+) -> Any:
+    """Return transformers' settings for bitsandbytes (QLoRA, arXiv 2305.14314, for ``nf4``).
+
+    Args:
+        kind: of the weights.
+        compute_dtype: dtype of the products.
+        double: quantise the scales of ``nf4`` too.
+    """
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":
@@ -97,7 +142,7 @@ def quantization_options(kind: Literal["nf4", "int8"], compute_dtype: torch.dtyp
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
+        bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=compute_dtype,
     )
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from jinja2 import TemplateError
@@ -18,6 +19,8 @@ from sppo_lightning.types import Message, Prompt, UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+PLAIN = "plain"  # said in place of a chat template
 
 
 def read_prompts(source: str | Sequence[str], *, key: str) -> PromptTable:
@@ -197,6 +200,33 @@ def template_token_ids(
             f"the model's chat template refuses the roles {roles} ({first_line(error)}): change the messages"
         ) from error
     return single_bos(tokenizer, cast("Mapping[str, list[int]]", encoded)["input_ids"])
+
+
+def choose_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None, *, key: str) -> None:
+    """Give a tokenizer the template that the config asks for.
+
+    Args:
+        tokenizer: changed in place.
+        template: a Jinja file; ``plain``: none, prompts are plain text; ``None``: the tokenizer's own.
+        key: of the config.
+
+    Raises:
+        UserError: naming ``key``, if the file cannot be read, or if there is no template at all.
+    """
+    if template == PLAIN:
+        tokenizer.chat_template = None
+    elif template is not None:
+        try:
+            tokenizer.chat_template = Path(template).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{key}={template!r} cannot be read ({first_line(error)}): name a Jinja file, or {PLAIN}"
+            ) from error
+    elif tokenizer.chat_template is None:
+        raise UserError(
+            f"the policy's tokenizer has no chat template: name a Jinja file with {key}, or set {key}={PLAIN} to send "
+            "prompts as plain text"
+        )
 
 
 def _plain_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -5,11 +5,48 @@ from __future__ import annotations
 from typing import Any, NamedTuple, TypeVar, cast
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from sppo_lightning.types import Ranks
+from sppo_lightning.types import Ranks, UserError
 
 T = TypeVar("T")
+COMPUTE_DTYPES = {
+    "32-true": torch.float32,
+    "64-true": torch.float64,
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+}
+
+
+def compute_dtype(trainer: pl.Trainer) -> torch.dtype:
+    """Return the dtype of a Trainer's matrix products."""
+    return COMPUTE_DTYPES[str(trainer.precision)]
+
+
+def check_hardware(trainer: pl.Trainer) -> None:
+    """Refuse a precision, strategy or mode in which the loop does not run.
+
+    Raises:
+        UserError: naming the setting to change.
+    """
+    precision = str(trainer.precision)
+    if precision not in COMPUTE_DTYPES:
+        raise UserError(
+            f"trainer.precision={precision} holds the trained weights in 16 bits, where small updates round to "
+            "nothing: use bf16-mixed (float32 weights, bfloat16 products) or 32-true"
+        )
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        raise UserError(
+            f"trainer.strategy={type(trainer.strategy).__name__} is not supported: use one device or ddp"
+        )
+    if torch.are_deterministic_algorithms_enabled() and isinstance(trainer.accelerator, CUDAAccelerator):
+        raise UserError(
+            "trainer.deterministic=true: sampling sums in a way that CUDA cannot do deterministically: use "
+            "deterministic: warn"
+        )
 
 
 class TrainerRanks(Ranks):

@@ -25,7 +25,7 @@ from sppo_lightning.layouts import PairLayout
 from sppo_lightning.losses import DPOLoss, PairLogps, dpo_loss
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.pair_forward import PairForward, PlainForward, SharedForward
-from sppo_lightning.policy import PolicyConfig
+from sppo_lightning.policy_config import PolicyConfig
 from sppo_lightning.types import PreferencePair
 
 # the steps are too small on purpose

@@ -13,11 +13,16 @@ LAYERS = {
     1: ["losses", "logprobs", "difficulty", "selection", "pairing", "rules", "schedules", "seeding"],
     2: [
         *("prompts", "prompt_files", "prompt_sets", "prompt_table", "ragged", "rollouts", "pairs", "tally"),
+        "policy_config",
         *("batching", "layouts", "metrics", "pretrained", "adapters", "memory", "servers"),
     ],
     3: [
         *(
             "policy",
+            "lora",
+            "reference_pass",
+            "reference_probe",
+            "optimizers",
             "live_policy",
             "pair_forward",
             "forward_trial",

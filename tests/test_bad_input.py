@@ -31,6 +31,7 @@ METRIC: dict[str, Any] = {
     "data__reward__metric": "torchmetrics.text.SQuAD",
     "data__reward__output": "f1",
 }
+LORA = {"model__policy__lora__rank": 4, "model__policy__lora__alpha": 8}
 
 
 class WeightsReadError(AssertionError):
@@ -194,7 +195,40 @@ def test_metric_reward_without_answers(arguments: Arguments, refused: Refused, t
             {"model__policy__quantization": "nf4"},
             r"model\.policy\.quantization=nf4 .*: set model\.policy\.lora too",
         ),
-        ({"model__policy__lora__rank": 4}, r"^model\.policy\.lora\.alpha is missing: set it"),
+        (
+            {"model__policy__lora__rank": 4},
+            r"^model\.policy\.lora needs rank and alpha \(or adapter, to start from one\): set model\.policy\.lora"
+            r"\.alpha$",
+        ),
+        (
+            {**LORA, "model__policy__lora__target_modules": '["query"]'},
+            r"^model\.policy\.lora\.target_modules: .*query.* not found in the base model",
+        ),
+        (
+            {**LORA, "model__policy__lora__target_modules": '["q_proj", "query"]'},
+            r"^model\.policy\.lora\.target_modules: 'query' matches no layer of the model; what the others match: "
+            "q_proj$",
+        ),
+        (
+            {"model__policy__lora__adapter": "no/such/adapter"},
+            r"^model\.policy\.lora\.adapter='no/such/adapter' cannot be read as an adapter .*: give a folder with",
+        ),
+        (
+            {
+                "model__policy__gradient_checkpointing": True,
+                "model__pair_forward": "sppo_lightning.pair_forward.SharedForward",
+                "model__pair_forward__compiled": True,
+            },
+            r"^model\.pair_forward\.compiled=true would do nothing under .*checkpointing=true: .*set one of them",
+        ),
+        (
+            {"model__policy__attn_implementation": "flash_attention_9"},
+            r"^model\.policy\.attn_implementation=flash_attention_9 does not serve this model here .*: leave it out$",
+        ),
+        (
+            {"model__policy__chat_template": "no-such.jinja"},
+            r"^model\.policy\.chat_template='no-such\.jinja' cannot be read .*: name a Jinja file, or plain$",
+        ),
         (
             {"model__reference": None},
             r"^model\.reference is missing: set it in a config .*--model\.reference VALUE",
@@ -313,6 +347,48 @@ def test_model_paths(arguments: Arguments, refused: Refused, weightless: Path, t
         line = refused(arguments(model__policy__pretrained=path))
         assert line.startswith(f"model.policy.pretrained={str(path)!r}")
         assert wording in line
+
+
+def changed_tokenizer(folder: Path, tokenizer: Any) -> None:
+    for path in [*folder.glob("tokenizer*"), *folder.glob("chat_template*")]:
+        path.unlink()
+    tokenizer.save_pretrained(folder)
+
+
+def test_tokenizers_that_do_not_fit(
+    arguments: Arguments, refused: Refused, weightless: Path, tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy"
+    shutil.copytree(weightless, policy)
+    grown = byte_tokenizer()
+    grown.add_tokens(["<extra>"])
+    changed_tokenizer(policy, grown)
+    given = arguments(model__policy__pretrained=policy)
+    assert refused(given) == (
+        "model.policy.pretrained: the tokenizer has 260 tokens, the model's embedding 259 rows: save the tokenizer "
+        "that belongs to the model beside it, or the model with its embedding resized"
+    )
+    changed_tokenizer(policy, byte_tokenizer(chat_template=None))
+    assert refused(given) == (
+        "the policy's tokenizer has no chat template: name a Jinja file with model.policy.chat_template, or set "
+        "model.policy.chat_template=plain to send prompts as plain text"
+    )
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantised_weights_without_bitsandbytes_or_on_another_device(
+    arguments: Arguments, refused: Refused, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = arguments(**LORA, model__policy__quantization=kind)
+    monkeypatch.setattr("bitsandbytes.supported_torch_devices", {"cuda", "xpu"})
+    assert refused(given) == (
+        f"model.policy.quantization={kind}: bitsandbytes does not know the device 'cpu', only cuda, xpu: choose "
+        "another trainer.accelerator, or set quantization: none"
+    )
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert refused(given).startswith(
+        f"model.policy.quantization={kind} needs bitsandbytes, which cannot be imported here ("
+    )
 
 
 def test_a_language_model_is_no_reward_model(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import byte_tokenizer, cli_arguments, tiny_config
 from lightning.pytorch import Trainer
@@ -172,6 +173,20 @@ def test_a_class_of_a_config_is_replaced_from_the_command_line(
     assert isinstance(datamodule.rules.selection, selection.Hardest)
     assert isinstance(module.loss, losses.DPOLoss)
     assert module.loss.beta == 0.7
+
+
+def test_the_optimizer_is_fused_adamw_unless_named(args: list[str], built: Built) -> None:
+    """Also where it is the command line that builds it."""
+    module = built(args)[1]
+    module.policy = torch.nn.Linear(2, 2)
+    optimizer = module.configure_optimizers()
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.defaults["fused"] is True
+    module = built([*args, "--model.optimizer=torch.optim.SGD", "--model.optimizer.momentum=0.5"])[1]
+    module.policy = torch.nn.Linear(2, 2)
+    optimizer = module.configure_optimizers()
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert optimizer.defaults["momentum"] == 0.5
 
 
 def test_values_that_agree_with_what_is_derived_are_no_error(args: list[str], built: Built) -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_config
 from tiny import alone, batch_of, close_gradients, gradients, new_model, pairs_of
 from torch import Tensor
 from torch._dynamo.utils import counters
+from transformers import LlamaForCausalLM
 
 from sppo_lightning.forward_trial import Trial
 from sppo_lightning.pair_forward import AutoForward, PairForward, PlainForward, SharedForward
+from sppo_lightning.policy import load_policy
+from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
 
 pytestmark = pytest.mark.skipif(
     shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"
@@ -50,6 +56,26 @@ def test_compiled_layers_give_the_same(forward_class: type[PairForward]) -> None
         torch.testing.assert_close(tokens(lengths).double(), expected, rtol=0, atol=1e-5)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[1] == graphs[-1] > 0
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_compiled_layers_with_an_adapter_give_the_same(tmp_path: Path, quantization: Any) -> None:
+    LlamaForCausalLM(tiny_config(hidden_size=64, intermediate_size=128)).save_pretrained(tmp_path)
+    config = PolicyConfig(str(tmp_path), quantization=quantization, lora=LoRAConfig(rank=4, alpha=8))
+    model = load_policy(config, compute_dtype=torch.float32).train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1
+    rows = batch_of(pairs_of(), SharedForward().layout(2)).rows
+    found = []
+    for compiled in (False, True):
+        forward = SharedForward(compiled=compiled)
+        forward.logps(model, rows)
+        logps = forward.token_logps(model, rows)
+        found.append((logps.detach(), gradients(model, logps)))
+        forward.release(model)
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=2e-5)
+    close_gradients(found[1][1], found[0][1], tolerance=5e-5)
 
 
 def test_a_released_model_runs_as_it_is_written() -> None:

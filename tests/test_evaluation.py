@@ -106,7 +106,7 @@ class Policy:
     asides: int = 0
 
     @contextmanager
-    def sampling_initial_policy(self) -> Iterator[None]:
+    def initial(self) -> Iterator[None]:
         level, self.level = self.level, 0
         self.asides += 1
         yield

@@ -39,7 +39,8 @@ from sppo_lightning.pair_forward import (
     SharedForward,
     VarlenForward,
 )
-from sppo_lightning.policy import LoRAConfig, PolicyConfig, load_policy, sampling_copy
+from sppo_lightning.policy import load_policy, sampling_copy
+from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
 from sppo_lightning.types import PreferencePair
 
 PAD = 2

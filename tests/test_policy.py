@@ -33,8 +33,6 @@ from sppo_lightning.losses import DPOLoss
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.pair_forward import PairForward, PlainForward, SharedForward
 from sppo_lightning.policy import (
-    LoRAConfig,
-    PolicyConfig,
     check_updates_survive,
     disable_dropout,
     fingerprint,
@@ -42,6 +40,7 @@ from sppo_lightning.policy import (
     load_policy,
     sampling_copy,
 )
+from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
 from sppo_lightning.types import PreferencePair, UserError
 
 PAD = 2
@@ -257,36 +256,6 @@ def test_a_fresh_adapter_changes_nothing_and_switches_off(tiny_policy: Path, for
     assert float((read(forward, model, pairs_of()) - expected).abs().max()) > 0.1
     with model.disable_adapter():
         close(read(forward, model, pairs_of()), expected, atol=0)
-
-
-def test_target_modules_that_match_nothing(tiny_policy: Path) -> None:
-    lora = LoRAConfig(rank=4, alpha=8, target_modules=["query", "value"])
-    with pytest.raises(UserError, match=r"^model\.policy\.lora\.target_modules: .*query.*not found"):
-        load_policy(PolicyConfig(str(tiny_policy), lora=lora), compute_dtype=torch.float32)
-
-
-def test_target_modules_by_name(tiny_policy: Path) -> None:
-    lora = LoRAConfig(rank=4, alpha=8, target_modules=["q_proj"])
-    model = load_policy(PolicyConfig(str(tiny_policy), lora=lora), compute_dtype=torch.float32)
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert len(names) == 4
-    assert all("q_proj" in name for name in names)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            {"quantization": "nf4"},
-            r"model\.policy\.quantization=nf4 freezes the weights, so that there is nothing to train: set "
-            r"model\.policy\.lora too, or quantization: none",
-        ),
-        ({"lora": LoRAConfig(rank=0, alpha=8)}, r"model\.policy\.lora\.rank=0 must be at least 1"),
-    ],
-)
-def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=f"^{message}$"):
-        PolicyConfig("policy", **settings)
 
 
 # ------------------------------------------------------------------ quantisation

@@ -15,7 +15,8 @@ from test_generation import greedy
 from tiny import Source, alone, pairs_of, random_tokens
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 
-from sppo_lightning.policy import PolicyConfig, end_token_ids, load_policy
+from sppo_lightning.policy import end_token_ids, load_policy
+from sppo_lightning.policy_config import PolicyConfig
 from sppo_lightning.pretrained import hub_location, load_model_config, load_tokenizer
 from sppo_lightning.types import Message, UserError
 

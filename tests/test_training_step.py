@@ -20,7 +20,8 @@ from sppo_lightning.__main__ import main
 from sppo_lightning.losses import DPOLoss
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.pair_forward import AutoForward, PairForward, PlainForward, SharedForward
-from sppo_lightning.policy import LoRAConfig, PolicyConfig, load_base_model
+from sppo_lightning.policy import load_base_model
+from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
 
 LORA = LoRAConfig(rank=4, alpha=8)
 

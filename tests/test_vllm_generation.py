@@ -30,7 +30,8 @@ from sppo_lightning.adapters import merged_weights
 from sppo_lightning.generation import Generator, HFGenerator, SampleRequest
 from sppo_lightning.generation.parity import ParityError
 from sppo_lightning.generation.vllm import VLLMGenerator
-from sppo_lightning.policy import LoRAConfig, PolicyConfig, load_policy
+from sppo_lightning.policy import load_policy
+from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
 from sppo_lightning.types import Response, UserError
 
 LONGEST = 12

@@ -31,7 +31,8 @@ def fetch_gguf(folder: Path) -> Path:
 
 def convert(gguf: Path, target: Path) -> None:
     """Write the model and tokenizer in ``gguf`` as a Hugging Face folder, replacing it in one step."""
-    from sppo_lightning.policy import PolicyConfig, load_base_model
+    from sppo_lightning.policy import load_base_model
+    from sppo_lightning.policy_config import PolicyConfig
     from sppo_lightning.pretrained import load_tokenizer
 
     config = PolicyConfig(pretrained=str(gguf), dtype="bfloat16")

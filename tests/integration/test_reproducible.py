@@ -49,10 +49,10 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def metrics(run: Path) -> list[dict[str, str]]:
-    """All but the times."""
+    """All but times and memory."""
     with (run / "metrics.csv").open(newline="") as file:
         return [
-            {name: value for name, value in row.items() if not name.startswith("time/")}
+            {name: value for name, value in row.items() if not name.startswith(("time/", "memory/"))}
             for row in csv.DictReader(file)
         ]
 
@@ -134,6 +134,42 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     main(arguments(tmp_path / "run", trainer__callbacks=callbacks))
     assert_same_run(whole, tmp_path / "run")
     assert metrics(whole) == metrics(tmp_path / "run")
+
+
+def tensor_types(value: Any) -> list[str]:
+    """Dtypes of all tensors in nested containers."""
+    if isinstance(value, torch.Tensor):
+        return [str(value.dtype)]
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [dtype for item in inside for dtype in tensor_types(item)]
+
+
+@pytest.mark.parametrize("carry", [False, True])
+def test_a_qlora_run_with_an_8_bit_optimizer_resumes(
+    arguments: Callable[..., list[str]], tmp_path: Path, carry: bool, monkeypatch: Any
+) -> None:
+    settings = {
+        "model__policy__quantization": "nf4",
+        "model__policy__lora__rank": 64,  # bitsandbytes leaves states of fewer than 4,096 weights in 32 bits
+        "model__policy__lora__alpha": 64,
+        "model__policy__gradient_checkpointing": True,
+        "model__optimizer": "bitsandbytes.optim.PagedAdamW8bit",
+        "model__carry_optimizer": carry,
+        "model__reference": "initial",
+        "trainer__callbacks": f'[{{"class_path": "{__name__}.StopAt"}}]',
+    }
+    main(arguments(tmp_path / "whole", **settings))
+    first = len([row for row in metrics(tmp_path / "whole") if row["train/loss"]]) // 2
+    monkeypatch.setattr(StopAt, "step", first + 1)
+    with pytest.raises(InterruptedRunError):
+        main(arguments(tmp_path / "run", **settings))
+    states = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["optimizer_states"]
+    assert bool(states[0]["state"]) is carry
+    assert ("torch.uint8" in tensor_types(states)) is carry
+    monkeypatch.setattr(StopAt, "step", 10**9)
+    main(arguments(tmp_path / "run", **settings))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
 
 
 def test_a_finished_run_started_again_changes_nothing(

@@ -1,0 +1,191 @@
+"""Low-rank adapters on a model: a fresh one, or one to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from sppo_lightning.policy_config import KEY, LoRAConfig
+from sppo_lightning.types import UserError, first_line
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+# what an adapter may hold beside its matrices, and what is neither trained, frozen nor merged here
+FOREIGN = (
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "lora_bias",
+)
+
+
+def with_adapter(model: nn.Module, lora: LoRAConfig, *, pretrained: str) -> PeftModel:
+    """Freeze a model and put an adapter on it, in float32; one that is started from comes with its weights.
+
+    Args:
+        model: a transformers causal language model; on the meta device the adapter is left without weights.
+        lora: which adapter.
+        pretrained: folder, hub id or file that the model was read from.
+
+    Raises:
+        UserError: if the target modules match nothing, or if the adapter to start from is none, was made for another
+            model, or holds more than low-rank matrices.
+    """
+    from peft import get_peft_model
+
+    config = _fresh_config(lora) if lora.adapter is None else _read_config(lora, pretrained)
+    try:
+        adapted: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=True)
+    except ValueError as error:
+        raise UserError(f"{KEY}.target_modules: {first_line(error)}") from error
+    _check_targets(adapted, lora.target_modules)
+    _refuse_tied(adapted)
+    adapted.peft_config["default"].base_model_name_or_path = _location(pretrained)
+    if lora.adapter is not None:
+        _take_weights(adapted, lora.adapter, pretrained)
+    return adapted
+
+
+def copied_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of the trainable weights, in host memory, by name."""
+    trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained}
+
+
+@contextmanager
+def replaced_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a model have other trainable weights while the context lasts.
+
+    Args:
+        model: keeps its own weights, untouched, for afterwards.
+        weights: by name, on any device.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if name in weights}
+    own = {name: parameter.data for name, parameter in trained.items()}
+    for name, parameter in trained.items():
+        parameter.data = weights[name].to(parameter.device, parameter.dtype)
+    try:
+        yield
+    finally:
+        for name, parameter in trained.items():
+            parameter.data = own[name]
+
+
+def _fresh_config(lora: LoRAConfig) -> LoraConfig:
+    from peft import LoraConfig
+
+    assert lora.rank is not None
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _read_config(lora: LoRAConfig, pretrained: str) -> LoraConfig:
+    """Read the settings of the adapter to start from."""
+    from peft import LoraConfig, PeftConfig
+
+    assert lora.adapter is not None
+    given = f"{KEY}.adapter={lora.adapter!r}"
+    try:
+        config = PeftConfig.from_pretrained(lora.adapter)
+    except Exception as error:
+        raise UserError(
+            f"{given} cannot be read as an adapter ({first_line(error)}): give a folder with adapter_config.json and "
+            "adapter_model.safetensors, or a hub id that can be reached"
+        ) from error
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"{given} is a {config.peft_type} adapter: only LoRA adapters can be trained here")
+    extra = [name for name in FOREIGN if getattr(config, name, None)]
+    extra += ["bias"] if config.bias != "none" else []
+    if extra:
+        raise UserError(
+            f"{given} holds more than low-rank matrices ({', '.join(extra)}): merge it into its base and train a fresh "
+            "adapter on the result"
+        )
+    base = config.base_model_name_or_path
+    if base and not _same_model(str(base), pretrained):
+        raise UserError(
+            f"{given} was made for {base}, but model.policy.pretrained={pretrained!r}: give the adapter's own base; if "
+            "they are the same model, correct base_model_name_or_path in its adapter_config.json"
+        )
+    config.base_model_name_or_path = None
+    config.inference_mode = False
+    config.lora_dropout = lora.dropout
+    return config
+
+
+def _same_model(one: str, other: str) -> bool:
+    """Whether two locations may name one model: the same place, or another copy under the same name."""
+    return _location(one) == _location(other) or Path(one).name.lower() == Path(other).name.lower()
+
+
+def _location(pretrained: str) -> str:
+    """Return where a model lies, so that it is found from any folder."""
+    path = Path(pretrained)
+    return str(path.resolve()) if path.exists() else pretrained
+
+
+def _check_targets(model: PeftModel, targets: str | list[str]) -> None:
+    """Refuse names that match no layer; PEFT minds only if none of them does."""
+    tuner: Any = model.base_model
+    named: list[str] = tuner.targeted_module_names
+    for target in targets if isinstance(targets, list) else []:
+        if not any(name == target or name.endswith(f".{target}") for name in named):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in named}))
+            raise UserError(
+                f"{KEY}.target_modules: {target!r} matches no layer of the model; what the others match: {known}"
+            )
+
+
+def _refuse_tied(model: PeftModel) -> None:
+    """Refuse an adapter on weights that serve as embedding and as head: it would change one of the two."""
+    base: Any = model.get_base_model()
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    parts = {
+        name: getattr(part, "base_layer", None)
+        for name, part in {"embedding": embedding, "head": head}.items()
+    }
+    plain = [getattr(part, "base_layer", part).weight for part in (embedding, head)]
+    if plain[0] is plain[1] and any(part is not None for part in parts.values()):
+        raise UserError(
+            f"{KEY}.target_modules adapts the embedding or the head, which share their weights in this model: leave "
+            "both out"
+        )
+
+
+def _take_weights(model: PeftModel, adapter: str, pretrained: str) -> None:
+    """Give the adapter the weights of the one that is started from, if they fit."""
+    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+    try:
+        weights: dict[str, Tensor] = load_peft_weights(adapter, device="cpu")
+    except Exception as error:
+        raise UserError(
+            f"{KEY}.adapter={adapter!r} has no weights that can be read ({first_line(error)})"
+        ) from error
+    wanted = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(model).items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if wanted != found:
+        name = sorted(dict(wanted.items() ^ found.items()))[0]
+        raise UserError(
+            f"{KEY}.adapter={adapter!r} was made for another base than model.policy.pretrained={pretrained!r}: {name} "
+            f"is {_shape(found.get(name))} in the adapter, {_shape(wanted.get(name))} on the model"
+        )
+    if next(model.parameters()).device.type != "meta":
+        set_peft_model_state_dict(model, weights)
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else " x ".join(map(str, shape))

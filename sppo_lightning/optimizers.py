@@ -1,0 +1,62 @@
+"""The optimizer of the trained weights, and the clipping of their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from sppo_lightning.types import UserError
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+
+
+def build_optimizer(
+    factory: OptimizerFactory | None,
+    parameters: Sequence[nn.Parameter],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    clips_unscaled: bool,
+) -> Optimizer:
+    """Return an optimizer over two groups of parameters: matrices, which decay, and the rest, which do not.
+
+    Args:
+        factory: makes it of the groups; ``None``: AdamW, fused where that goes.
+        parameters: what is trained.
+        learning_rate: peak rate.
+        weight_decay: of matrices, per step and unit of rate.
+        clips_unscaled: gradients are scaled for float16 and clipped, which a fused optimizer cannot take.
+
+    Raises:
+        UserError: if the factory's optimizer is fused all the same.
+    """
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, fused=not clips_unscaled) if factory is None else factory(groups)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    if clips_unscaled and optimizer.defaults.get("fused"):
+        raise UserError(
+            "trainer.gradient_clip_val and a fused optimizer do not go together under 16-mixed: leave out one "
+            "of them, or use bf16-mixed"
+        )
+    return optimizer
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, *, algorithm: str | None) -> None:
+    """Clip gradients in place.
+
+    Args:
+        parameters: whose gradients.
+        limit: largest norm of all together, or largest value.
+        algorithm: ``norm`` (also ``None``) or ``value``, as in Lightning.
+    """
+    clip = nn.utils.clip_grad_value_ if algorithm == "value" else nn.utils.clip_grad_norm_
+    clip(parameters, limit)
