@@ -8,10 +8,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
 from sppo_lightning.datamodule import self_play_data
-from sppo_lightning.evaluation import load_evaluation, measure, paired_difference
-from sppo_lightning.metrics import mean_with_error
+from sppo_lightning.evaluation import load_evaluation
+from sppo_lightning.results import HEADINGS, held_out_results
 from sppo_lightning.rollouts import RunFolder
-from sppo_lightning.types import Rollout
 
 
 class RunSummary(pl.Callback):
@@ -75,27 +74,12 @@ class RunSummary(pl.Callback):
         initial = load_evaluation(folder.evaluation("000"))
         if initial is None:
             return []
+        results = held_out_results(folder, iterations)
         lines = ["", "Held-out prompts (greedy answers)"]
-        lines.append(
-            f"  {'after':>16} {'reward':>16} {'gain over initial':>20} {'win rate':>9} {'tokens':>7}"
-        )
-        last: list[Rollout] = initial
-        for finished in range(iterations + 1):
-            rows = load_evaluation(folder.evaluation(f"{finished:03d}"))
-            if rows is None:
-                continue
-            last = rows
-            batch = measure(rows, initial)
-            mean, stderr, _ = mean_with_error(batch.reward).tolist()
-            gain = paired_difference(rows, initial)
-            name = "initial policy" if finished == 0 else f"{finished} iteration(s)"
-            against = "" if finished == 0 else f"{gain.mean:+.3f} ± {gain.stderr:.3f}"
-            wins = "" if finished == 0 else f"{batch.win.nanmean():.1%}"
-            lines.append(
-                f"  {name:>16} {f'{mean:.3f} ± {stderr:.3f}':>16} {against:>20} {wins:>9} "
-                f"{batch.length.nanmean():>7.1f}"
-            )
-        if last is not initial and self.prompts:
+        for after, reward, gain, wins, tokens in (HEADINGS, *(result.cells for result in results)):
+            lines.append(f"  {after:>16} {reward:>16} {gain:>20} {wins:>9} {tokens:>7}")
+        last = load_evaluation(folder.evaluation(f"{results[-1].finished:03d}"))
+        if last is not None and results[-1].finished > 0 and self.prompts:
             lines += ["", "Some answers, before and after"]
             now = {row.prompt_id: row for row in last}
             for row in initial[: self.prompts]:

@@ -10,10 +10,16 @@ from sppo_lightning.types import UserError
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; bad input ends in one line and exit status 2."""
-    from sppo_lightning.cli import run
-
+    given = sys.argv[1:] if args is None else args
     try:
-        run(args)
+        if given[:1] == ["export"]:
+            from sppo_lightning.export.command import main as export
+
+            export(given[1:])
+        else:
+            from sppo_lightning.cli import run
+
+            run(given)
     except UserError as error:
         _leave(str(error))
     except SyntaxError as error:  # of a module that the config names

@@ -94,8 +94,8 @@ class PolicyConfig:
             )
         if self.quantization == "int8" and self.lora is not None and self.lora.dora:
             raise UserError(
-                f"{KEY}.dora=true and quantization=int8 do not go together: PEFT 0.21 cannot read the 8-bit weights whose "
-                "magnitudes it would train; use nf4 or none"
+                f"{KEY}.dora=true and quantization=int8 do not go together: PEFT 0.21 cannot read the 8-bit weights "
+                "whose magnitudes it would train; use nf4 or none"
             )
         if not self.double_quantization and self.quantization != "nf4":
             raise UserError(

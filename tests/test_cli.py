@@ -177,13 +177,14 @@ def test_a_class_of_a_config_is_replaced_from_the_command_line(
 
 def test_the_optimizer_is_fused_adamw_unless_named(args: list[str], built: Built) -> None:
     """Also where it is the command line that builds it."""
-    module = built(args)[1]
-    module.policy = torch.nn.Linear(2, 2)
+    trainer, module, _ = built(args)
+    module.trainer, module.policy = trainer, torch.nn.Linear(2, 2)
     optimizer = module.configure_optimizers()
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.defaults["fused"] is True
-    module = built([*args, "--model.optimizer=torch.optim.SGD", "--model.optimizer.momentum=0.5"])[1]
-    module.policy = torch.nn.Linear(2, 2)
+    named = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.momentum=0.5"]
+    trainer, module, _ = built([*args, *named])
+    module.trainer, module.policy = trainer, torch.nn.Linear(2, 2)
     optimizer = module.configure_optimizers()
     assert isinstance(optimizer, torch.optim.SGD)
     assert optimizer.defaults["momentum"] == 0.5
