@@ -173,6 +173,7 @@ def train(
             pretrained,
             lora=LoRAConfig(settings.lora_rank, alpha=2 * settings.lora_rank) if settings.lora_rank else None,
             gradient_checkpointing=settings.checkpointing,
+            chat_template="plain",
         )
         module = PreferenceModule(
             config,

@@ -7,6 +7,7 @@ if __name__ != "sppo_lightning.callbacks":
 
 from sppo_lightning.callbacks.difficulty import DifficultyReestimation
 from sppo_lightning.callbacks.export import PolicyExport
+from sppo_lightning.callbacks.memory import PhaseMemory
 from sppo_lightning.callbacks.progress import SelfPlayProgress
 from sppo_lightning.callbacks.samples import SampleTable
 from sppo_lightning.callbacks.summary import RunSummary
@@ -14,6 +15,7 @@ from sppo_lightning.callbacks.times import PhaseTimes
 
 __all__ = [
     "DifficultyReestimation",
+    "PhaseMemory",
     "PhaseTimes",
     "PolicyExport",
     "RunSummary",

@@ -19,9 +19,17 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from sppo_lightning.callbacks import PhaseTimes, PolicyExport, RunSummary, SampleTable, SelfPlayProgress
+from sppo_lightning.callbacks import (
+    PhaseMemory,
+    PhaseTimes,
+    PolicyExport,
+    RunSummary,
+    SampleTable,
+    SelfPlayProgress,
+)
 from sppo_lightning.callbacks.run_config import RunConfigFile
 from sppo_lightning.datamodule import SelfPlayDataModule
+from sppo_lightning.estimate import SelfPlayTrainer, planned_hardware
 from sppo_lightning.metrics_csv import MetricsCSV
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.parse_errors import check_config_files, explain
@@ -71,7 +79,12 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 class SelfPlayCLI(LightningCLI):
-    """``fit``, ``validate``, ``test`` and ``predict`` of the self-play trainer."""
+    """``fit``, ``validate``, ``test``, ``predict`` and ``estimate`` of the self-play trainer."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the commands, and which of their arguments the command line does not take."""
+        return {**LightningCLI.subcommands(), "estimate": {"model", "datamodule", "hardware"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Set the loop's defaults."""
@@ -119,7 +132,11 @@ class SelfPlayCLI(LightningCLI):
             self.run_config.pop(name, None)
         self._derive(config)
         self._check_optimizer(config.model.optimizer)
-        if not config.trainer.fast_dev_run:
+        if self.subcommand == "estimate":
+            wanted = config.trainer
+            self.hardware = planned_hardware(wanted.accelerator, wanted.devices, wanted.num_nodes)
+            wanted.accelerator, wanted.devices, wanted.num_nodes, wanted.strategy = "cpu", 1, 1, "auto"
+        elif not config.trainer.fast_dev_run:
             check_writable(self.root)
             if self.subcommand == "fit":
                 check_same_run(self.root, self.run_config)
@@ -171,7 +188,7 @@ class SelfPlayCLI(LightningCLI):
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         )
-        defaults: list[Callback] = [PhaseTimes(), SampleTable(), PolicyExport(), RunSummary()]
+        defaults: list[Callback] = [PhaseTimes(), PhaseMemory(), SampleTable(), PolicyExport(), RunSummary()]
         if config["enable_progress_bar"] is not False:
             defaults.append(SelfPlayProgress())
         defaults.append(RunConfigFile(yaml.safe_dump(self.run_config, sort_keys=False)))
@@ -197,6 +214,8 @@ class SelfPlayCLI(LightningCLI):
         """Read checkpoints safely, and go on from the run's own one."""
         config = self.config[subcommand]
         kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "estimate":
+            return {**kwargs, "hardware": self.hardware}
         if kwargs.get("weights_only") is False:
             raise UserError("weights_only=false would run code from a checkpoint: leave it out")
         kwargs["weights_only"] = True
@@ -225,9 +244,9 @@ UNACTIONABLE = (
 )
 
 
-def run(args: list[str] | None = None) -> None:
-    """Parse ``args`` (default: the process's) and run the sub-command."""
-    check_config_files(sys.argv[1:] if args is None else args)
+def run(args: list[str]) -> None:
+    """Parse the command line and run the sub-command."""
+    check_config_files(args)
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # so that a config can name a class in a file beside it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -238,12 +257,17 @@ def run(args: list[str] | None = None) -> None:
         PreferenceModule,
         SelfPlayDataModule,
         args=args,
+        trainer_class=SelfPlayTrainer,
         parser_class=Parser,
         save_config_callback=None,
         seed_everything_default=42,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        parser_kwargs={"prog": "sppo-lightning", "description": "Self-play preference optimisation"},
+        parser_kwargs={
+            "prog": "sppo-lightning",
+            "description": "Self-play preference optimisation. One command more than those below: `sppo-lightning "
+            "export RUN --format FORMAT` writes a run's policy as a folder that other tools load (--help says more).",
+        },
     )
 
 

@@ -25,10 +25,12 @@ from sppo_lightning.pairs import PairTable
 from sppo_lightning.preflight import (
     check_comparative,
     check_context,
+    check_memory,
     check_sizes,
     check_trainer,
     read_stage_prompts,
     shrink,
+    workload_of,
 )
 from sppo_lightning.prompt_sets import PromptSets
 from sppo_lightning.prompt_table import EncodedPrompts
@@ -73,6 +75,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         unfinished_penalty: taken off the reward of such a response; with ``penalise`` only.
         max_failed_share: share of a phase's responses that may fail (no finite reward, no answer from a server),
             in [0, 1]; more is an error.
+        memory_check: what becomes of a run that is estimated to need more memory than its device has.
         seed: decides every random choice of the loop; linked to ``seed_everything`` by the CLI.
     """
 
@@ -101,6 +104,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         unfinished: Literal["keep", "drop", "penalise"] = "keep",
         unfinished_penalty: float | None = None,
         max_failed_share: float = 0.5,
+        memory_check: Literal["refuse", "warn"] = "refuse",
         seed: int = 42,
     ) -> None:
         super().__init__()
@@ -116,6 +120,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
             raise ValueError(f"data.max_failed_share={max_failed_share} must lie in [0, 1]")
         self.unfinished = UnfinishedRule(unfinished, unfinished_penalty)
         self.max_failed_share = max_failed_share
+        self.memory_check = memory_check
         self.rules = IterationRules(
             iterations=iterations,
             samples_per_prompt=samples_per_prompt,
@@ -186,6 +191,20 @@ class SelfPlayDataModule(pl.LightningDataModule):
             check_context(self._encoded(key), self.generator, self.module.live.model_config, key=key)
         if stage == "fit":
             check_sizes(self.rules, self._encoded("prompts").ids)
+            longest = max(len(prompt.token_ids) for key in keys for prompt in self._encoded(key))
+            check_memory(
+                workload_of(
+                    self.module,
+                    self.rules,
+                    self.generator,
+                    self.reward,
+                    compute_dtype=self.module.compute_dtype,
+                    longest_prompt=longest,
+                    device=self.trainer.strategy.root_device,
+                    processes=self.trainer.world_size,
+                ),
+                otherwise=self.memory_check,
+            )
         if is_dev_run(self.trainer):
             own = tempfile.mkdtemp(prefix="sppo-dev-") if self.ranks.rank == 0 else ""
             self.folder = RunFolder(Path(self.ranks.same(own)))

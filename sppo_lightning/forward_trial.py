@@ -12,7 +12,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 
 from sppo_lightning.adapters import unwrapped
-from sppo_lightning.memory import ran_out
+from sppo_lightning.memory.device import ran_out
 from sppo_lightning.shared_attention import window_of
 from sppo_lightning.types import first_line
 

@@ -91,7 +91,7 @@ def _reason(line: str, path: Sequence[str], owner: str, keys: Sequence[str]) -> 
 
 
 def _missing(found: re.Match[str], key: str, owner: str, keys: Sequence[str]) -> str:
-    names = [re.sub(r"^(fit|validate|test|predict)\.", "", name) for name in found[1].split(", ")]
+    names = [re.sub(r"^(fit|validate|test|predict|estimate)\.", "", name) for name in found[1].split(", ")]
     full = [f"{key}.{name}" if key else name for name in names]
     verb, them = ("is", "it") if len(full) == 1 else ("are", "them")
     return (

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from sppo_lightning.generation import Generator
+from sppo_lightning.memory.advice import verdict
+from sppo_lightning.memory.estimate import GIB, Estimator, available_bytes
+from sppo_lightning.memory.workload import Workload
+from sppo_lightning.module import PreferenceModule
 from sppo_lightning.prompt_sets import PromptSets
 from sppo_lightning.prompts import check_disjoint
 from sppo_lightning.rewards import Reward
@@ -126,3 +132,79 @@ def check_context(
             f"data.{key}: the longest prompt has {longest} tokens, with {new} new ones more than the policy's "
             f"context of {context}: lower data.max_prompt_tokens or the generator's max_new_tokens"
         )
+
+
+def workload_of(
+    module: PreferenceModule,
+    rules: IterationRules,
+    generator: Generator,
+    reward: Reward,
+    *,
+    compute_dtype: torch.dtype,
+    longest_prompt: int,
+    device: torch.device,
+    processes: int,
+) -> Workload:
+    """Return what decides a run's memory; the module's and the reward's settings have been checked.
+
+    Args:
+        module: the policy's settings and training's.
+        rules: sizes of steps and micro-batches.
+        generator: answers prompts.
+        reward: scores answers.
+        compute_dtype: dtype of the matrix products.
+        longest_prompt: tokens of the longest prompt that may come.
+        device: of the first process.
+        processes: that share the run, a device each.
+    """
+    return Workload(
+        policy=module.live.config,
+        model_config=module.live.model_config,
+        compute_dtype=compute_dtype,
+        reference=module.reference,
+        optimizer=module.optimizer_factory,
+        carry_optimizer=module.carry_optimizer,
+        pair_forward=module.pair_forward,
+        generator=generator,
+        reward=reward,
+        batch_size=rules.batch_size,
+        pairs_per_step=rules.pairs_per_step,
+        longest_prompt=longest_prompt,
+        device=device,
+        processes=processes,
+    )
+
+
+def check_memory(workload: Workload, *, otherwise: Literal["refuse", "warn"]) -> None:
+    """Compare what a run will need with what its device has.
+
+    Args:
+        workload: the run.
+        otherwise: what to do with one that does not fit.
+
+    Raises:
+        UserError: naming settings that would make it fit.
+    """
+    available = available_bytes(workload.device)
+    if workload.device.type == "cpu":
+        available //= workload.processes  # which share the host's memory
+    estimator = Estimator(available)
+    bound = estimator.bound(workload)
+    if bound is not None and bound.fits:
+        rank_zero_info(f"Memory: at most {_gib(bound.fullest.total)} of {_gib(available)} will be needed.")
+        return
+    estimate = estimator.estimate(workload)
+    if not estimate.fits:
+        rank_zero_info("Memory: this run does not fit; looking for settings that would make it (up to a minute).")
+    objection = verdict(estimator, workload, estimate)
+    if objection is None:
+        peak = estimate.fullest
+        rank_zero_info(f"Memory: {peak.name} will need about {_gib(peak.total)} of {_gib(available)}.")
+    elif otherwise == "warn":
+        rank_zero_warn(f"This run may not fit: {objection}.")
+    else:
+        raise UserError(f"{objection}; or try it with data.memory_check=warn")
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"

@@ -88,8 +88,13 @@ def load_tokenizer(pretrained: str, *, key: str, trust_remote_code: bool) -> Pre
     return tokenizer
 
 
-def check_quantization(kind: str, device: torch.device, *, key: str) -> None:
+def check_quantization(kind: str, device: torch.device | None, *, key: str) -> None:
     """Refuse quantised weights where bitsandbytes cannot make them.
+
+    Args:
+        kind: of the weights; ``none`` is never refused.
+        device: where they will be; ``None``: not known yet.
+        key: of the config.
 
     Raises:
         UserError: naming ``key``, if bitsandbytes is not there or does not know the device.
@@ -104,7 +109,7 @@ def check_quantization(kind: str, device: torch.device, *, key: str) -> None:
             "bitsandbytes, or set quantization: none"
         ) from error
     known: set[str] = bitsandbytes.supported_torch_devices
-    if device.type not in known:
+    if device is not None and device.type not in known:
         raise UserError(
             f"{key}={kind}: bitsandbytes does not know the device {device.type!r}, only {', '.join(sorted(known))}: "
             "choose another trainer.accelerator, or set quantization: none"

@@ -17,6 +17,7 @@ from sppo_lightning.types import UserError
 FREE_KEYS = {
     "data.batch_size",
     "data.max_failed_share",
+    "data.memory_check",
     "data.generator.init_args.weight_sync.init_args.folder",
     "data.test_prompts",
     "data.predict_prompts",

@@ -14,7 +14,7 @@ LAYERS = {
     2: [
         *("prompts", "prompt_files", "prompt_sets", "prompt_table", "ragged", "rollouts", "pairs", "tally"),
         "policy_config",
-        *("batching", "layouts", "metrics", "pretrained", "adapters", "memory", "servers"),
+        *("batching", "layouts", "metrics", "pretrained", "adapters", "servers"),
     ],
     3: [
         *(
@@ -23,6 +23,8 @@ LAYERS = {
             "reference_pass",
             "reference_probe",
             "optimizers",
+            "results",
+            "memory",
             "live_policy",
             "pair_forward",
             "forward_trial",
@@ -33,7 +35,7 @@ LAYERS = {
         *("generation", "rewards", "scoring", "collect", "evaluation", "iteration", "iteration_state"),
     ],
     4: ["module", "datamodule", "preflight", "trainer"],
-    5: ["callbacks"],
+    5: ["callbacks", "estimate", "export"],
     6: ["cli", "parse_errors", "run_config", "metrics_csv", "__main__", "__init__"],
 }
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}

@@ -11,7 +11,13 @@ import torch
 
 from sppo_lightning.generation.continuous import ContinuousBatchingGenerator
 from sppo_lightning.generation.hf import HFGenerator
-from sppo_lightning.generation.protocol import Generator, PolicySource, PromptResponses, SampleRequest
+from sppo_lightning.generation.protocol import (
+    EngineMemory,
+    Generator,
+    PolicySource,
+    PromptResponses,
+    SampleRequest,
+)
 from sppo_lightning.seeding import derive_seed
 from sppo_lightning.types import UserError
 
@@ -56,6 +62,10 @@ class AutoGenerator(Generator):
     def reproducible(self) -> bool:
         """Whether it is certain that :class:`HFGenerator` samples."""
         return self._continuous is None
+
+    def memory(self, row: int, *, free: int, total: int, device: torch.device) -> EngineMemory:
+        """Return what :class:`HFGenerator` takes."""
+        return self._hf.memory(row, free=free, total=total, device=device)
 
     def load(self, policy: PolicySource) -> None:
         """Load the engine of this run, chosen the first time."""

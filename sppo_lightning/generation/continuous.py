@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 from sppo_lightning.generation.parity import PROBE_TOKENS, ProbeAnswer, check_parity
-from sppo_lightning.generation.protocol import Generator, PolicySource, PromptResponses, SampleRequest
+from sppo_lightning.generation.protocol import (
+    EngineMemory,
+    Generator,
+    PolicySource,
+    PromptResponses,
+    SampleRequest,
+)
 from sppo_lightning.seeding import derive_seed
 from sppo_lightning.types import Response, UserError, first_line
 
@@ -57,6 +63,12 @@ class ContinuousBatchingGenerator(Generator):
     def reproducible(self) -> bool:
         """Never: what shares a batch shares its random stream."""
         return False
+
+    def memory(self, row: int, *, free: int, total: int, device: torch.device) -> EngineMemory:
+        """Count the longest responses that the paged cache holds."""
+        fitting = max(1, int(MEMORY_SHARE * free) // max(1, row))
+        most = self.batch_size or (CPU_ROWS if device.type == "cpu" else fitting)
+        return EngineMemory(copies=True, rows=min(most, fitting))
 
     def load(self, policy: PolicySource) -> None:
         """Take a sampling model from the policy, and check the engine on it.

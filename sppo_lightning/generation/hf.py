@@ -15,9 +15,15 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from sppo_lightning.generation.protocol import Generator, PolicySource, PromptResponses, SampleRequest
+from sppo_lightning.generation.protocol import (
+    EngineMemory,
+    Generator,
+    PolicySource,
+    PromptResponses,
+    SampleRequest,
+)
 from sppo_lightning.generation.sampling import sample_tokens
-from sppo_lightning.memory import TokenBudget, free_bytes, ran_out, release
+from sppo_lightning.memory.device import TokenBudget, free_bytes, ran_out, release
 from sppo_lightning.types import Response, UserError
 
 if TYPE_CHECKING:
@@ -66,6 +72,12 @@ class HFGenerator(Generator):
         self._policy: PolicySource | None = None
         self._model: torch.nn.Module | None = None
         self._budget: TokenBudget | None = None
+
+    def memory(self, row: int, *, free: int, total: int, device: torch.device) -> EngineMemory:
+        """Count the rows that a batch of the longest responses would have."""
+        fitting = int(MEMORY_SHARE * free) // max(1, row)
+        most = self.batch_size or MOST_ROWS.get(device.type, MOST_ROWS["cuda"])
+        return EngineMemory(copies=True, rows=max(1, min(most, fitting)))
 
     def load(self, policy: PolicySource) -> None:
         """Take a sampling model from the policy."""

@@ -50,6 +50,14 @@ class PromptResponses(NamedTuple):
     responses: list[Response]
 
 
+class EngineMemory(NamedTuple):
+    """What an engine takes of the policy's device while it samples."""
+
+    copies: bool  # whether it takes the policy's sampling model
+    rows: int  # responses whose keys and values it holds at once
+    reserved: int = 0  # bytes that it takes for itself, whatever is asked of it
+
+
 class Generator(ABC):
     """Answers prompts with the current policy; chosen in the config by ``class_path``.
 
@@ -100,6 +108,17 @@ class Generator(ABC):
 
     def check(self) -> None:
         """Raise :class:`~sppo_lightning.types.UserError` if the engine cannot work; called before any model loads."""
+
+    def memory(self, row: int, *, free: int, total: int, device: torch.device) -> EngineMemory:
+        """Return what the engine will take of ``device``, before anything loads.
+
+        Args:
+            row: bytes of the keys and values of the longest response and its prompt.
+            free: bytes that the policy leaves.
+            total: bytes that the run may take in all.
+            device: the policy's.
+        """
+        return EngineMemory(copies=True, rows=1)
 
     @abstractmethod
     def load(self, policy: PolicySource) -> None:

@@ -9,12 +9,19 @@ from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from sppo_lightning.generation.protocol import Generator, PolicySource, PromptResponses, SampleRequest
+from sppo_lightning.generation.protocol import (
+    EngineMemory,
+    Generator,
+    PolicySource,
+    PromptResponses,
+    SampleRequest,
+)
 from sppo_lightning.generation.weight_sync import WeightSync
 from sppo_lightning.servers import Failure, ServerClient
 from sppo_lightning.types import Response, UserError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 SEEDS = 2**31  # vLLM takes 64 bits, SGLang has held a seed in 32 with a sign
@@ -89,6 +96,10 @@ class OpenAIServerGenerator(Generator):
     def check(self) -> None:
         """Raise :class:`~sppo_lightning.types.UserError` if there is no client library."""
         self._client.check()
+
+    def memory(self, row: int, *, free: int, total: int, device: torch.device) -> EngineMemory:
+        """Take nothing: responses grow at the server."""
+        return EngineMemory(copies=False, rows=0)
 
     def load(self, policy: PolicySource) -> None:
         """Hand the policy to the server."""

@@ -15,7 +15,13 @@ import torch
 
 from sppo_lightning.adapters import merged_weights, unwrapped
 from sppo_lightning.generation.parity import PROBE_TOKENS, ProbeAnswer, check_parity
-from sppo_lightning.generation.protocol import Generator, PolicySource, PromptResponses, SampleRequest
+from sppo_lightning.generation.protocol import (
+    EngineMemory,
+    Generator,
+    PolicySource,
+    PromptResponses,
+    SampleRequest,
+)
 from sppo_lightning.types import UserError
 
 DISCARD = 2  # the level of vLLM's sleep that gives up weights and cache, since new weights come anyway
@@ -56,6 +62,10 @@ class VLLMGenerator(Generator):
         """Require vLLM."""
         if find_spec("vllm") is None:
             raise UserError("data.generator VLLMGenerator needs vLLM: pip install 'sppo-lightning[vllm]'")
+
+    def memory(self, row: int, *, free: int, total: int, device: torch.device) -> EngineMemory:
+        """Count the share of the GPU that is vLLM's own; the policy hands its weights over beside it."""
+        return EngineMemory(copies=True, rows=0, reserved=int(self.gpu_memory_utilization * total))
 
     def load(self, policy: PolicySource) -> None:
         """Wake vLLM, or start it the first time, and hand it the policy's weights.

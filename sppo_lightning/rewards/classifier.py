@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
-from sppo_lightning.memory import release
-from sppo_lightning.pretrained import DTYPES, load_model_config, load_tokenizer, quantization_options
+from sppo_lightning.memory.device import release
+from sppo_lightning.memory.footprint import footprint, quantized_matrix
+from sppo_lightning.pretrained import (
+    DTYPES,
+    check_quantization,
+    load_model_config,
+    load_tokenizer,
+    quantization_options,
+)
 from sppo_lightning.prompts import template_token_ids
-from sppo_lightning.rewards.classifier_forward import ClassifierForward
-from sppo_lightning.rewards.protocol import Reward, Scores
+from sppo_lightning.rewards.classifier_forward import ACTIVATIONS, ClassifierForward
+from sppo_lightning.rewards.protocol import Reward, RewardMemory, Scores
 from sppo_lightning.types import Message, Prompt, UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 KEY = "data.reward.init_args.pretrained"
+QUANTIZATION_KEY = "data.reward.init_args.quantization"
 
 
 class SequenceClassificationReward(Reward):
@@ -65,18 +74,19 @@ class SequenceClassificationReward(Reward):
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def check(self) -> None:
-        """Read the model's configuration and require a single logit."""
-        config = load_model_config(
-            self.pretrained,
-            key=KEY,
-            trust_remote_code=self.trust_remote_code,
-            expect="reward",
-        )
+        """Read the model's configuration and require a single logit, and what its quantisation needs."""
+        config = self._config()
+        check_quantization(self.quantization, None, key=QUANTIZATION_KEY)
         if config.num_labels != 1:
             raise UserError(
                 f"{KEY}={self.pretrained!r} has {config.num_labels} logits; a reward model has one"
             )
         self._tokenizer = load_tokenizer(self.pretrained, key=KEY, trust_remote_code=self.trust_remote_code)
+
+    def _config(self) -> Any:
+        return load_model_config(
+            self.pretrained, key=KEY, trust_remote_code=self.trust_remote_code, expect="reward"
+        )
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Require conversations that the reward model can read; each sequence of roles is tried once."""
@@ -94,6 +104,36 @@ class SequenceClassificationReward(Reward):
                 )
             self._encode(prompt, "a")
 
+    def memory(self, device: torch.device, tokens: int) -> RewardMemory:
+        """Count the model's weights without reading them; activations are the rule of thumb that sizes its batches."""
+        from transformers import AutoModelForSequenceClassification
+
+        check_quantization(self.quantization, device, key=QUANTIZATION_KEY)
+        config = self._config()
+        dtype = self._dtype(device)
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(
+                config, dtype=dtype, trust_remote_code=self.trust_remote_code
+            )
+        found = footprint(model, quantized_matrix(self.quantization))
+        width = ACTIVATIONS * config.get_text_config().hidden_size * dtype.itemsize
+        waits_there = device.type == "cpu" and self.between_phases == "host"
+        return RewardMemory(
+            weights=found.weights,
+            conversation=found.widest + width * min(tokens, self.max_tokens or tokens),
+            waiting=found.weights if waits_there else 0,
+        )
+
+    def smaller(self) -> Mapping[str, Reward]:
+        """Let the model wait nowhere; quantise it."""
+        found: dict[str, Reward] = {}
+        for name, usual, other in (("between_phases", "host", "free"), ("quantization", "none", "nf4")):
+            if getattr(self, name) == usual:
+                smaller = copy.copy(self)
+                setattr(smaller, name, other)
+                found[f"init_args.{name}={other}"] = smaller
+        return found
+
     def load(self, device: torch.device) -> None:
         """Bring the model onto ``device``; read it first, if it does not wait in host memory."""
         self._tokenizer = load_tokenizer(self.pretrained, key=KEY, trust_remote_code=self.trust_remote_code)
@@ -103,10 +143,13 @@ class SequenceClassificationReward(Reward):
         if self._forward is None:
             self._forward = ClassifierForward(self._model, self.batch_tokens)
 
+    def _dtype(self, device: torch.device) -> torch.dtype:
+        return DTYPES.get(self.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
+
     def _read(self, device: torch.device) -> PreTrainedModel:
         from transformers import AutoModelForSequenceClassification
 
-        dtype = DTYPES.get(self.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = self._dtype(device)
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": self.trust_remote_code}
         if self.quantization != "none":
             options["quantization_config"] = quantization_options(self.quantization, dtype)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from sppo_lightning.rewards.protocol import Reward, Scores, checked_scores
+from sppo_lightning.rewards.protocol import Reward, RewardMemory, Scores, checked_scores
 from sppo_lightning.types import Prompt
 
 
@@ -54,6 +54,23 @@ class CombinedReward(Reward):
         """Check the prompts for every reward."""
         for reward in self.rewards.values():
             reward.check_prompts(prompts)
+
+    def memory(self, device: torch.device, tokens: int) -> RewardMemory:
+        """Add up what the rewards take; they score in turn."""
+        found = [reward.memory(device, tokens) for reward in self.rewards.values()]
+        return RewardMemory(
+            weights=sum(part.weights for part in found),
+            conversation=max((part.conversation for part in found), default=0),
+            waiting=sum(part.waiting for part in found),
+        )
+
+    def smaller(self) -> Mapping[str, Reward]:
+        """Let one of the rewards take less."""
+        return {
+            f"init_args.rewards.{name}.{setting}": CombinedReward({**self.rewards, name: other}, self.weights)
+            for name, reward in self.rewards.items()
+            for setting, other in reward.smaller().items()
+        }
 
     def load(self, device: torch.device) -> None:
         """Load every reward."""

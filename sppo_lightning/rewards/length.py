@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from sppo_lightning.rewards.protocol import Reward, Scores, checked_scores
+from sppo_lightning.rewards.protocol import Reward, RewardMemory, Scores, checked_scores
 from sppo_lightning.types import Prompt
 
 
@@ -43,6 +43,17 @@ class LengthPenalty(Reward):
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Check the prompts for the charged reward."""
         self.reward.check_prompts(prompts)
+
+    def memory(self, device: torch.device, tokens: int) -> RewardMemory:
+        """Return what the charged reward takes."""
+        return self.reward.memory(device, tokens)
+
+    def smaller(self) -> Mapping[str, Reward]:
+        """Let the charged reward take less."""
+        return {
+            f"init_args.reward.{setting}": LengthPenalty(other, self.per_character, self.free)
+            for setting, other in self.reward.smaller().items()
+        }
 
     def load(self, device: torch.device) -> None:
         """Load the charged reward."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sppo_lightning.rewards.protocol import Reward, Scores
+from sppo_lightning.rewards.protocol import Reward, RewardMemory, Scores
 from sppo_lightning.seeding import derive_seed
 from sppo_lightning.types import Prompt, UserError
 
@@ -41,6 +41,15 @@ class Judge(ABC):
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raise :class:`~sppo_lightning.types.UserError` if a prompt lacks what the judge needs."""
+
+    def memory(self, device: torch.device, tokens: int) -> RewardMemory:
+        """Return what comparing will take of ``device``, before anything loads.
+
+        Args:
+            device: where the judge is going to be loaded.
+            tokens: of the longest conversation.
+        """
+        return RewardMemory()
 
     def load(self, device: torch.device) -> None:
         """Take up what comparing needs."""
@@ -95,6 +104,10 @@ class PairwiseReward(Reward):
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Check the prompts that the judge will see."""
         self.judge.check_prompts(prompts)
+
+    def memory(self, device: torch.device, tokens: int) -> RewardMemory:
+        """Return what the judge takes."""
+        return self.judge.memory(device, tokens)
 
     def load(self, device: torch.device) -> None:
         """Load the judge."""

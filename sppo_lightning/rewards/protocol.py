@@ -22,6 +22,14 @@ class Scores(NamedTuple):
     error: str | None = None  # what the first failure said, for the error that ends a run of failures
 
 
+class RewardMemory(NamedTuple):
+    """What scoring takes of the policy's device, in bytes."""
+
+    weights: int = 0
+    conversation: int = 0  # beside the weights, while one conversation is scored
+    waiting: int = 0  # of the weights, what stays there between phases
+
+
 class Reward(ABC):
     """Scores responses; higher is better. Chosen in the config by ``class_path``.
 
@@ -42,6 +50,19 @@ class Reward(ABC):
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raise :class:`~sppo_lightning.types.UserError` if a prompt lacks what the reward needs."""
+
+    def memory(self, device: torch.device, tokens: int) -> RewardMemory:
+        """Return what scoring will take of ``device``, before anything loads; :meth:`check` has been called.
+
+        Args:
+            device: where the reward is going to be loaded.
+            tokens: of the longest conversation.
+        """
+        return RewardMemory()
+
+    def smaller(self) -> Mapping[str, Reward]:
+        """Return rewards that take less memory, by the setting that makes them, e.g. ``init_args.quantization=nf4``."""
+        return {}
 
     def load(self, device: torch.device) -> None:
         """Take up what scoring needs."""

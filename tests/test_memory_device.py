@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import psutil
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sppo_lightning.memory import TokenBudget, free_bytes, ran_out, release
+from sppo_lightning.memory import device as memory
+from sppo_lightning.memory.device import Peak, PeakMemory, TokenBudget, free_bytes, ran_out, release
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
+MIB = 2**20
 COUNTS = st.integers(1, 10_000)
 
 
@@ -112,3 +116,61 @@ def test_cached_blocks_are_given_back_on_a_gpu_only(monkeypatch: pytest.MonkeyPa
     assert calls == []
     release(CUDA)
     assert calls == ["emptied"]
+
+
+def resident_peak(meter: PeakMemory) -> float:
+    """In MiB."""
+    peak = meter.taken()
+    assert peak is not None
+    assert peak.reserved is None
+    return peak.held / MIB
+
+
+@pytest.mark.skipif(not (memory.PROCESS / "clear_refs").exists(), reason="Linux tells a process's peak")
+def test_the_peak_of_a_stretch_is_forgotten_in_the_next() -> None:
+    """300 MiB are touched and freed again in the second of three stretches."""
+    meter = PeakMemory(CPU)
+    before = resident_peak(meter)
+    torch.ones(300 * MIB, dtype=torch.uint8)
+    during = resident_peak(meter)
+    after = resident_peak(meter)
+    assert 290 < during - before < 320
+    assert abs(after - before) < 20
+
+
+def test_the_peak_of_a_gpu_is_that_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator's peaks are read, then restarted; before the first stretch too."""
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "init", lambda: calls.append("init"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 60 + device.index)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 80 + device.index)
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda device: calls.append(f"restart {device}")
+    )
+    meter = PeakMemory(torch.device("cuda", 1))
+    assert calls == ["init", "restart cuda:1"]
+    assert meter.taken() == Peak(held=61, reserved=81)
+    assert calls == ["init", "restart cuda:1", "restart cuda:1"]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [{}, {"status": "Name:\tpython\n", "clear_refs": ""}, {"status": "VmHWM:\t  2048 kB\n"}],
+    ids=["no /proc", "no peak in it", "peaks that cannot be restarted"],
+)
+def test_a_system_that_does_not_tell(
+    files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    if "clear_refs" not in files:
+        (tmp_path / "clear_refs").mkdir()  # refuses to be written
+    monkeypatch.setattr(memory, "PROCESS", tmp_path)
+    assert PeakMemory(CPU).taken() is None
+
+
+def test_the_kernels_figure_is_in_kibibytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "status").write_text("VmPeak:\t  9999 kB\nVmHWM:\t  2048 kB\nVmRSS:\t  1024 kB\n")
+    monkeypatch.setattr(memory, "PROCESS", tmp_path)
+    assert PeakMemory(CPU).taken() == Peak(held=2 * MIB, reserved=None)
+    assert (tmp_path / "clear_refs").read_text() == "5"

@@ -1,0 +1,90 @@
+"""The command ``estimate``: how much device memory each phase of a run needs, before anything loads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import lightning.pytorch as pl
+import torch
+
+from sppo_lightning.datamodule import SelfPlayDataModule
+from sppo_lightning.memory.advice import verdict
+from sppo_lightning.memory.estimate import GIB, Estimator, available_bytes
+from sppo_lightning.module import PreferenceModule
+from sppo_lightning.preflight import workload_of
+from sppo_lightning.trainer import compute_dtype
+from sppo_lightning.types import UserError
+
+
+class Hardware(NamedTuple):
+    """What a run is planned for, which may be more than this machine has."""
+
+    device: torch.device
+    processes: int
+
+
+def planned_hardware(accelerator: object, devices: int | str | Sequence[int], nodes: int) -> Hardware:
+    """Return what a Trainer's settings ask for.
+
+    Args:
+        accelerator: as the Trainer takes it.
+        devices: as the Trainer takes it; ``auto``: those of this machine.
+        nodes: machines.
+    """
+    has_cuda = torch.cuda.is_available()
+    on_cuda = accelerator in ("gpu", "cuda") or (accelerator == "auto" and has_cuda)
+    here = torch.cuda.device_count() if on_cuda and has_cuda else 1
+    if isinstance(devices, str):
+        listed = [part for part in devices.split(",") if part]
+        count = int(devices) if devices.lstrip("-").isdigit() else here if devices == "auto" else len(listed)
+    else:
+        count = devices if isinstance(devices, int) else len(devices)
+    return Hardware(torch.device("cuda" if on_cuda else "cpu"), nodes * (here if count == -1 else count))
+
+
+class SelfPlayTrainer(pl.Trainer):
+    """A Trainer with one more command."""
+
+    def estimate(
+        self,
+        model: PreferenceModule,
+        datamodule: SelfPlayDataModule,
+        hardware: Hardware,
+        memory: float | None = None,
+    ) -> None:
+        """Say how much device memory each phase of a run needs, and which settings make it fit; nothing is loaded.
+
+        Args:
+            model: the policy's settings.
+            datamodule: the loop's settings; prompts are taken to be as long as ``data.max_prompt_tokens`` lets them.
+            hardware: that the run is planned for.
+            memory: of each device, GiB; default: what is free on this machine's.
+
+        Raises:
+            UserError: if the run does not fit.
+        """
+        device = hardware.device
+        if memory is None and device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(
+                "this machine has no GPU to compare with: say how much memory the run's has, e.g. --memory 24"
+            )
+        dtype = compute_dtype(self)
+        datamodule.reward.check()
+        model.live.check(compute_dtype=dtype, device=device)
+        workload = workload_of(
+            model,
+            datamodule.rules,
+            datamodule.generator,
+            datamodule.reward,
+            compute_dtype=dtype,
+            longest_prompt=datamodule.prompt_sets.max_tokens,
+            device=device,
+            processes=hardware.processes,
+        )
+        estimator = Estimator(available_bytes(device) if memory is None else int(memory * GIB))
+        found = estimator.estimate(workload)
+        print(found.table(), flush=True)
+        objection = verdict(estimator, workload, found)
+        if objection is not None:
+            raise UserError(objection)

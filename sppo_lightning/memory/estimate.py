@@ -1,0 +1,253 @@
+"""How much device memory each phase of a run will need, from its config and before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+
+import torch
+
+from sppo_lightning.generation.hf import cache_bytes_per_token
+from sppo_lightning.memory.device import free_bytes
+from sppo_lightning.memory.dry_run import OptimizerMemory, optimizer_memory
+from sppo_lightning.memory.footprint import Footprint
+from sppo_lightning.memory.workload import Passes, PassMeter, Workload, vocabulary_of
+from sppo_lightning.rewards import Reward
+from sppo_lightning.rewards.protocol import RewardMemory
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+GIB = 2**30
+# of CUDA: the context with its kernels, about 0.5 GiB on current cards, and the workspaces of cuBLAS and others
+CONTEXT_BYTES = int(0.7 * GIB)
+# of what tensors take, lost to rounding and to gaps between blocks: a guess on CUDA; on a CPU what whole processes took
+# beyond the estimate and their imports, 4 to 34 % with glibc's malloc, which keeps freed blocks
+ALLOCATOR_SHARE = {"cuda": 0.05, "cpu": 0.15}
+SAMPLED_LOGITS = 6  # float32 copies of a row's logits while a token is drawn: warped, sorted, summed up
+
+ALLOCATOR, CONTEXT = OVERHEADS = ("allocator", "CUDA context")
+
+PhaseName = Literal["sampling", "scoring", "reference", "training"]
+
+
+class PhaseNeed(NamedTuple):
+    """What a phase takes of the device at its fullest, in bytes."""
+
+    name: PhaseName
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What a run takes, phase by phase.
+
+    Args:
+        phases: in the order of an iteration.
+        available: bytes that the run may take.
+        rows: responses of the greatest length that grow at once; 0: none of them on this device.
+        found: how the passes' bytes were found.
+        paged: whether the optimizer's states were counted out, since they move to host memory.
+    """
+
+    phases: tuple[PhaseNeed, ...]
+    available: int
+    rows: int
+    found: str
+    paged: bool = False
+
+    @property
+    def fullest(self) -> PhaseNeed:
+        """The phase that takes the most."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase does."""
+        return self.fullest.total <= self.available
+
+    def table(self) -> str:
+        """Return phases and their parts in GiB, for people."""
+        names = dict.fromkeys(name for phase in self.phases for name in phase.parts)
+        names = dict.fromkeys(sorted(names, key=OVERHEADS.__contains__))
+        width = max(map(len, names)) + 2
+        lines = ["GiB".ljust(width) + "".join(f"{phase.name:>11}" for phase in self.phases)]
+        for name in names:
+            cells = (f"{phase.parts[name] / GIB:.2f}" if name in phase.parts else "" for phase in self.phases)
+            lines.append(name.ljust(width) + "".join(f"{cell:>11}" for cell in cells))
+        lines.append("total".ljust(width) + "".join(f"{phase.total / GIB:>11.2f}" for phase in self.phases))
+        verdict = "fits" if self.fits else f"does not fit: {self.fullest.name} needs the most"
+        lines.append(f"{self.available / GIB:.2f} GiB available: {verdict}")
+        if self.rows:
+            lines.append(f"responses of the greatest length that grow at once: {self.rows}")
+        else:
+            lines.append("responses do not grow in the policy's own memory")
+        lines.append(f"activations: {self.found}")
+        if self.paged:
+            lines.append("optimizer: paged, so that its states move to host memory where the device is full")
+        return "\n".join(lines)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return what a run may take of a device, the CUDA context of this process included."""
+    # to ask for it makes the context, which is no longer free then
+    return free_bytes(device) + (CONTEXT_BYTES if device.type == "cuda" else 0)
+
+
+@dataclass
+class Estimator:
+    """Estimates runs that differ in a few settings; what they share is found once.
+
+    Args:
+        available: bytes that a run may take.
+    """
+
+    available: int
+    _meter: PassMeter = field(default_factory=PassMeter)
+    _rewards: dict[tuple[int, int], tuple[Reward, RewardMemory]] = field(default_factory=dict)
+
+    def estimate(self, workload: Workload) -> MemoryEstimate:
+        """Return what each phase of a run takes.
+
+        Raises:
+            UserError: if the policy's settings do not fit its model.
+        """
+        weights, passes = self._meter.weights(workload), self._meter.passes(workload)
+        return _Sum(workload, weights, passes, self._reward(workload), self.available).estimate()
+
+    def bound(self, workload: Workload) -> MemoryEstimate | None:
+        """Return what each phase takes at most, by a generous rule of thumb: at once, where :meth:`estimate` computes.
+
+        ``None`` for a model that the rule does not know.
+
+        Raises:
+            UserError: if the policy's settings do not fit its model.
+        """
+        weights, passes = self._meter.weights(workload), self._meter.passes_at_most(workload)
+        if passes is None:
+            return None
+        return _Sum(workload, weights, passes, self._reward(workload), self.available).estimate()
+
+    def fits(self, workload: Workload) -> bool:
+        """Whether a run fits; no pass is run where its weights alone do not."""
+        if self._meter.weights(workload).weights > self.available:
+            return False
+        return self.estimate(workload).fits
+
+    def _reward(self, workload: Workload) -> RewardMemory:
+        reward, tokens = workload.reward, workload.longest_sequence
+        key = (id(reward), tokens)
+        if key not in self._rewards:
+            # the reward is kept beside it, so that no other one gets its id
+            self._rewards[key] = reward, reward.memory(workload.device, tokens)
+        return self._rewards[key][1]
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """The phases of one run, from what its parts take."""
+
+    workload: Workload
+    weights: Footprint
+    passes: Passes
+    reward: RewardMemory
+    available: int
+
+    def estimate(self) -> MemoryEstimate:
+        sampling, rows = self._sampling()
+        phases = (
+            self._phase("sampling", sampling),
+            self._phase("scoring", self._scoring(), waiting=0),
+            self._phase("reference", self._reference()),
+            self._phase("training", self._training()),
+        )
+        return MemoryEstimate(phases, self.available, rows, self.passes.found, self.optimizer.paged)
+
+    def _phase(self, name: PhaseName, parts: dict[str, int], waiting: int | None = None) -> PhaseNeed:
+        """Add what every phase has, and leave out what takes nothing."""
+        held = {"policy": self.weights.weights, **parts}
+        held["waiting reward model"] = self.reward.waiting if waiting is None else waiting
+        if self.workload.processes > 1:
+            held["DDP's buckets"] = self.weights.trained  # made with its wrapper, before the first sample
+        if self.workload.carry_optimizer and name != "training":
+            held["optimizer"] = self._optimizer_state
+        device = self.workload.device.type
+        held[ALLOCATOR] = int(ALLOCATOR_SHARE.get(device, ALLOCATOR_SHARE["cuda"]) * sum(held.values()))
+        held[CONTEXT] = CONTEXT_BYTES if device == "cuda" else 0
+        return PhaseNeed(name, {part: size for part, size in held.items() if size})
+
+    @cached_property
+    def optimizer(self) -> OptimizerMemory:
+        return optimizer_memory(self.workload.optimizer, device_type=self.workload.device.type)
+
+    @property
+    def _optimizer_state(self) -> int:
+        return int(self.optimizer.state * self.weights.trained_count)
+
+    def _sampling(self) -> tuple[dict[str, int], int]:
+        from sppo_lightning.generation.cache import RESERVE
+
+        workload = self.workload
+        dtype, config = workload.compute_dtype, workload.model_config
+        copy = self.weights.trained_count * dtype.itemsize if workload.samples_a_copy else 0
+        row = cache_bytes(config, workload.longest_sequence + RESERVE, dtype)
+        free = self.available - self._phase("sampling", {"copy": copy}).total
+        engine = workload.generator.memory(
+            row, free=max(0, free), total=self.available, device=workload.device
+        )
+        # a layer's buffer is filled from its last one when it grows
+        growing = row + row // max(1, _layers(config)) + 4 * SAMPLED_LOGITS * vocabulary_of(config)
+        parts = {
+            "copy to sample from": copy if engine.copies else 0,
+            "engine": engine.reserved,
+            "one response": max(self.passes.reading + self.weights.widest, growing) if engine.rows else 0,
+        }
+        return parts, engine.rows
+
+    def _scoring(self) -> dict[str, int]:
+        return {"reward model": self.reward.weights, "one conversation": self.reward.conversation}
+
+    def _reference(self) -> dict[str, int]:
+        again = 0
+        policy = self.workload.policy
+        if self.workload.reference == "initial" and (policy.lora is None or policy.lora.adapter is not None):
+            again = self.weights.trained
+        return {"initial weights": again, "activations": self.passes.reference + self.weights.widest}
+
+    def _training(self) -> dict[str, int]:
+        weights = self.weights
+        step = int(self.optimizer.step * weights.trained_count)
+        return {
+            "gradients": weights.trained,
+            "optimizer": self._optimizer_state,
+            # backward and the optimizer's step follow each other
+            "activations": max(self.passes.training - weights.trained + weights.widest, step),
+        }
+
+
+def cache_bytes(model_config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Return the bytes of one response's keys and values; layers with a window keep no more than that.
+
+    Args:
+        model_config: the model's own settings.
+        tokens: of prompt and response together.
+        dtype: of keys and values.
+    """
+    text: Any = model_config.get_text_config(decoder=True)
+    window = getattr(text, "sliding_window", None)
+    usual = "full_attention" if window is None else "sliding_attention"
+    kinds = getattr(text, "layer_types", None) or [usual] * _layers(model_config)
+    window = tokens if window is None else window
+    kept = sum(min(window, tokens) if kind == "sliding_attention" else tokens for kind in kinds)
+    return cache_bytes_per_token(model_config, dtype) * kept // len(kinds)
+
+
+def _layers(model_config: PretrainedConfig) -> int:
+    return int(cast(Any, model_config.get_text_config(decoder=True)).num_hidden_layers)

@@ -1,0 +1,273 @@
+"""What decides a run's memory, and what the passes of its policy take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+
+from sppo_lightning import policy as policies
+from sppo_lightning.generation import Generator
+from sppo_lightning.memory.dry_run import DryRun, PairShape, stand_ins
+from sppo_lightning.memory.footprint import Footprint, footprint, quantized_matrix
+from sppo_lightning.optimizers import OptimizerFactory
+from sppo_lightning.pair_forward import PairForward
+from sppo_lightning.policy_config import PolicyConfig
+from sppo_lightning.pretrained import DTYPES
+from sppo_lightning.rewards import Reward
+from sppo_lightning.types import first_line
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+# a bound: the rule of thumb, which is right to a factor, and what the smallest rows take where layers pad them
+GENEROUS, SOME_MORE = 3, 1 << 26
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A run, as far as its memory depends on it.
+
+    Args:
+        policy: which model, and how it is held.
+        model_config: the model's own settings.
+        compute_dtype: dtype of the trainer's matrix products.
+        reference: kind of the frozen reference.
+        optimizer: makes it; ``None``: the default.
+        carry_optimizer: whether its state stays while responses are sampled.
+        pair_forward: the forward of training.
+        generator: answers prompts.
+        reward: scores answers; :meth:`~sppo_lightning.rewards.Reward.check` has been called.
+        batch_size: pairs of a micro-batch on one device.
+        pairs_per_step: pairs of an optimizer step, all devices together.
+        longest_prompt: tokens of the longest prompt that may come.
+        device: of the first process.
+        processes: that share the run, a device each.
+    """
+
+    policy: PolicyConfig
+    model_config: PretrainedConfig
+    compute_dtype: torch.dtype
+    reference: Literal["previous_iteration", "initial"]
+    optimizer: OptimizerFactory | None
+    carry_optimizer: bool
+    pair_forward: PairForward
+    generator: Generator
+    reward: Reward
+    batch_size: int
+    pairs_per_step: int
+    longest_prompt: int
+    device: torch.device
+    processes: int = 1
+
+    @property
+    def shape(self) -> PairShape:
+        """The largest micro-batch that may come: responses count twice, so that they are as long as they may be."""
+        limit = self.generator.max_total_tokens
+        prompt = self.longest_prompt
+        if limit is not None:
+            prompt = min(prompt, max(1, limit - self.generator.max_new_tokens))
+        return PairShape(self.batch_size, prompt, max(1, self.generator.longest_response(prompt)))
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a step has several micro-batches."""
+        return self.pairs_per_step > self.batch_size * self.processes
+
+    @property
+    def samples_a_copy(self) -> bool:
+        """Whether responses are sampled from a copy of the policy: its weights are trained in a wider dtype."""
+        return self.policy.lora is None and self.weights_dtype != self.compute_dtype
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """Dtype of the weights that full fine-tuning trains."""
+        return DTYPES.get(self.policy.dtype, torch.float32)
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt and response together."""
+        return self.longest_prompt + max(1, self.generator.longest_response(self.longest_prompt))
+
+
+class Passes(NamedTuple):
+    """What the policy's passes take beside its weights, in bytes."""
+
+    training: int  # gradients included
+    reference: int  # forward only
+    reading: int  # of one prompt, to be answered
+    found: str  # how
+
+
+@dataclass
+class PassMeter:
+    """Finds what passes take, once for runs that share them."""
+
+    _models: dict[tuple[str, ...], DryRun] = field(default_factory=dict)
+    _passes: dict[tuple[Any, ...], Passes] = field(default_factory=dict)
+    _reading: dict[tuple[Any, ...], int] = field(default_factory=dict)
+
+    def weights(self, workload: Workload) -> Footprint:
+        """Return what the policy's weights take.
+
+        Raises:
+            UserError: if the policy's settings do not fit its model.
+        """
+        policy = workload.policy
+        matrix = quantized_matrix(policy.quantization, double=policy.double_quantization)
+        return footprint(self._model(workload).model, matrix)
+
+    def passes(self, workload: Workload) -> Passes:
+        """Run the passes on tensors without data; where a model does not run on those, go by a rule of thumb.
+
+        Quantised weights are dequantised one matrix at a time, which a caller has to add.
+        """
+        forward = workload.pair_forward
+        key = (
+            _plain(workload),
+            type(forward),
+            forward.chunk,
+            workload.shape,
+            workload.accumulates,
+            workload.longest_prompt,
+            workload.device.type,
+        )
+        if key not in self._passes:
+            self._passes[key] = self._found(workload)
+        return self._passes[key]
+
+    def passes_at_most(self, workload: Workload) -> Passes | None:
+        """Return a bound of what the passes take, without running them; ``None`` for layers other than attention."""
+        chunk = self._forwards(workload)[-1].chunk
+        assert chunk is not None
+        weights = self.weights(workload)
+        about = _by_rule_of_thumb(workload, weights, chunk, "")
+        config: Any = workload.model_config.get_text_config(decoder=True)
+        if not set(getattr(config, "layer_types", None) or ()) <= ATTENTION:
+            return None
+        # scores of all heads in float32, before and after they are normalised, and masked
+        scores = 3 * 4 * config.num_attention_heads * workload.longest_sequence**2
+        more = SOME_MORE + scores * 2 * workload.batch_size
+        return Passes(
+            training=weights.trained + GENEROUS * (about.training - weights.trained) + more,
+            reference=GENEROUS * about.reference + more,
+            reading=GENEROUS * about.reading + more,
+            found="at most, by a generous rule of thumb",
+        )
+
+    def _forwards(self, workload: Workload) -> list[PairForward]:
+        return stand_ins(
+            workload.pair_forward,
+            device_type=workload.device.type,
+            vocabulary=vocabulary_of(workload.model_config),
+        )
+
+    def _found(self, workload: Workload) -> Passes:
+        forwards = self._forwards(workload)
+        refusal = ""
+        for forward in forwards:
+            found = self._tried(workload, forward)
+            if isinstance(found, Passes):
+                return found
+            refusal = found
+        chunk = forwards[-1].chunk
+        assert chunk is not None
+        return _by_rule_of_thumb(workload, self.weights(workload), chunk, refusal)
+
+    def _tried(self, workload: Workload, forward: PairForward) -> Passes | str:
+        """Return what the passes take, or what the model said instead of running."""
+        try:
+            return self._run(workload, forward)
+        except Exception as error:  # of any architecture's own code
+            return f"{type(error).__name__}: {first_line(error)}"
+
+    def _run(self, workload: Workload, forward: PairForward) -> Passes:
+        dry = self._model(workload)
+        return Passes(
+            training=dry.training(forward, workload.shape, accumulates=workload.accumulates),
+            reference=dry.scoring(forward, workload.shape),
+            reading=self._read(workload),
+            found=f"{type(forward).__name__}, run on tensors without data",
+        )
+
+    def _read(self, workload: Workload) -> int:
+        """Return what reading a prompt takes; with full fine-tuning, a copy in the compute dtype reads it."""
+        if workload.samples_a_copy:
+            dtype = str(workload.compute_dtype).removeprefix("torch.")
+            policy = replace(workload.policy, dtype=dtype)  # type: ignore[arg-type]
+            workload = replace(workload, policy=policy)
+        key = (_plain(workload), workload.longest_prompt)
+        if key not in self._reading:
+            self._reading[key] = self._model(workload).reading(workload.longest_prompt)
+        return self._reading[key]
+
+    def _model(self, workload: Workload) -> DryRun:
+        key = _plain(workload)
+        if key not in self._models:
+            skeleton = policies.skeleton(
+                workload.policy, workload.model_config, compute_dtype=workload.compute_dtype
+            )
+            policies.disable_dropout(skeleton)
+            self._models[key] = DryRun(skeleton, compute_dtype=workload.compute_dtype)
+        return self._models[key]
+
+
+def vocabulary_of(model_config: PretrainedConfig) -> int:
+    """Return how many tokens a model's head knows."""
+    text: Any = model_config.get_text_config(decoder=True)
+    return int(text.vocab_size)
+
+
+def rule_of_thumb(
+    model_config: PretrainedConfig, shape: PairShape, *, dtype: torch.dtype, checkpointed: bool, chunk: int
+) -> int:
+    """Return about how many bytes a micro-batch takes beside weights and gradients, where it cannot be run dry.
+
+    Twenty hidden states and five inner ones a token and layer, as measured of models with gated layers; one of each
+    layer and all of one layer under checkpointing; the logits of a chunk in the products' dtype, twice, and once in
+    float32.
+
+    Args:
+        model_config: transformers' config of a causal language model.
+        shape: of the micro-batch; each response is taken to have its own copy of the prompt.
+        dtype: of the products.
+        checkpointed: whether layers are recomputed.
+        chunk: positions whose logits exist at once.
+    """
+    text: Any = model_config.get_text_config(decoder=True)
+    inner = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None)
+    inner = (inner or 4 * text.hidden_size) * (getattr(text, "num_experts_per_tok", None) or 1)
+    tokens = 2 * shape.pairs * (shape.prompt + shape.response)
+    layer = (20 * text.hidden_size + 5 * inner) * tokens * dtype.itemsize
+    layers = int(text.num_hidden_layers)
+    boundary = text.hidden_size * tokens * dtype.itemsize
+    held = boundary * layers + layer if checkpointed else layer * layers
+    positions = min(chunk, 2 * shape.pairs * shape.response)
+    return int(held + positions * text.vocab_size * (2 * dtype.itemsize + 4))
+
+
+def _by_rule_of_thumb(workload: Workload, weights: Footprint, chunk: int, refusal: str) -> Passes:
+    def about(shape: PairShape, *, checkpointed: bool) -> int:
+        return rule_of_thumb(
+            workload.model_config,
+            shape,
+            dtype=workload.compute_dtype,
+            checkpointed=checkpointed,
+            chunk=chunk,
+        )
+
+    return Passes(
+        training=about(workload.shape, checkpointed=workload.policy.gradient_checkpointing) + weights.trained,
+        reference=about(workload.shape, checkpointed=True),
+        reading=about(PairShape(1, workload.longest_prompt, 1), checkpointed=True),
+        found=f"by a rule of thumb, since the model does not run on tensors without data ({refusal})",
+    )
+
+
+def _plain(workload: Workload) -> tuple[str, ...]:
+    """Return what tells the models apart that run dry: none of them is quantised."""
+    policy = replace(workload.policy, quantization="none", double_quantization=True)
+    return repr(policy), repr(workload.model_config), str(workload.compute_dtype)

@@ -1,0 +1,150 @@
+"""The command ``estimate``, and the check that ``fit`` makes of the same figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import byte_tokenizer, cli_arguments
+from transformers import LlamaConfig
+
+from sppo_lightning.__main__ import main
+from sppo_lightning.estimate import Hardware, planned_hardware
+
+ROOT = Path(__file__).parent.parent
+WritePrompts = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def models_of_8b(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Policy and reward model of Llama-3.1-8B's shape: their settings, no weights."""
+    shape = {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "dtype": "bfloat16",
+    }
+    folders = []
+    for name, changes in (("CausalLM", {}), ("SequenceClassification", {"num_labels": 1})):
+        folder = tmp_path_factory.mktemp(name)
+        LlamaConfig(architectures=[f"LlamaFor{name}"], **shape, **changes).save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        folders.append(folder)
+    return folders[0], folders[1]
+
+
+def estimated(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[dict[str, list[float]], str]:
+    """Rows of the table by name, and what went to standard error."""
+    main(["estimate", *args])
+    printed = capsys.readouterr()
+    rows = [
+        line.rsplit(maxsplit=4) for line in printed.out.splitlines() if line.startswith(("policy", "total"))
+    ]
+    return {name: [float(cell) for cell in cells] for name, *cells in rows}, printed.err
+
+
+@pytest.mark.parametrize(
+    ("config", "memory", "policy", "fullest"),
+    [
+        # embedding and head in bfloat16, the rest in 4 bits, an adapter of 64 in float32
+        ("qlora-8b-1gpu", 24, 2 * 128256 * 4096 * 2 + 6.98e9 * 0.516 + 168e6 * 4, 12.2),
+        pytest.param("lora-8b-1gpu", 80, 8.03e9 * 2 + 168e6 * 4, 32.3, marks=pytest.mark.slow),
+        pytest.param("full-8b-8gpu", 141, 8.03e9 * 4, 129.8, marks=pytest.mark.slow),
+    ],
+)
+def test_the_configs_of_8b_need_what_they_say(
+    models_of_8b: tuple[Path, Path],
+    capsys: pytest.CaptureFixture[str],
+    config: str,
+    memory: int,
+    policy: float,
+    fullest: float,
+) -> None:
+    found, _ = estimated(
+        capsys,
+        f"--config={ROOT / 'configs' / config}.yaml",
+        f"--memory={memory}",
+        f"--model.policy.pretrained={models_of_8b[0]}",
+        f"--data.reward.init_args.pretrained={models_of_8b[1]}",
+    )
+    assert found["policy"] == pytest.approx([policy / 2**30] * 4, rel=0.01)
+    assert max(found["total"]) == pytest.approx(fullest, rel=0.02)
+    said = (ROOT / f"configs/{config}.yaml").read_text().split("seed_everything")[0]
+    assert f"{fullest:.1f}" in said or f"{fullest:.0f}" in said
+
+
+def test_a_run_that_does_not_fit_is_refused_and_may_be_tried(
+    tiny_policy: Path,
+    write_prompts: WritePrompts,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before any weight is read; what it proposes helps."""
+    monkeypatch.setattr("sppo_lightning.preflight.available_bytes", lambda device: 1 << 20)
+    args = ["fit", *cli_arguments(tiny_policy, write_prompts(), tmp_path / "run", data__iterations=1)]
+    with monkeypatch.context() as patch:
+        patch.setattr("sppo_lightning.policy.load_policy", None)
+        with pytest.raises(SystemExit) as stop:
+            main(args)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert " needs about 0.0 GiB, but cpu has 0.0 GiB: " in said
+    assert said.endswith("; or try it with data.memory_check=warn")
+    with pytest.warns(UserWarning, match=r"^This run may not fit: "):
+        main([*args, "--data.memory_check=warn"])
+    assert (tmp_path / "run/policy").exists()
+
+
+def test_estimating_reads_and_writes_nothing(
+    tiny_policy: Path,
+    write_prompts: WritePrompts,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sppo_lightning.policy.load_policy", None)
+    args = cli_arguments(tiny_policy, tmp_path / "no-such-prompts.jsonl", tmp_path / "run")
+    found, _ = estimated(capsys, *args)
+    assert len(found["total"]) == 4
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_that_is_not_there_needs_its_size(
+    tiny_policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    args = cli_arguments(tiny_policy, tmp_path / "none.jsonl", tmp_path / "run", trainer__accelerator="gpu")
+    with pytest.raises(SystemExit):
+        main(["estimate", *args])
+    assert "this machine has no GPU to compare with: say how much memory the run's has, e.g. --memory 24" in (
+        capsys.readouterr().err
+    )
+    assert estimated(capsys, *args, "--memory=24")[0]["total"][0] >= 0.7  # a GPU's context
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "devices", "nodes", "expected"),
+    [
+        ("gpu", 8, 2, ("cuda", 16)),
+        ("cuda", "4", 1, ("cuda", 4)),
+        ("gpu", [0, 2], 1, ("cuda", 2)),
+        ("gpu", "0,2,", 1, ("cuda", 2)),
+        ("gpu", "auto", 1, ("cuda", 1)),
+        ("gpu", -1, 3, ("cuda", 3)),
+        ("auto", "auto", 1, ("cpu", 1)),
+        ("cpu", 2, 1, ("cpu", 2)),
+    ],
+)
+def test_hardware_of_a_trainer(
+    accelerator: str, devices: Any, nodes: int, expected: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert planned_hardware(accelerator, devices, nodes) == Hardware(torch.device(expected[0]), expected[1])

@@ -1,0 +1,95 @@
+"""Bytes of weights against those of real models, quantised ones too."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from conftest import tiny_config
+from tiny import TRAINED_CONFIGS
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from sppo_lightning.memory.footprint import footprint, quantized_matrix
+from sppo_lightning.policy import skeleton
+from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
+from sppo_lightning.pretrained import quantization_options
+
+KINDS: list[tuple[Literal["nf4", "int8"], bool]] = [("nf4", True), ("nf4", False), ("int8", True)]
+LARGER = tiny_config(
+    vocab_size=4096, hidden_size=256, intermediate_size=704, num_hidden_layers=3, tie_word_embeddings=False
+)
+
+
+def held(model: nn.Module) -> int:
+    """Bytes of the storages of a real model: weights, buffers, and what bitsandbytes keeps beside its matrices."""
+    states: list[Any] = [model]
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        states += [state, getattr(state, "state2", None)]
+        if getattr(parameter, "SCB", None) is not None:
+            tensors.append(parameter.SCB)  # type: ignore[attr-defined]
+    states += [getattr(module, "state", None) for module in model.modules()]
+    for state in states[1:]:
+        tensors += [value for value in vars(state or nn.Module()).values() if isinstance(value, Tensor)]
+    return sum({s.data_ptr(): s.nbytes() for t in tensors if (s := t.untyped_storage()).nbytes()}.values())
+
+
+def bare(config: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", TRAINED_CONFIGS)
+def test_weights_are_counted_exactly(kind: str) -> None:
+    config = TRAINED_CONFIGS[kind]
+    real = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    found = footprint(bare(config, torch.float32))
+    assert found.weights == held(real)
+    assert found.trained == 4 * found.trained_count
+    assert found.widest == 0
+
+
+@pytest.mark.parametrize(("kind", "double"), KINDS)
+@pytest.mark.parametrize("config", [tiny_config(), LARGER, TRAINED_CONFIGS["gpt2"], TRAINED_CONFIGS["opt"]])
+def test_quantised_weights_are_those_of_bitsandbytes(
+    config: Any, kind: Literal["nf4", "int8"], double: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(copy.deepcopy(config)).save_pretrained(tmp_path)
+    real = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        dtype=torch.bfloat16,
+        quantization_config=quantization_options(kind, torch.bfloat16, double=double),
+    )
+    found = footprint(bare(config).requires_grad_(False), quantized_matrix(kind, double=double))
+    assert found.weights == pytest.approx(held(real), rel=0.001)
+
+
+def test_an_adapter_is_counted_apart_and_not_quantised() -> None:
+    lora = LoRAConfig(rank=4, alpha=4)
+    base = footprint(bare(LARGER).requires_grad_(False), quantized_matrix("nf4"))
+    config = PolicyConfig("x", quantization="nf4", lora=lora)
+    adapted = skeleton(config, LARGER, compute_dtype=torch.bfloat16)
+    found = footprint(adapted, quantized_matrix("nf4"))
+    assert found.frozen == base.frozen
+    # rank 4 on all seven matrices of each layer, in and out
+    widths = [(256, 256)] + 2 * [(256, 128)] + [(256, 256)] + 3 * [(256, 704)]
+    assert found.trained_count == 3 * 4 * sum(map(sum, widths))
+    assert found.trained == 4 * found.trained_count
+    assert found.widest == 2 * 256 * 704
+
+
+def test_a_reward_model_keeps_its_head(tmp_path: Path) -> None:
+    config = tiny_config(num_labels=1)
+    AutoModelForSequenceClassification.from_config(copy.deepcopy(config)).save_pretrained(tmp_path)
+    real = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, quantization_config=quantization_options("nf4", torch.bfloat16)
+    )
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16)
+    assert footprint(model, quantized_matrix("nf4")).weights == pytest.approx(held(real), rel=0.001)
