@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 MODEL := .cache/smollm2-135m-instruct
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: quickstart test test-slow lint format bench clean
+.PHONY: quickstart test test-slow lint format bench gpu-check clean
 
 quickstart: $(VENV)/run.done $(MODEL)/config.json
 	$(BIN)/sppo-lightning fit --config configs/quickstart.yaml
@@ -32,6 +32,10 @@ bench: $(VENV)/bench.done $(MODEL)/config.json
 	$(BIN)/python benchmarks/growth.py
 	@mkdir -p runs/bench
 	$(BIN)/python benchmarks/train_step.py --model $(MODEL) --json runs/bench/train_step.json
+
+# on a machine with a GPU, 20 minutes at most; TORCH= may name another build for the set-up
+gpu-check: $(VENV)/dev.done $(MODEL)/config.json
+	PYTHON=$(BIN)/python benchmarks/gpu_check.sh runs/gpu-check
 
 # torch first, and by pip: resolving it together with the rest may pull gigabytes of CUDA
 $(VENV)/run.done: pyproject.toml requirements/pins.txt

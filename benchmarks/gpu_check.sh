@@ -89,7 +89,7 @@ done
 rm -rf "$OUT/quickstart"
 step quickstart 240 "$PYTHON" -m sppo_lightning fit --config configs/quickstart.yaml \
   --trainer.accelerator "$accelerator" --trainer.logger false --trainer.default_root_dir "$OUT/quickstart" \
-  --trainer.callbacks+=sppo_lightning.callbacks.PhaseMemory --model.policy.pretrained "$MODEL" \
+  --model.policy.pretrained "$MODEL" \
   --data.prompts "$OUT/prompts/train.jsonl" --data.eval_prompts "$OUT/prompts/eval.jsonl" \
   --data.iterations "$(pick 3 1)"
 

@@ -76,7 +76,7 @@ def peaks(file: Path) -> dict[str, float]:
     }
     missing = [phase for phase, peak in found.items() if not peak]
     if missing:
-        raise SystemExit(f"{file} has no peak of {', '.join(missing)}: did the run end, with PhaseMemory?")
+        raise SystemExit(f"{file} has no peak of {', '.join(missing)}: did the run end?")
     return found
 
 

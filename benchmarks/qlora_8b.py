@@ -131,7 +131,6 @@ def run_config(folder: Path, settings: argparse.Namespace) -> dict[str, Any]:
             "default_root_dir": str(folder / "run"),
             "gradient_clip_val": 1.0,
             "logger": False,
-            "callbacks": [{"class_path": f"{package}.callbacks.PhaseMemory"}],
         },
         "model": {
             "policy": {

@@ -195,7 +195,9 @@ def check_memory(workload: Workload, *, otherwise: Literal["refuse", "warn"]) ->
         return
     estimate = estimator.estimate(workload)
     if not estimate.fits:
-        rank_zero_info("Memory: this run does not fit; looking for settings that would make it (up to a minute).")
+        rank_zero_info(
+            "Memory: this run does not fit; looking for settings that would make it (up to a minute)."
+        )
     objection = verdict(estimator, workload, estimate)
     if objection is None:
         peak = estimate.fullest

@@ -571,7 +571,10 @@ def test_config_files(
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        ([], "no command: give one of fit, validate, test, predict, estimate, e.g. sppo-lightning fit --config FILE"),
+        (
+            [],
+            "no command: give one of fit, validate, test, predict, estimate, e.g. sppo-lightning fit --config FILE",
+        ),
         (
             ["fitt"],
             "argument subcommand: invalid choice: 'fitt' (choose from 'fit', 'validate', 'test', 'predict', 'estimate')",
