@@ -317,13 +317,13 @@ def failing(module: Any, args: Any) -> None:
 
 
 def test_distances_and_their_allowances() -> None:
-    """|1-0|, |2-4| -> 1.5; 1e-4 + 2 * 0.5 + 2 * 0.25 = 1.5001."""
+    """|1-0|, |2-4| -> 1.5; 1e-4 + 4 * 0.25 + 2 * 0.25 = 1.5001."""
     one, other = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])
-    found = compared("a and b", one, other, rounding=0.5, base=0.25)
+    found = compared("a and b", one, other, rounding=0.25, base=0.25)
     assert found.nats == pytest.approx(1.5)
     assert found.allowed == pytest.approx(1.5001)
     assert found.holds
-    assert not compared("a and b", one, other, rounding=0.5).holds
+    assert not compared("a and b", one, other, rounding=0.25).holds
     assert not Distance("a and b", float("nan"), 1.0, "anything").holds
     with pytest.raises(UserError, match=r"a and b differ by nan nat per token, allowed are 1 \(anything\)"):
         require([found, Distance("a and b", float("nan"), 1.0, "anything")], altered=[], folder=Path("x"))
