@@ -24,14 +24,12 @@ from sppo_lightning.metrics import EvaluationBatch, EvaluationMetrics, StepMetri
 from sppo_lightning.optimizers import OptimizerFactory, build_optimizer, clip_gradients
 from sppo_lightning.pair_forward import AutoForward, PairForward
 from sppo_lightning.policy_config import PolicyConfig
-from sppo_lightning.reference_probe import check_reference_is_frozen
+from sppo_lightning.reference_checks import check_reference_is_frozen, check_same_logps
 from sppo_lightning.schedules import LearningRateSchedule, Linear
 from sppo_lightning.seeding import derive_seed
 from sppo_lightning.trainer import check_hardware, compute_dtype
 from sppo_lightning.types import UserError
 
-# mean |log-ratio| per token at an iteration's start, where the reference equals the policy
-RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.02}
 MOVED_SAMPLE = 1 << 20  # weights watched through the first optimizer step
 
 
@@ -266,16 +264,7 @@ class PreferenceModule(pl.LightningModule):
             return
         with torch.no_grad(), policies.without_dropout(self.policy):
             policy = self.pair_forward.logps(self.policy, batch.rows)
-        apart = (policy.chosen - batch.reference.chosen).abs() + (
-            policy.rejected - batch.reference.rejected
-        ).abs()
-        drift = (apart.sum() / batch.rows.targets.numel()).item()
-        tolerance = RATIO_TOLERANCE[self.compute_dtype]
-        if not drift <= tolerance:
-            raise RuntimeError(
-                f"at the start of an iteration policy and reference are the same, but their log-probs differ by "
-                f"{drift:.2g} nat per token (tolerance {tolerance:g}): the reference is not the policy's own"
-            )
+        check_same_logps(policy, batch.reference, tokens=batch.rows.targets.numel(), dtype=self.compute_dtype)
 
     def _warn_of_displacement(self, result: dict[str, Tensor]) -> None:
         """Say so if an iteration made the chosen responses less likely too."""

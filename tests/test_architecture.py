@@ -21,7 +21,7 @@ LAYERS = {
             "policy",
             "lora",
             "reference_pass",
-            "reference_probe",
+            "reference_checks",
             "optimizers",
             "results",
             "memory",

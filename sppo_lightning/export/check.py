@@ -21,8 +21,8 @@ from sppo_lightning.logprobs import token_logps
 from sppo_lightning.types import PreferencePair, UserError
 
 EXACT = 1e-4  # mean distance in nats per token that float32 arithmetic explains
-# weights that were rounded to 16 bits, against what products in 16 bits change: 0.4 to 2.1 times as much on a 135M model;
-# that it is the right weights which were rounded is compared bit by bit
+# weights rounded to 16 bits change log-probs 0.4 to 2.1 times as much as products in 16 bits do, on a 135M model; that
+# it is the right weights which were rounded is compared bit by bit
 ROUNDINGS = 4
 PAIRS = 4  # read at most
 TOKENS = 1024  # of all sequences together, but for the first pair

@@ -38,10 +38,10 @@ def export(
 
     A few of the run's own responses are read by the trained policy and by the exported folder, one model in memory at
     a time. Their log-probs may differ by 1e-4 nat per token on average; where the export has 16 bits, also by four
-    times what computing with it in 16 bits changes; where training held the base otherwise than its files do (quantised,
-    rounded), also by twice what that does to the base alone. An adapter, or its merged weights before they are rounded,
-    must give what the run's adapter gives on the same base: within 1e-4 nat per token; and the folder must hold each
-    of these weights to the last bit, rounded once.
+    times what computing with it in 16 bits changes; where training held the base otherwise than its files do
+    (quantised, rounded), also by twice what that does to the base alone. An adapter, or its merged weights before they
+    are rounded, must give what the run's adapter gives on the same base: within 1e-4 nat per token; and the folder must
+    hold each of these weights to the last bit, rounded once.
 
     Args:
         run: folder of the run.

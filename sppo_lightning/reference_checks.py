@@ -1,4 +1,4 @@
-"""Does a frozen reference stay where it is when the adapter beside it moves? Tried before training."""
+"""Is the reference what it has to be: frozen while the policy moves, and the policy itself at an iteration's start?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from sppo_lightning.live_policy import LivePolicy
 from sppo_lightning.lora import replaced_weights
+from sppo_lightning.losses import PairLogps
 
+# mean |log-ratio| per token at an iteration's start, where the reference equals the policy
+RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.02}
 STEP = 0.02  # standard deviation of the noise that moves an adapter: of the size of its weights
 
 
@@ -46,3 +49,24 @@ def _moved(model: nn.Module) -> dict[str, Tensor]:
         name: parameter.detach().cpu() + STEP * torch.randn(parameter.shape, generator=generator)
         for name, parameter in trained
     }
+
+
+def check_same_logps(policy: PairLogps, reference: PairLogps, *, tokens: int, dtype: torch.dtype) -> None:
+    """Compare the log-probs of the two where they are the same network: log-ratios have to be 0.
+
+    Args:
+        policy: ``[B]`` each, nats, by the policy before its first step.
+        reference: ``[B]`` each, nats, as stored.
+        tokens: of all responses.
+        dtype: of the matrix products.
+
+    Raises:
+        RuntimeError: if they differ by more than rounding.
+    """
+    apart = (policy.chosen - reference.chosen).abs() + (policy.rejected - reference.rejected).abs()
+    drift, tolerance = (apart.sum() / tokens).item(), RATIO_TOLERANCE[dtype]
+    if not drift <= tolerance:
+        raise RuntimeError(
+            f"at the start of an iteration policy and reference are the same, but their log-probs differ by "
+            f"{drift:.2g} nat per token (tolerance {tolerance:g}): the reference is not the policy's own"
+        )
