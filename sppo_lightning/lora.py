@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,14 @@ from sppo_lightning.types import UserError, first_line
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-# what an adapter may hold beside its matrices, and what is neither trained, frozen nor merged here
-FOREIGN = (
-    "modules_to_save",
-    "trainable_token_indices",
-    "target_parameters",
-    "layer_replication",
-    "lora_bias",
-)
+# settings of PEFT's that say what low-rank matrices an adapter has, and where; with any other one it is more than that
+MATRICES = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out")
+BEGINNING = ("init_lora_weights", "eva_config", "inference_mode", "runtime_config", "megatron_core")
+RECORD = ("task_type", "peft_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version")
+OWN = {*MATRICES, *PLACES, *BEGINNING, *RECORD, "ensure_weight_tying"}
+# ways to begin an adapter that leave its base as it is
+STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def with_adapter(model: nn.Module, lora: LoRAConfig, *, pretrained: str) -> PeftModel:
@@ -107,12 +108,15 @@ def _read_config(lora: LoRAConfig, pretrained: str) -> LoraConfig:
         ) from error
     if not isinstance(config, LoraConfig):
         raise UserError(f"{given} is a {config.peft_type} adapter: only LoRA adapters can be trained here")
-    extra = [name for name in FOREIGN if getattr(config, name, None)]
-    extra += ["bias"] if config.bias != "none" else []
+    usual = LoraConfig()
+    settings = [field.name for field in fields(config) if field.name not in OWN]
+    extra = [name for name in settings if getattr(config, name) != getattr(usual, name)]
+    if config.init_lora_weights not in STARTS:
+        extra.append(f"init_lora_weights={config.init_lora_weights}")
     if extra:
         raise UserError(
-            f"{given} holds more than low-rank matrices ({', '.join(extra)}): merge it into its base and train a fresh "
-            "adapter on the result"
+            f"{given} is more than low-rank matrices on its base ({', '.join(extra)}): merge it into its base and "
+            "train a fresh adapter on the result"
         )
     base = config.base_model_name_or_path
     if base and not _same_model(str(base), pretrained):
@@ -122,13 +126,17 @@ def _read_config(lora: LoRAConfig, pretrained: str) -> LoraConfig:
         )
     config.base_model_name_or_path = None
     config.inference_mode = False
+    config.init_lora_weights = False  # they are overwritten
     config.lora_dropout = lora.dropout
     return config
 
 
 def _same_model(one: str, other: str) -> bool:
-    """Whether two locations may name one model: the same place, or another copy under the same name."""
-    return _location(one) == _location(other) or Path(one).name.lower() == Path(other).name.lower()
+    """Whether two locations may name one model: the same place, or under the same name one that is not here."""
+    if _location(one) == _location(other):
+        return True
+    both_here = Path(one).exists() and Path(other).exists()
+    return not both_here and Path(one).name.lower() == Path(other).name.lower()
 
 
 def _location(pretrained: str) -> str:

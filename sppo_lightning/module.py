@@ -21,7 +21,7 @@ from sppo_lightning.layouts import PairLayout
 from sppo_lightning.live_policy import LivePolicy
 from sppo_lightning.losses import PairLogps, PreferenceLoss
 from sppo_lightning.metrics import EvaluationBatch, EvaluationMetrics, StepMetrics
-from sppo_lightning.optimizers import OptimizerFactory, build_optimizer, clip_gradients
+from sppo_lightning.optimizers import OptimizerFactory, build_optimizer, clip_gradients, forget
 from sppo_lightning.pair_forward import AutoForward, PairForward
 from sppo_lightning.policy_config import PolicyConfig
 from sppo_lightning.reference_checks import check_reference_is_frozen, check_same_logps
@@ -140,7 +140,7 @@ class PreferenceModule(pl.LightningModule):
             pad = self.live.tokenizer.pad_token_id
             assert isinstance(pad, int)
             self._pair_layout = self.pair_forward.layout(pad)
-            if self.reference_stays and self.live.config.lora is not None:
+            if self.live.config.lora is not None:
                 check_reference_is_frozen(self.live, self._trial_logps)
         return self._pair_layout
 
@@ -246,7 +246,7 @@ class PreferenceModule(pl.LightningModule):
             for optimizer in self.trainer.optimizers:
                 optimizer.zero_grad()  # Lightning would, but only behind the next forward, whose peak they add to
                 if batch.slot.step == batch.slot.steps - 1 and not self.carry_optimizer:
-                    optimizer.state.clear()  # before the next iteration samples, rather than when it trains
+                    forget(optimizer)  # before the next iteration samples, rather than when it trains
         if self._watched is not None and batch.slot.last_in_step:
             parameter, before = self._watched
             moved = (parameter.detach().flatten()[:MOVED_SAMPLE] != before).float().mean()
@@ -255,7 +255,10 @@ class PreferenceModule(pl.LightningModule):
             self._watched = None
             self._log_now({"train/weights_moved": float(moved)})
             if moved == 0:
-                rank_zero_warn("The first optimizer step moved no weight: raise model.learning_rate.")
+                rank_zero_warn(
+                    "The first optimizer step moved no weight: raise model.learning_rate, or find out why the loss "
+                    "does not reach the trained weights."
+                )
 
     def _check_reference(self, batch: PairBatch) -> None:
         """Raise if the policy's log-probs differ from the reference's although the two are the same."""
@@ -345,11 +348,14 @@ class PreferenceModule(pl.LightningModule):
     # ------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the trained weights only."""
+        """Keep the trained weights only, and no optimizer state that has been forgotten."""
         trained = self._trained_names()
         checkpoint["state_dict"] = {
             name: value for name, value in checkpoint["state_dict"].items() if name in trained
         }
+        if cast(Any, self.trainer).datamodule.iteration_ends and not self.carry_optimizer:
+            for state in checkpoint.get("optimizer_states", ()):
+                state["state"] = {}  # a paged optimizer's is emptied only
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another policy."""

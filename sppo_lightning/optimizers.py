@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sppo_lightning.types import UserError
@@ -60,3 +60,21 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, *, algorith
     """
     clip = nn.utils.clip_grad_value_ if algorithm == "value" else nn.utils.clip_grad_norm_
     clip(parameters, limit)
+
+
+def forget(optimizer: Optimizer) -> None:
+    """Let an optimizer begin anew, and free its state.
+
+    What a paged optimizer of bitsandbytes holds is never freed, so that it is emptied and used again.
+    """
+    for state in optimizer.state.values():
+        held = [value for value in state.values() if isinstance(value, Tensor)]
+        if not any(getattr(value, "is_paged", False) for value in held):
+            state.clear()
+            continue
+        for name, value in state.items():
+            if isinstance(value, Tensor) and not name.startswith("qmap"):
+                value.zero_()
+        state["step"] = 0
+    for parameter in [parameter for parameter, state in optimizer.state.items() if not state]:
+        del optimizer.state[parameter]

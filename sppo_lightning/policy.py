@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from sppo_lightning.adapters import adapter_readme, unwrapped
 from sppo_lightning.lora import with_adapter
 from sppo_lightning.policy_config import PolicyConfig
 from sppo_lightning.pretrained import (
@@ -20,6 +21,7 @@ from sppo_lightning.pretrained import (
     hub_location,
     quantization_options,
 )
+from sppo_lightning.quantized_layers import make_steady
 from sppo_lightning.types import UserError, first_line
 
 if TYPE_CHECKING:
@@ -58,11 +60,7 @@ def load_base_model(
     if "gguf_file" in extra:
         forget_gguf(model)
     keep_head_input_contiguous(model)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes 0.50 repacks 4-bit weights on the CPU when a forward runs in eval mode, and leaves them
-            # so: later training steps would get no gradient through them
-            cast(Any, module).support_avx512bf16_for_cpu = False
+    make_steady(model)
     return model
 
 
@@ -162,13 +160,16 @@ def _zero_dropout_rates(holder: object) -> None:
 
 
 def write_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write model (an adapter in PEFT's layout), tokenizer, chat template and generation config."""
+    """Write model (an adapter in PEFT's layout and a README), tokenizer, chat template and generation config."""
     config = cast(Any, model).config
     use_cache, config.use_cache = config.use_cache, True
     try:
         cast(Any, model).save_pretrained(folder, safe_serialization=True)
     finally:
         config.use_cache = use_cache
+    if hasattr(model, "peft_config"):  # PEFT leaves out the generation config, and writes a form to fill in
+        unwrapped(model).generation_config.save_pretrained(folder)
+        (folder / "README.md").write_text(adapter_readme(model))
     tokenizer.save_pretrained(folder)
 
 

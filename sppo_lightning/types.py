@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, TypedDict
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict, TypeVar
+
+T = TypeVar("T")
 
 FinishReason = Literal["stop", "length", "failed"]
 """``stop``: the model sampled an end-of-sequence token or a stop string; ``length``: cut by ``max_new_tokens`` or
@@ -124,3 +126,6 @@ class Ranks(Protocol):
 
     def gather(self, values: list[Any]) -> list[list[Any]]:
         """Return every rank's values, in rank order, on every rank."""
+
+    def same(self, value: T) -> T:
+        """Return rank zero's value on every rank."""

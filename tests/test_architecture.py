@@ -20,6 +20,7 @@ LAYERS = {
         *(
             "policy",
             "lora",
+            "quantized_layers",
             "reference_pass",
             "reference_checks",
             "optimizers",

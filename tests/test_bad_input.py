@@ -577,7 +577,8 @@ def test_config_files(
         ),
         (
             ["fitt"],
-            "argument subcommand: invalid choice: 'fitt' (choose from 'fit', 'validate', 'test', 'predict', 'estimate')",
+            "argument subcommand: invalid choice: 'fitt' (choose from 'fit', 'validate', 'test', 'predict', "
+            "'estimate')",
         ),
     ],
 )

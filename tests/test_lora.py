@@ -183,9 +183,17 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: changed_config(folder, peft_type="IA3"),
         r"is a PeftType\.IA3 adapter: only LoRA adapters can be trained here",
     ),
+    "not everywhere": (
+        lambda folder: changed_config(folder, alora_invocation_tokens=[5, 6]),
+        r"is more than low-rank matrices on its base \(alora_invocation_tokens\): merge it",
+    ),
+    "another base in truth": (
+        lambda folder: changed_config(folder, init_lora_weights="pissa"),
+        r"is more than low-rank matrices on its base \(init_lora_weights=pissa\): merge it",
+    ),
     "more than matrices": (
         lambda folder: changed_config(folder, modules_to_save=["lm_head"], bias="all"),
-        r"holds more than low-rank matrices \(modules_to_save, bias\): merge it into its base",
+        r"is more than low-rank matrices on its base \((bias, modules_to_save|modules_to_save, bias)\): merge it",
     ),
 }
 
@@ -198,6 +206,26 @@ def test_an_adapter_that_does_not_fit(tiny_policy: Path, adapter: Path, case: st
     config = PolicyConfig(str(tiny_policy), lora=LoRAConfig(adapter=str(adapter)))
     with pytest.raises(UserError, match=rf"^model\.policy\.lora\.adapter='.*/adapter' .*{message}"):
         skeleton(config, AutoConfig.from_pretrained(tiny_policy), compute_dtype=torch.float32)
+
+
+def test_another_model_under_the_same_name_does_not(tiny_policy: Path, adapter: Path, tmp_path: Path) -> None:
+    twin = tmp_path / "other" / tiny_policy.name
+    shutil.copytree(tiny_policy, twin)
+    with pytest.raises(
+        UserError, match=r"was made for .*, but model\.policy\.pretrained='.*': give the adapter's own"
+    ):
+        load(twin, LoRAConfig(adapter=str(adapter)))
+
+
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal", "eva"])
+def test_however_an_adapter_began_its_weights_are_taken(tiny_policy: Path, adapter: Path, start: str) -> None:
+    changed_config(adapter, init_lora_weights=start)
+    model = load(tiny_policy, LoRAConfig(adapter=str(adapter)), quantization="nf4")
+    stored = load_file(adapter / "adapter_model.safetensors")
+    assert all(
+        torch.equal(value, stored[name.replace(".default", "")])
+        for name, value in copied_weights(model).items()
+    )
 
 
 def test_a_copy_of_the_base_serves(tiny_policy: Path, adapter: Path, tmp_path: Path) -> None:
