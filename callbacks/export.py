@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import cast
@@ -10,15 +11,18 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
 from sppo_lightning.datamodule import self_play_data
+from sppo_lightning.export.run import RECORD
 from sppo_lightning.live_policy import LivePolicy
 from sppo_lightning.module import PreferenceModule
+from sppo_lightning.rollouts import write_atomically
 from sppo_lightning.trainer import is_dev_run
 
 
 class PolicyExport(pl.Callback):
     """Keeps ``policy/`` at the latest finished iteration: model, tokenizer, chat template, generation config.
 
-    A policy with an adapter is written in PEFT's layout. The folder is replaced as a whole.
+    A policy with an adapter is written in PEFT's layout. The folder is replaced as a whole; its ``run.json`` says which
+    iteration it comes out of, and the policy's fingerprint.
 
     Args:
         keep_every_iteration: also keep ``policies/000``, ``policies/001``, … one for each iteration.
@@ -37,20 +41,28 @@ class PolicyExport(pl.Callback):
         """Export once the iteration is over."""
         datamodule = self_play_data(trainer)
         if datamodule.iteration_ends and not is_dev_run(trainer):
-            root = datamodule.folder.root
+            root, iteration = datamodule.folder.root, datamodule.current_iteration
             policy = cast(PreferenceModule, pl_module).live
-            self.export(policy, root / "policy")
+            self.export(policy, root / "policy", iteration=iteration)
             if self.keep_every_iteration:
-                self.export(policy, root / "policies" / f"{datamodule.current_iteration:03d}")
+                self.export(policy, root / "policies" / f"{iteration:03d}", iteration=iteration)
 
     @rank_zero_only
-    def export(self, policy: LivePolicy, folder: Path) -> None:
-        """Write the policy into ``folder``, replacing what is there in one step."""
+    def export(self, policy: LivePolicy, folder: Path, *, iteration: int) -> None:
+        """Write the policy into ``folder``, replacing what is there in one step.
+
+        Args:
+            policy: to be written.
+            folder: where to.
+            iteration: self-play iteration that it comes out of.
+        """
         fresh = folder.with_name(f".{folder.name}.new")
         stale = _stale(folder)
         for leftover in (fresh, stale):
             shutil.rmtree(leftover, ignore_errors=True)
         policy.export(fresh)
+        record = {"iteration": iteration, "fingerprint": policy.fingerprint()}
+        write_atomically(fresh / RECORD, json.dumps(record, indent=2).encode())
         if folder.exists():
             folder.rename(stale)
         fresh.rename(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,40 @@ def unwrapped(model: nn.Module) -> Any:
     """Return the transformers model inside PEFT's wrapper, its layers still with the adapter; else the model."""
     inner: Any = getattr(model, "get_base_model", None)
     return inner() if inner else model
+
+
+def adapter_readme(model: nn.Module) -> str:
+    """Return the ``README.md`` of a model's adapter in PEFT's layout: its base, and how to load the two."""
+    config = cast(Any, model).peft_config["default"]
+    base = str(config.base_model_name_or_path)
+    lines = [
+        f"# A {'DoRA' if config.use_dora else 'LoRA'} adapter",
+        f"Written by sppo-lightning while training. Its base is `{base}`, which it is loaded with by PEFT:",
+        f"```python\n{_loading(base)}\n```",
+    ]
+    if config.use_dora:
+        lines.append(
+            "`AutoModelForCausalLM.from_pretrained` of transformers 5 leaves out the magnitudes of a DoRA adapter "
+            "without a word, and gives another model: load it as above."
+        )
+    lines.append(
+        "`sppo-lightning export` writes the policy into a folder for others, checked, with a full model card."
+    )
+    return "\n\n".join(lines) + "\n"
+
+
+def _loading(base: str) -> str:
+    if not base.endswith(".gguf"):
+        return (
+            "from peft import AutoPeftModelForCausalLM\n\n"
+            'model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")'
+        )
+    place = Path(base)
+    return (
+        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        f'base = AutoModelForCausalLM.from_pretrained("{place.parent}", gguf_file="{place.name}")\n'
+        'model = PeftModel.from_pretrained(base, "path/to/this/folder")'
+    )
 
 
 def decoders(model: nn.Module) -> list[Any]:

@@ -134,7 +134,9 @@ class SelfPlayCLI(LightningCLI):
         self._check_optimizer(config.model.optimizer)
         if self.subcommand == "estimate":
             wanted = config.trainer
-            self.hardware = planned_hardware(wanted.accelerator, wanted.devices, wanted.num_nodes)
+            self.hardware = planned_hardware(
+                wanted.accelerator, wanted.devices, wanted.num_nodes, wanted.strategy
+            )
             wanted.accelerator, wanted.devices, wanted.num_nodes, wanted.strategy = "cpu", 1, 1, "auto"
         elif not config.trainer.fast_dev_run:
             check_writable(self.root)
@@ -273,6 +275,7 @@ def run(args: list[str]) -> None:
 
 def _show_messages() -> None:
     """Print what the engines and rewards say about their choices, on the first process."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns in every layer of every forward
     logger = logging.getLogger("sppo_lightning")
     logger.setLevel(logging.INFO if cast(Any, rank_zero_only).rank == 0 else logging.WARNING)
     if not logger.handlers:

@@ -191,7 +191,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
             check_context(self._encoded(key), self.generator, self.module.live.model_config, key=key)
         if stage == "fit":
             check_sizes(self.rules, self._encoded("prompts").ids)
-            longest = max(len(prompt.token_ids) for key in keys for prompt in self._encoded(key))
+            longest = {key: max(len(prompt.token_ids) for prompt in self._encoded(key)) for key in keys}
             check_memory(
                 workload_of(
                     self.module,
@@ -199,10 +199,12 @@ class SelfPlayDataModule(pl.LightningDataModule):
                     self.generator,
                     self.reward,
                     compute_dtype=self.module.compute_dtype,
-                    longest_prompt=longest,
+                    longest_prompt=max(longest.values()),
+                    longest_trained_prompt=longest["prompts"],
                     device=self.trainer.strategy.root_device,
                     processes=self.trainer.world_size,
                 ),
+                self.ranks,
                 otherwise=self.memory_check,
             )
         if is_dev_run(self.trainer):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import lightning.pytorch as pl
 import torch
 
+from sppo_lightning.batching import accumulation_steps
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.memory.advice import verdict
 from sppo_lightning.memory.estimate import GIB, Estimator, available_bytes
@@ -24,14 +25,22 @@ class Hardware(NamedTuple):
     processes: int
 
 
-def planned_hardware(accelerator: object, devices: int | str | Sequence[int], nodes: int) -> Hardware:
+def planned_hardware(
+    accelerator: object, devices: int | str | Sequence[int], nodes: int, strategy: object
+) -> Hardware:
     """Return what a Trainer's settings ask for.
 
     Args:
-        accelerator: as the Trainer takes it.
-        devices: as the Trainer takes it; ``auto``: those of this machine.
+        accelerator: as the Trainer takes it; so the others.
+        devices: ``auto``: those of this machine.
         nodes: machines.
+        strategy: as the Trainer takes it.
+
+    Raises:
+        UserError: if the strategy is named and not supported.
     """
+    if isinstance(strategy, str) and strategy != "auto" and not strategy.startswith("ddp"):
+        raise UserError(f"trainer.strategy={strategy} is not supported: use one device or ddp")
     has_cuda = torch.cuda.is_available()
     on_cuda = accelerator in ("gpu", "cuda") or (accelerator == "auto" and has_cuda)
     here = torch.cuda.device_count() if on_cuda and has_cuda else 1
@@ -69,16 +78,20 @@ class SelfPlayTrainer(pl.Trainer):
             raise UserError(
                 "this machine has no GPU to compare with: say how much memory the run's has, e.g. --memory 24"
             )
-        dtype = compute_dtype(self)
+        dtype, rules = compute_dtype(self), datamodule.rules
+        accumulation_steps(
+            pairs_per_step=rules.pairs_per_step, batch_size=rules.batch_size, world_size=hardware.processes
+        )
         datamodule.reward.check()
         model.live.check(compute_dtype=dtype, device=device)
         workload = workload_of(
             model,
-            datamodule.rules,
+            rules,
             datamodule.generator,
             datamodule.reward,
             compute_dtype=dtype,
             longest_prompt=datamodule.prompt_sets.max_tokens,
+            longest_trained_prompt=datamodule.prompt_sets.max_tokens,
             device=device,
             processes=hardware.processes,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -133,7 +134,7 @@ def _read_config(lora: LoRAConfig, pretrained: str) -> LoraConfig:
 
 def _same_model(one: str, other: str) -> bool:
     """Whether two locations may name one model: the same place, or under the same name one that is not here."""
-    if _location(one) == _location(other):
+    if os.path.realpath(one) == os.path.realpath(other):
         return True
     both_here = Path(one).exists() and Path(other).exists()
     return not both_here and Path(one).name.lower() == Path(other).name.lower()
@@ -141,8 +142,7 @@ def _same_model(one: str, other: str) -> bool:
 
 def _location(pretrained: str) -> str:
     """Return where a model lies, so that it is found from any folder."""
-    path = Path(pretrained)
-    return str(path.resolve()) if path.exists() else pretrained
+    return os.path.abspath(pretrained) if Path(pretrained).exists() else pretrained
 
 
 def _check_targets(model: PeftModel, targets: str | list[str]) -> None:

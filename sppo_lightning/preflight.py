@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from sppo_lightning.generation import Generator
-from sppo_lightning.memory.advice import verdict
+from sppo_lightning.memory.advice import verdict as objection
 from sppo_lightning.memory.estimate import GIB, Estimator, available_bytes
 from sppo_lightning.memory.workload import Workload
 from sppo_lightning.module import PreferenceModule
@@ -20,7 +20,7 @@ from sppo_lightning.prompts import check_disjoint
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rules import IterationRules
 from sppo_lightning.selection import Curriculum, EasyToHard, HardToEasy
-from sppo_lightning.types import EncodedPrompt, UserError
+from sppo_lightning.types import EncodedPrompt, Ranks, UserError, first_line
 
 PROMPTS_OF = {"validate": "eval_prompts", "test": "test_prompts", "predict": "predict_prompts"}
 
@@ -142,6 +142,7 @@ def workload_of(
     *,
     compute_dtype: torch.dtype,
     longest_prompt: int,
+    longest_trained_prompt: int,
     device: torch.device,
     processes: int,
 ) -> Workload:
@@ -154,6 +155,7 @@ def workload_of(
         reward: scores answers.
         compute_dtype: dtype of the matrix products.
         longest_prompt: tokens of the longest prompt that may come.
+        longest_trained_prompt: of those that may be trained on.
         device: of the first process.
         processes: that share the run, a device each.
     """
@@ -170,42 +172,57 @@ def workload_of(
         batch_size=rules.batch_size,
         pairs_per_step=rules.pairs_per_step,
         longest_prompt=longest_prompt,
+        longest_trained_prompt=longest_trained_prompt,
         device=device,
         processes=processes,
     )
 
 
-def check_memory(workload: Workload, *, otherwise: Literal["refuse", "warn"]) -> None:
-    """Compare what a run will need with what its device has.
+def check_memory(workload: Workload, ranks: Ranks, *, otherwise: Literal["refuse", "warn"]) -> None:
+    """Compare what a run will need with what its devices have: one answer for all processes.
 
     Args:
         workload: the run.
-        otherwise: what to do with one that does not fit.
+        ranks: the processes.
+        otherwise: what to do with a run that does not fit.
 
     Raises:
         UserError: naming settings that would make it fit.
     """
-    available = available_bytes(workload.device)
+    available = min(part[0] for part in ranks.gather([available_bytes(workload.device)]))
     if workload.device.type == "cpu":
         available //= workload.processes  # which share the host's memory
-    estimator = Estimator(available)
-    bound = estimator.bound(workload)
-    if bound is not None and bound.fits:
-        rank_zero_info(f"Memory: at most {_gib(bound.fullest.total)} of {_gib(available)} will be needed.")
-        return
-    estimate = estimator.estimate(workload)
-    if not estimate.fits:
-        rank_zero_info(
-            "Memory: this run does not fit; looking for settings that would make it (up to a minute)."
-        )
-    objection = verdict(estimator, workload, estimate)
-    if objection is None:
-        peak = estimate.fullest
-        rank_zero_info(f"Memory: {peak.name} will need about {_gib(peak.total)} of {_gib(available)}.")
-    elif otherwise == "warn":
-        rank_zero_warn(f"This run may not fit: {objection}.")
+    verdict, told = ranks.same(
+        _memory_verdict(workload, available, otherwise) if ranks.rank == 0 else ("fits", "")
+    )
+    if verdict == "refused":
+        raise UserError(told)
+    if verdict == "fits":
+        rank_zero_info(f"Memory: {told}.")
     else:
-        raise UserError(f"{objection}; or try it with data.memory_check=warn")
+        rank_zero_warn(f"{told}.")
+
+
+def _memory_verdict(
+    workload: Workload, available: int, otherwise: Literal["refuse", "warn"]
+) -> tuple[Literal["fits", "doubtful", "refused"], str]:
+    """Return what becomes of a run, and why; a model that cannot be estimated is not in the way of its run."""
+    try:
+        estimator = Estimator(available)
+        bound = estimator.bound(workload)
+        if bound is not None and bound.fits:
+            return "fits", f"at most {_gib(bound.fullest.total)} of {_gib(available)} will be needed"
+        estimate = estimator.estimate(workload)
+        phase = estimate.fullest
+        need = f"{phase.name} will need about {_gib(phase.total)} of {_gib(available)}"
+        if estimate.fits:
+            return "fits", need
+        if otherwise == "warn" or not estimate.measured:
+            return "doubtful", f"This run may not fit: {need}; `sppo-lightning estimate` says what would help"
+        rank_zero_info(f"Memory: {need}; looking for settings that make it fit (up to a minute).")
+        return "refused", f"{objection(estimator, workload, estimate)}; or try it with data.memory_check=warn"
+    except Exception as error:  # of any model's own code, on tensors without data
+        return "doubtful", f"The run's memory could not be estimated ({first_line(error)})"
 
 
 def _gib(size: int) -> str:

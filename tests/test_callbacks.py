@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -9,7 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_config
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 
 from sppo_lightning.callbacks import (
     DifficultyReestimation,
@@ -19,7 +20,9 @@ from sppo_lightning.callbacks import (
     SampleTable,
     SelfPlayProgress,
 )
+from sppo_lightning.lora import with_adapter
 from sppo_lightning.policy import write_folder
+from sppo_lightning.policy_config import LoRAConfig
 from sppo_lightning.rollouts import RunFolder, write_rollouts
 from sppo_lightning.types import PhaseProgress, Rollout
 
@@ -84,11 +87,14 @@ def test_settings_are_checked(settings: dict[str, float], message: str) -> None:
 def test_export_replaces_the_folder_as_a_whole(tmp_path: Path) -> None:
     policy, tokenizer = LlamaForCausalLM(tiny_config()), byte_tokenizer()
     policy.config.use_cache = False
-    module = SimpleNamespace(export=lambda folder: write_folder(policy, tokenizer, folder))
+    module = SimpleNamespace(
+        export=lambda folder: write_folder(policy, tokenizer, folder), fingerprint=lambda: "abc"
+    )
     target = tmp_path / "policy"
     target.mkdir()
     (target / "left-behind").touch()
-    PolicyExport().export(module, target)  # type: ignore[arg-type]
+    PolicyExport().export(module, target, iteration=4)  # type: ignore[arg-type]
+    assert json.loads((target / "run.json").read_text()) == {"iteration": 4, "fingerprint": "abc"}
     assert not (target / "left-behind").exists()
     loaded = AutoModelForCausalLM.from_pretrained(target)
     assert loaded.config.use_cache
@@ -96,6 +102,29 @@ def test_export_replaces_the_folder_as_a_whole(tmp_path: Path) -> None:
     for name, value in policy.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name])
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_folder_of_an_adapter_says_how_it_is_read(tmp_path: Path, dora: bool) -> None:
+    model = LlamaForCausalLM(tiny_config())
+    model.generation_config = GenerationConfig(eos_token_id=[1, 7])
+    lora = LoRAConfig(rank=2, alpha=4, dora=dora)
+    write_folder(with_adapter(model, lora, pretrained="org/base"), byte_tokenizer(), tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [1, 7]
+    text = (tmp_path / "README.md").read_text()
+    assert "Its base is `org/base`" in text
+    assert 'AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")' in text
+    assert "`sppo-lightning export`" in text
+    assert ("leaves out the magnitudes" in text) is dora
+    assert "More Information Needed" not in text
+
+
+def test_the_folder_of_an_adapter_on_a_gguf_file(tmp_path: Path) -> None:
+    model = LlamaForCausalLM(tiny_config())
+    adapted = with_adapter(model, LoRAConfig(rank=2, alpha=4), pretrained="/data/base.Q4_0.gguf")
+    write_folder(adapted, byte_tokenizer(), tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert 'from_pretrained("/data", gguf_file="base.Q4_0.gguf")' in text
 
 
 # -------------------------------------------------------------------- PhaseTimes

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer, cli_arguments
+from conftest import byte_tokenizer, cli_arguments, letter_reward, tiny_config
 from transformers import LlamaConfig
 
 from sppo_lightning.__main__ import main
 from sppo_lightning.estimate import Hardware, planned_hardware
+from sppo_lightning.generation import HFGenerator
+from sppo_lightning.memory.workload import Workload
+from sppo_lightning.pair_forward import AutoForward
+from sppo_lightning.policy_config import PolicyConfig
+from sppo_lightning.preflight import check_memory
+from sppo_lightning.rewards import FunctionReward
+from sppo_lightning.types import Ranks, UserError
 
 ROOT = Path(__file__).parent.parent
 WritePrompts = Callable[..., Path]
@@ -96,7 +104,7 @@ def test_a_run_that_does_not_fit_is_refused_and_may_be_tried(
             main(args)
     assert stop.value.code == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert " needs about 0.0 GiB, but cpu has 0.0 GiB: " in said
+    assert re.search(r" needs about 0\.\d GiB, but cpu has 0\.0 GiB: ", said)
     assert said.endswith("; or try it with data.memory_check=warn")
     with pytest.warns(UserWarning, match=r"^This run may not fit: "):
         main([*args, "--data.memory_check=warn"])
@@ -147,4 +155,59 @@ def test_hardware_of_a_trainer(
     accelerator: str, devices: Any, nodes: int, expected: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert planned_hardware(accelerator, devices, nodes) == Hardware(torch.device(expected[0]), expected[1])
+    found = planned_hardware(accelerator, devices, nodes, "auto")
+    assert found == Hardware(torch.device(expected[0]), expected[1])
+
+
+def test_a_strategy_that_fit_refuses_is_refused() -> None:
+    with pytest.raises(UserError, match=r"trainer\.strategy=fsdp is not supported: use one device or ddp"):
+        planned_hardware("gpu", 8, 1, "fsdp")
+
+
+class TwoRanks(Ranks):
+    """The first or second of two processes, the other one with less memory; ``said``: what the first one says."""
+
+    world_size = 2
+
+    def __init__(self, rank: int, said: Any = None) -> None:
+        self.rank, self.said = rank, said
+
+    def barrier(self, name: str) -> None:
+        raise AssertionError
+
+    def gather(self, values: list[Any]) -> list[list[Any]]:
+        return [values, [1 << 20]]
+
+    def same(self, value: Any) -> Any:
+        self.said = value if self.rank == 0 else self.said
+        return self.said
+
+
+def test_all_processes_decide_alike(tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the least memory that one of them has."""
+    load = Workload(
+        policy=PolicyConfig(str(tiny_policy)),
+        model_config=tiny_config(),
+        compute_dtype=torch.float32,
+        reference="initial",
+        optimizer=None,
+        carry_optimizer=False,
+        pair_forward=AutoForward(),
+        generator=HFGenerator(max_new_tokens=8, temperature=1.0),
+        reward=FunctionReward(letter_reward),
+        batch_size=2,
+        pairs_per_step=4,
+        longest_prompt=20,
+        longest_trained_prompt=20,
+        device=torch.device("cpu"),
+        processes=2,
+    )
+    first = TwoRanks(0)
+    with pytest.raises(UserError, match="needs about") as refused:
+        check_memory(load, first, otherwise="refuse")
+    monkeypatch.setattr("sppo_lightning.preflight.Estimator", None)  # the second asks nobody
+    with pytest.raises(UserError) as also:
+        check_memory(load, TwoRanks(1, first.said), otherwise="refuse")
+    assert str(also.value) == str(refused.value)
+    with pytest.warns(UserWarning, match=r"^The run's memory could not be estimated \("):
+        check_memory(load, first, otherwise="refuse")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +22,19 @@ from sppo_lightning import adapters
 from sppo_lightning.__main__ import main as command
 from sppo_lightning.export import check as export_check
 from sppo_lightning.export import job as export_job
-from sppo_lightning.export.check import Distance, compared, float32_products, require, response_logps
+from sppo_lightning.export.check import (
+    Distance,
+    compared,
+    compared_with_stored,
+    float32_products,
+    require,
+    response_logps,
+)
 from sppo_lightning.export.command import export, main
 from sppo_lightning.export.files import name_end_tokens
 from sppo_lightning.export.run import open_run
-from sppo_lightning.types import UserError
+from sppo_lightning.pretrained import quantization_options
+from sppo_lightning.types import PreferencePair, UserError
 
 IDS = torch.arange(3, 40)[None]
 LORA = {"model.policy.lora.rank": 4, "model.policy.lora.alpha": 8}
@@ -35,6 +45,8 @@ KINDS: dict[str, dict[str, Any]] = {
         '"init_args": {"keep_every_iteration": true}}]',
     },
     "lora": LORA,
+    "longer": {**LORA, "data.iterations": 2},
+    "from-start": {**LORA, "data.iterations": 2, "model.reference": "initial"},
     "dora": {**LORA, "model.policy.lora.dora": "true", "model.policy.lora.rslora": "true"},
     "nf4": {**LORA, "model.policy.quantization": "nf4", "trainer.precision": "bf16-mixed"},
 }
@@ -204,7 +216,7 @@ def test_what_the_gguf_converter_looks_for(run_of: Run, base: Path, tmp_path: Pa
     shutil.copytree(base, own)
     (own / "tokenizer.model").write_bytes(b"vocabulary")
     run = Path(shutil.copytree(run_of("lora"), tmp_path / "run"))
-    change_config(run, lambda config: config["model"]["policy"].update(pretrained=str(own)))
+    change_base(run, own)
     folder = export(str(run), "gguf-ready", output=str(tmp_path / "out"))
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
@@ -316,6 +328,147 @@ def failing(module: Any, args: Any) -> None:
     raise RuntimeError("out of luck")
 
 
+@pytest.fixture(scope="module")
+def another_base(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of the same shape, and of the same name, in another folder."""
+    folder = tmp_path_factory.mktemp("others") / base.name
+    shutil.copytree(base, folder)
+    torch.manual_seed(1)
+    other = LlamaForCausalLM(whole(base).config)
+    other.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
+    return folder
+
+
+def test_a_relative_base_is_the_one_that_was_trained_on(
+    copied: Run, base: Path, another_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copied("lora")
+    change_config(run, lambda config: config["model"]["policy"].update(pretrained=base.name))
+    monkeypatch.chdir(another_base.parent)
+    folder = export(str(run), "adapter", output=str(tmp_path / "out"))
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(base.resolve())
+    assert f"base_model: {base.name}\n" in card_of(folder)
+
+
+@pytest.mark.parametrize("format", ["adapter", "merged"])
+@pytest.mark.parametrize("kind", ["lora", "nf4", "longer", "from-start"])
+def test_another_base_of_the_same_shape_is_noticed(
+    copied: Run, another_base: Path, tmp_path: Path, kind: str, format: Any
+) -> None:
+    run = copied(kind)
+    change_base(run, another_base)
+    expected = (
+        r"^the base is not the one that the run was trained on: the base and the reference's log-probs that "
+    )
+    with pytest.raises(UserError, match=expected):
+        export(str(run), format, output=str(tmp_path / "out"))
+    assert "FAILED" in card_of(tmp_path / "out.unchecked")
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        (
+            "lora",
+            "iteration 0 | {} | 0.001: sums of whole responses, computed in float32 in training | passed |",
+        ),
+        (
+            "dora",
+            "iteration 0 | {} | 0.001: sums of whole responses, computed in float32 in training | passed |",
+        ),
+        (
+            "nf4",
+            "iteration 0 | {} | 0.05: sums of whole responses, computed in bfloat16 in training | passed |",
+        ),
+        (
+            "longer",
+            "iteration 0 | {} | 0.001: sums of whole responses, computed in float32 in training | passed |",
+        ),
+        (
+            "from-start",
+            "iteration 1 | {} | 0.001: sums of whole responses, computed in float32 in training |",
+        ),
+    ],
+)
+def test_what_training_stored_is_on_the_card(run_of: Run, tmp_path: Path, kind: str, row: str) -> None:
+    card = card_of(export(str(run_of(kind)), "adapter", output=str(tmp_path / "out")))
+    before, after = row.split("{}")
+    assert re.search(re.escape(before) + r"\S+" + re.escape(after), card), card
+
+
+def test_nothing_is_compared_where_the_reference_was_more_than_the_base(copied: Run, tmp_path: Path) -> None:
+    run = copied("lora")
+    change_config(run, started)
+    card = card_of(export(str(run), "adapter", output=str(tmp_path / "out")))
+    assert "that training stored" not in card
+    again = copied("longer")
+    (again / "iterations/000/pairs.parquet").unlink()
+    assert open_run(again).base_as_reference is None
+    assert open_run(copied("full")).base_as_reference is None
+
+
+def started(config: Any) -> None:
+    config["model"]["policy"]["lora"] = {"adapter": "some/adapter"}
+
+
+def test_sums_against_what_was_stored() -> None:
+    """|(1 + 2) - 2.5| + |4 - 5| = 1.5, over three tokens 0.5."""
+    pair = PreferencePair("a", (1,), (2, 3), (4,), "", "", 1.0, 0.0, 2.5, 5.0)
+    logps = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    found = compared_with_stored(logps, [pair], iteration=3, coarsest=torch.bfloat16)
+    assert found.nats == pytest.approx(0.5)
+    assert found.allowed == 0.05
+    assert compared_with_stored(logps, [pair], iteration=3, coarsest=torch.float64).allowed == 1e-3
+
+
+def test_four_bit_layers_compute_in_float32_too(base: Path, run_of: Run) -> None:
+    """As float32 layers with the dequantised weights do."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    pairs = open_run(run_of("lora")).folder.iteration(0).read_pairs()[:2]
+    options = quantization_options("nf4", torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=options)
+    plain = whole(base).float()
+    for name, layer in model.named_modules():
+        if type(layer).__name__ == "Linear4bit":
+            layer.support_avx512bf16_for_cpu = False
+            state = copy.copy(layer.weight.quant_state)
+            state.dtype = torch.float32
+            plain.get_submodule(name).weight.data = dequantize_4bit(layer.weight.data, state)
+    found = response_logps(model, pairs)
+    torch.testing.assert_close(found, response_logps(plain, pairs), atol=1e-4, rtol=0)
+    assert {layer.compute_dtype for layer in model.modules() if hasattr(layer, "compute_dtype")} == {
+        torch.bfloat16
+    }
+
+
+# ------------------------------------------------------- which iteration it is
+
+
+def test_a_policy_ahead_of_its_checkpoint_says_its_own_iteration(copied: Run, tmp_path: Path) -> None:
+    """As after a kill between the writing of ``policy/`` and of ``last.ckpt``."""
+    run = copied("full")
+    last = run / "checkpoints/last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["SelfPlayDataModule"]["finished"] -= 1
+    torch.save(checkpoint, last)
+    assert open_run(run).iteration == 1
+    assert open_run(run, iteration=0).place == run / "policies/000"
+    assert open_run(run, iteration=1).place == run / "policies/001"
+    folder = export(str(run), "hf", output=str(tmp_path / "out"))
+    assert not (folder / "run.json").exists()
+    (run / "policy/run.json").unlink()
+    assert open_run(run).iteration == 0, "an older folder has but the checkpoint to tell"
+
+
+def test_a_damaged_record_of_the_iteration(copied: Run) -> None:
+    run = copied("full")
+    (run / "policy/run.json").write_text("{}")
+    with pytest.raises(UserError, match=r"run\.json is damaged \('iteration'\): delete it"):
+        open_run(run)
+
+
 def test_distances_and_their_allowances() -> None:
     """|1-0|, |2-4| -> 1.5; 1e-4 + 4 * 0.25 + 2 * 0.25 = 1.5001."""
     one, other = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])
@@ -333,9 +486,20 @@ def test_distances_and_their_allowances() -> None:
 
 
 def change_config(run: Path, change: Callable[[Any], None]) -> None:
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    config = open_config(run)
     change(config)
     (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def change_base(run: Path, base: Path) -> str:
+    """Let the run's adapter name another base; return the one that its config still names."""
+    path = run / "policy/adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(base)}))
+    return str(open_config(run)["model"]["policy"]["pretrained"])
+
+
+def open_config(run: Path) -> Any:
+    return yaml.safe_load((run / "config.yaml").read_text())
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
@@ -364,6 +528,7 @@ def test_an_unknown_iteration(run_of: Run) -> None:
 
 def test_a_damaged_checkpoint(copied: Run) -> None:
     run = copied("lora")
+    (run / "policy/run.json").unlink()
     (run / "checkpoints/last.ckpt").write_bytes(b"half of it")
     with pytest.raises(UserError, match=r"last\.ckpt is damaged"):
         export(str(run), "adapter")
@@ -389,12 +554,23 @@ def test_a_folder_that_is_there_is_never_written_over(run_of: Run, tmp_path: Pat
     assert export(str(run_of("lora")), "adapter", output=str(place)) == place
 
 
+def test_the_folder_that_one_is_in(run_of: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "out"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    assert export(str(run_of("lora")), "adapter", output=".") == place
+    assert Path("adapter_config.json").exists(), "it is the same folder still"
+    assert list(tmp_path.iterdir()) == [place]
+
+
 def test_a_base_that_is_gone(copied: Run, tmp_path: Path) -> None:
     run = copied("lora")
-    change_config(run, lambda config: config["model"]["policy"].update(pretrained=str(tmp_path / "gone")))
-    with pytest.raises(
-        UserError, match=r"the run's adapter cannot be read: .*gone': no such model.*correct it"
-    ):
+    named = change_base(run, tmp_path / "gone")
+    expected = (
+        rf"was trained on, \S*gone, cannot be read \(.*no such model.*\); config\.yaml names {named}, which "
+        rf"from here is {named}\. If the base moved, correct base_model_name_or_path in \S*policy/adapter_config\.json"
+    )
+    with pytest.raises(UserError, match=expected):
         export(str(run), "merged")
     assert not list(run.glob("export-*"))
 

@@ -13,8 +13,16 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_config
 from test_memory_dry_run import peak_of, step
-from tiny import TRAINED_CONFIGS
-from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+from tiny import TRAINED_CONFIGS, Source
+from transformers import (
+    AutoModelForCausalLM,
+    BltConfig,
+    Gemma3nTextConfig,
+    Gemma4TextConfig,
+    LlamaForSequenceClassification,
+    RwkvConfig,
+    xLSTMConfig,
+)
 
 from sppo_lightning.generation import (
     AutoGenerator,
@@ -26,8 +34,19 @@ from sppo_lightning.generation import (
     VLLMGenerator,
 )
 from sppo_lightning.generation.cache import reserved_cache
-from sppo_lightning.generation.hf import MEMORY_SHARE
-from sppo_lightning.memory.advice import LADDERS, quantization, verdict
+from sppo_lightning.generation.hf import MEMORY_SHARE, cache_bytes_of_layers
+from sppo_lightning.generation.protocol import SampleRequest
+from sppo_lightning.memory.advice import (
+    Ladder,
+    adapters,
+    ladders,
+    quantization,
+    shorter_prompts,
+    smaller_batches,
+    smaller_ranks,
+    smaller_rewards,
+    verdict,
+)
 from sppo_lightning.memory.dry_run import PairShape
 from sppo_lightning.memory.estimate import (
     ALLOCATOR_SHARE,
@@ -38,7 +57,7 @@ from sppo_lightning.memory.estimate import (
     available_bytes,
     cache_bytes,
 )
-from sppo_lightning.memory.footprint import footprint, quantized_matrix
+from sppo_lightning.memory.footprint import CannotEstimateError, footprint, quantized_matrix
 from sppo_lightning.memory.workload import Workload, rule_of_thumb
 from sppo_lightning.pair_forward import AutoForward, SharedForward
 from sppo_lightning.policy import disable_dropout, load_policy
@@ -101,12 +120,54 @@ def workload(**changes: Any) -> Workload:
         "batch_size": 3,
         "pairs_per_step": 3,
         "longest_prompt": 40,
+        "longest_trained_prompt": changes.get("longest_prompt", 40),
         "device": CPU,
     }
     return Workload(**{**settings, **changes})
 
 
 ESTIMATOR = Estimator(GIB)
+
+_TINY = TRAINED_CONFIGS["gemma4"].to_dict()
+_SIZES = {name: _TINY[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+_MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
+# layers of several sizes: wider heads in the second one, and an inner width for each
+GEMMA4 = Gemma4TextConfig(
+    **_SIZES,
+    **_HEADS,
+    **_MIXED,
+    intermediate_size=64,
+    global_head_dim=16,
+    hidden_size_per_layer_input=8,
+    vocab_size_per_layer_input=_SIZES["vocab_size"],
+)
+GEMMA3N = Gemma3nTextConfig(
+    **_SIZES,
+    **_HEADS,
+    **_MIXED,
+    intermediate_size=[64, 96],
+    activation_sparsity_pattern=[0.0, 0.0],
+    hidden_size_per_layer_input=8,
+    vocab_size_per_layer_input=_SIZES["vocab_size"],
+    num_kv_shared_layers=0,
+    laurel_rank=4,
+)
+# layers without heads
+RWKV = RwkvConfig(**_SIZES, attention_hidden_size=32, intermediate_size=64)
+XLSTM = xLSTMConfig(
+    **{**_SIZES, "hidden_size": 64},
+    num_heads=2,
+    qk_dim_factor=0.5,
+    v_dim_factor=1.0,
+    chunkwise_kernel="chunkwise--native_autograd",
+)
+_BLT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+BLT = BltConfig(
+    encoder_hash_byte_group_vocab=64,
+    encoder_hash_byte_group_size=[3],
+    **{f"{part}_config": {**_BLT} for part in ("patcher", "encoder", "decoder", "global")},
+)
 
 
 def phases(**changes: Any) -> dict[str, dict[str, int]]:
@@ -238,6 +299,69 @@ def test_the_bound_holds_for_all_kinds_of_models(kind: str) -> None:
         assert phase.total <= limit.total, phase.name
 
 
+@pytest.mark.parametrize("config", [GEMMA4, GEMMA3N], ids=lambda config: config.model_type)
+def test_layers_may_differ(config: Any) -> None:
+    load = workload(model_config=config, longest_prompt=300)
+    found, bound = ESTIMATOR.estimate(load), ESTIMATOR.bound(load)
+    assert bound is not None
+    for phase, limit in zip(found.phases, bound.phases, strict=True):
+        assert phase.total <= limit.total, phase.name
+
+
+def test_the_widest_layer_counts() -> None:
+    def about(inner: int | list[int]) -> int:
+        config = Gemma3nTextConfig(**{**GEMMA3N.to_dict(), "intermediate_size": inner})
+        return rule_of_thumb(config, PairShape(1, 8, 8), dtype=torch.float32, checkpointed=True, chunk=8)
+
+    assert about([64, 96]) == about(96) > about(64)
+
+
+@pytest.mark.parametrize(
+    ("config", "missing"),
+    [(RWKV, "num_attention_heads"), (XLSTM, "num_attention_heads"), (BLT, "num_hidden_layers")],
+    ids=["rwkv", "xlstm", "blt"],
+)
+def test_a_model_that_does_not_tell_is_refused_by_name(config: Any, missing: str) -> None:
+    load = workload(model_config=config)
+    assert ESTIMATOR.bound(load) is None
+    with pytest.raises(
+        CannotEstimateError,
+        match=f"the memory of a '{config.model_type}' model cannot be estimated, since its config has no {missing}: "
+        "give the generator a batch_size",
+    ):
+        ESTIMATOR.estimate(load)
+
+
+def test_a_rule_of_thumb_is_told_from_a_measurement() -> None:
+    assert ESTIMATOR.estimate(workload()).measured
+    bound = ESTIMATOR.bound(workload())
+    assert bound is not None
+    assert not bound.measured
+    assert not ESTIMATOR.estimate(workload(model_config=TRAINED_CONFIGS["qwen3_moe"])).measured
+
+
+def test_prompts_that_are_only_answered_do_not_size_training() -> None:
+    short, held_out, long = (
+        workload(),
+        workload(longest_prompt=300, longest_trained_prompt=40),
+        workload(longest_prompt=300),
+    )
+    assert held_out.shape == short.shape
+    assert held_out.longest_sequence == long.longest_sequence
+    for made in (ESTIMATOR.estimate, ESTIMATOR.bound):
+        few, some, most = (made(load) for load in (short, held_out, long))
+        assert few is not None
+        assert some is not None
+        assert most is not None
+        totals = {
+            phase.name: (phase.total, other.total, last.total)
+            for phase, other, last in zip(few.phases, some.phases, most.phases, strict=True)
+        }
+        for name in ("reference", "training"):
+            assert totals[name][0] == totals[name][1] < totals[name][2], name
+        assert totals["sampling"][0] < totals["sampling"][1] == totals["sampling"][2]
+
+
 @pytest.mark.parametrize("settings", [{"lora": LORA}, {"lora": LORA, "gradient_checkpointing": True}, {}])
 def test_the_bound_holds_for_adapters_and_short_rows(settings: dict[str, Any]) -> None:
     load = workload(policy=PolicyConfig("x", **settings), compute_dtype=torch.float32)
@@ -246,19 +370,25 @@ def test_the_bound_holds_for_adapters_and_short_rows(settings: dict[str, Any]) -
     assert ESTIMATOR.estimate(load).fullest.total <= bound.fullest.total
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "cohere2", "gemma3_capped"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "cohere2", "gemma3_capped", "gemma4_wide"])
 def test_keys_and_values_are_counted(kind: str) -> None:
     """Against a cache that was filled; windows of 6 keep one token less than they see."""
-    config = TRAINED_CONFIGS[kind]
+    config = {**TRAINED_CONFIGS, "gemma4_wide": GEMMA4}[kind]
     model = AutoModelForCausalLM.from_config(config).eval()
     cache = reserved_cache(model.config)
     with torch.no_grad():
         model(input_ids=torch.ones(1, 20, dtype=torch.long), past_key_values=cache, use_cache=True)
     truth = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     found = cache_bytes(config, 20, torch.float32)
-    windowed = sum(type(layer).__name__ == "DynamicSlidingWindowLayer" for layer in cache.layers)
-    token = cache_bytes(config, 1, torch.float32) // 2
-    assert found == truth + windowed * token
+    windowed = [type(layer).__name__ == "DynamicSlidingWindowLayer" for layer in cache.layers]
+    tokens = cache_bytes_of_layers(config, torch.float32)
+    assert found == truth + sum(token for token, there in zip(tokens, windowed, strict=True) if there)
+
+
+def test_an_engine_counts_layers_that_differ() -> None:
+    engine = HFGenerator(**SAMPLING)
+    engine.load(Source(AutoModelForCausalLM.from_config(GEMMA4)))
+    assert next(engine.generate([SampleRequest((3, 4, 5), (0,))])).responses
 
 
 class TestEngines:
@@ -330,6 +460,55 @@ class TestRewards:
         assert isinstance(changed, SequenceClassificationReward)
         assert changed.quantization == "nf4"
         assert not classifier(tmp_path, quantization="int8", between_phases="free").smaller()
+
+    def test_a_reward_model_that_is_stored_quantised(self, tmp_path: Path) -> None:
+        stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True}
+        self.save(tmp_path, stored)
+        model = LlamaForSequenceClassification(tiny_config(num_labels=1))
+        found = classifier(tmp_path).memory(CPU, tokens=50)
+        assert found.weights == footprint(model, quantized_matrix("nf4")).weights
+        self.save(tmp_path, {"quant_method": "gptq", "bits": 4})
+        load = workload(reward=classifier(tmp_path))
+        with pytest.raises(CannotEstimateError, match="of a model with 'gptq' weights cannot be estimated"):
+            ESTIMATOR.estimate(load)
+        assert ESTIMATOR.bound(load) is None
+
+    @staticmethod
+    def save(folder: Path, stored: dict[str, Any]) -> None:
+        tiny_config(num_labels=1, quantization_config=stored).save_pretrained(folder)
+
+    def test_nothing_is_quantised_without_bitsandbytes(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        adapted = workload(policy=PolicyConfig("x", lora=LORA))
+        assert list(quantization(adapted))
+        for module in ("memory.advice", "rewards.classifier"):
+            monkeypatch.setattr(f"sppo_lightning.{module}.find_spec", lambda name: None)
+        assert not list(quantization(adapted))
+        assert set(classifier(tmp_path).smaller()) == {"init_args.between_phases=free"}
+
+    @pytest.mark.parametrize(
+        ("device", "settings"),
+        [(CPU, ["between_phases=free", "quantization=nf4"]), (CUDA, ["quantization=nf4"])],
+    )
+    def test_settings_of_a_reward_are_tried_each(
+        self, device: torch.device, settings: list[str], tmp_path: Path
+    ) -> None:
+        """On a GPU nothing waits, so that it gains nothing from waiting elsewhere."""
+        tiny_config(num_labels=1).save_pretrained(tmp_path)
+        run = workload(reward=classifier(tmp_path), device=device)
+        found = [step.setting for ladder in smaller_rewards(run) for step in ladder(run)]
+        assert found == [f"data.reward.init_args.{setting}" for setting in settings]
+
+    def test_the_first_setting_of_a_reward_may_be_enough(self, tmp_path: Path) -> None:
+        """A model that waits in the way of training is let go, though in four bits it would still be too much."""
+        config = tiny_config(num_labels=1, vocab_size=200_000)  # an embedding stays as it is
+        config.save_pretrained(tmp_path)
+        run: dict[str, Any] = {"reward": classifier(tmp_path), "batch_size": 1, "pairs_per_step": 1}
+        enough = need(**{**run, "reward": classifier(tmp_path, between_phases="free")})
+        told = judged(enough, **run)
+        assert told is not None
+        assert "set data.reward.init_args.between_phases=free" in told
 
     def test_rewards_around_others_pass_on(self) -> None:
         assert FunctionReward(lambda *_: []).memory(CPU, 5) == RewardMemory()
@@ -415,10 +594,17 @@ def test_every_setting_that_is_proposed_suffices() -> None:
     assert told is not None
     settings = told.split(": set ")[1].split(" or ")
     run = workload(pairs_per_step=12, batch_size=12)
-    known = {step.setting: step.workload for ladder in LADDERS for step in ladder(run)}
+    known = {step.setting: step.workload for ladder in ladders(run) for step in ladder(run)}
     for setting in settings:
         assert ESTIMATOR.estimate(known[setting]).fullest.total <= available, setting
     assert settings[0] == "data.batch_size=6"  # no smaller one
+
+
+def name_of(ladder: Ladder) -> str:
+    """A function's own; of a reward's settings the setting."""
+    if isinstance(ladder, partial):
+        return f"data.reward.{ladder.args[0]}"
+    return str(getattr(ladder, "__name__", ladder))
 
 
 def test_every_setting_makes_a_run_smaller() -> None:
@@ -430,14 +616,14 @@ def test_every_setting_makes_a_run_smaller() -> None:
         batch_size=4,
         reward=Heavy(1000, lighter=Heavy(1)),
     )
-    steps = {ladder.__name__: list(ladder(run)) for ladder in LADDERS}
+    steps = {name_of(ladder): list(ladder(run)) for ladder in ladders(run)}
     assert {name: [step.setting for step in found] for name, found in steps.items()} == {
         "smaller_batches": ["data.batch_size=2", "data.batch_size=1"],
         "checkpointing": ["model.policy.gradient_checkpointing=true"],
         "smaller_chunks": [
             "model.pair_forward=sppo_lightning.pair_forward.AutoForward with init_args.chunk=256"
         ],
-        "smaller_rewards": ["data.reward.init_args.weights=5"],
+        "data.reward.init_args.weights=5": ["data.reward.init_args.weights=5"],
         "paged_optimizer": ["model.optimizer=bitsandbytes.optim.PagedAdamW8bit"],
         "adapters": [],
         "quantization": ["model.policy.quantization=nf4"],
@@ -453,18 +639,16 @@ def test_every_setting_makes_a_run_smaller() -> None:
 
 
 def test_full_fine_tuning_may_become_an_adapter() -> None:
-    (ladder,) = [one for one in LADDERS if one.__name__ == "adapters"]
-    (found,) = ladder(workload())
+    (found,) = adapters(workload())
     assert found.setting == "model.policy.lora.rank=16 with model.policy.lora.alpha=32"
     assert found.workload.policy.lora == LoRAConfig(rank=16, alpha=32.0)
 
 
 def test_the_rank_keeps_its_scale() -> None:
     stabilised = LoRAConfig(rank=64, alpha=16, rslora=True)
-    (ladder,) = [one for one in LADDERS if one.__name__ == "smaller_ranks"]
-    (found,) = ladder(workload(policy=PolicyConfig("x", lora=stabilised)))
+    (found,) = smaller_ranks(workload(policy=PolicyConfig("x", lora=stabilised)))
     assert found.setting == "model.policy.lora.rank=16 with model.policy.lora.alpha=8"
-    assert not list(ladder(workload(policy=PolicyConfig("x", lora=LORA))))
+    assert not list(smaller_ranks(workload(policy=PolicyConfig("x", lora=LORA))))
 
 
 def test_settings_that_do_not_suffice_alone_are_put_together() -> None:
@@ -486,11 +670,17 @@ def test_settings_that_others_make_needless_are_left_out() -> None:
     assert told.endswith(": set model.policy.gradient_checkpointing=true and data.reward.init_args.weights=5")
 
 
+def test_shorter_prompts_are_shorter_to_train_on_too() -> None:
+    (found,) = shorter_prompts(workload(longest_prompt=300, longest_trained_prompt=200))
+    assert (found.workload.longest_prompt, found.workload.longest_trained_prompt) == (150, 150)
+    (found,) = shorter_prompts(workload(longest_prompt=300, longest_trained_prompt=40))
+    assert (found.workload.longest_prompt, found.workload.longest_trained_prompt) == (150, 40)
+
+
 def test_batches_divide_a_step() -> None:
-    (ladder,) = [one for one in LADDERS if one.__name__ == "smaller_batches"]
-    found = [remedy.setting for remedy in ladder(workload(pairs_per_step=9, batch_size=9))]
+    found = [remedy.setting for remedy in smaller_batches(workload(pairs_per_step=9, batch_size=9))]
     assert found == ["data.batch_size=1"]  # neither 4 nor 2
-    assert not list(ladder(workload(pairs_per_step=9, batch_size=9, processes=2)))
+    assert not list(smaller_batches(workload(pairs_per_step=9, batch_size=9, processes=2)))
 
 
 def test_a_reward_model_that_is_too_large_is_made_smaller() -> None:

@@ -11,9 +11,19 @@ import torch
 from conftest import tiny_config
 from tiny import TRAINED_CONFIGS
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+)
 
-from sppo_lightning.memory.footprint import footprint, quantized_matrix
+from sppo_lightning.memory.footprint import (
+    CannotEstimateError,
+    footprint,
+    loaded_footprint,
+    quantized_matrix,
+)
 from sppo_lightning.policy import skeleton
 from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
 from sppo_lightning.pretrained import quantization_options
@@ -68,6 +78,42 @@ def test_quantised_weights_are_those_of_bitsandbytes(
     )
     found = footprint(bare(config).requires_grad_(False), quantized_matrix(kind, double=double))
     assert found.weights == pytest.approx(held(real), rel=0.001)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+        {
+            "load_in_4bit": True,
+            "bnb_4bit_use_double_quant": True,
+            "llm_int8_skip_modules": ["down_proj", "lm_head"],
+        },
+        {"load_in_8bit": True},
+    ],
+)
+def test_weights_that_are_stored_quantised_stay_so(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever the run's own quantisation says: transformers goes by the checkpoint."""
+    plain, stored = tmp_path / "plain", tmp_path / "stored"
+    AutoModelForCausalLM.from_config(copy.deepcopy(LARGER)).save_pretrained(plain)
+    AutoModelForCausalLM.from_pretrained(
+        plain, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**settings)
+    ).save_pretrained(stored)
+    real = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.bfloat16)
+    config = AutoConfig.from_pretrained(stored)
+    found = loaded_footprint(bare(config), config, "none")
+    assert found.weights == pytest.approx(held(real), rel=0.001)
+    assert found == loaded_footprint(bare(config), config, "nf4")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8"])
+def test_weights_in_a_form_that_is_not_known(method: str) -> None:
+    config = tiny_config(quantization_config={"quant_method": method, "bits": 4})
+    with pytest.raises(
+        CannotEstimateError,
+        match=f"the memory of a model with '{method}' weights cannot be estimated: only those of bitsandbytes",
+    ):
+        loaded_footprint(bare(config), config, "none")
 
 
 def test_an_adapter_is_counted_apart_and_not_quantised() -> None:

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from sppo_lightning.adapters import adapted_layers, merged_weight, unwrapped
 from sppo_lightning.logprobs import token_logps
+from sppo_lightning.reference_checks import RATIO_TOLERANCE
 from sppo_lightning.types import PreferencePair, UserError
 
 EXACT = 1e-4  # mean distance in nats per token that float32 arithmetic explains
 # weights rounded to 16 bits change log-probs 0.4 to 2.1 times as much as products in 16 bits do, on a 135M model; that
 # it is the right weights which were rounded is compared bit by bit
 ROUNDINGS = 4
+STORED = 1e-3  # nats per token that another device and its kernels explain, in float32
 PAIRS = 4  # read at most
 TOKENS = 1024  # of all sequences together, but for the first pair
 
@@ -37,12 +39,14 @@ class Distance:
         nats: mean absolute difference per response token.
         allowed: the most that it may be.
         because: what that covers.
+        otherwise: what it means if it is more.
     """
 
     between: str
     nats: float
     allowed: float
     because: str
+    otherwise: str = "the export is not the trained policy"
 
     @property
     def holds(self) -> bool:
@@ -90,6 +94,31 @@ def compared(
     return Distance(between, distance(one, other), allowed, " + ".join(covers))
 
 
+def compared_with_stored(
+    base: Tensor, pairs: Sequence[PreferencePair], *, iteration: int, coarsest: torch.dtype
+) -> Distance:
+    """Return how far a base is from the reference's log-probs that training stored: sums of whole responses.
+
+    Args:
+        base: log-probs of each response token of ``pairs``, ``[N]`` nats.
+        pairs: with what was stored.
+        iteration: that the pairs are of.
+        coarsest: dtype of training's products or weights, the one with more rounding.
+    """
+    sides = ("chosen", "rejected")
+    lengths = [len(getattr(pair, f"{side}_token_ids")) for pair in pairs for side in sides]
+    stored = [getattr(pair, f"reference_{side}_logp") for pair in pairs for side in sides]
+    sums = torch.stack([part.sum() for part in torch.split(base, lengths)])
+    apart = float((sums - torch.tensor(stored, dtype=sums.dtype)).abs().sum()) / sum(lengths)
+    return Distance(
+        f"the base and the reference's log-probs that training stored in iteration {iteration}",
+        apart,
+        max(STORED, RATIO_TOLERANCE[coarsest]),
+        f"sums of whole responses, computed in {str(coarsest).removeprefix('torch.')} in training",
+        "the base is not the one that the run was trained on",
+    )
+
+
 def digests(weights: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     """Return a digest of each weight, by name; two are the same if every bit is."""
 
@@ -111,16 +140,20 @@ def require(distances: Iterable[Distance], *, altered: Sequence[str], folder: Pa
     Raises:
         UserError: naming what differs, and by how much.
     """
-    broken = [f"{len(altered)} weights are not what was to be written, e.g. {name}" for name in altered[:1]]
-    broken += [
-        f"{found.between} differ by {found.nats:.2g} nat per token, allowed are {found.allowed:.2g} ({found.because})"
-        for found in distances
-        if not found.holds
-    ]
-    if broken:
-        raise UserError(
-            f"the export is not the trained policy: {'; '.join(broken)}. It stays in {folder} to be looked at, not used"
+    broken: dict[str, list[str]] = {}
+    for found in distances:
+        if not found.holds:
+            broken.setdefault(found.otherwise, []).append(
+                f"{found.between} differ by {found.nats:.2g} nat per token, allowed are {found.allowed:.2g} "
+                f"({found.because})"
+            )
+    for name in altered[:1]:
+        broken.setdefault(Distance.otherwise, []).append(
+            f"{len(altered)} weights are not what was to be written, e.g. {name}"
         )
+    if broken:
+        reasons = "; ".join(f"{meaning}: {'; '.join(found)}" for meaning, found in broken.items())
+        raise UserError(f"{reasons}. It stays in {folder} to be looked at, not used")
 
 
 def sample_pairs(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
@@ -183,13 +216,15 @@ def exported_logps(model: nn.Module, pairs: Sequence[PreferencePair]) -> Exporte
 def float32_products(model: nn.Module) -> Iterator[None]:
     """Let a model compute in float32 while the context lasts; decoder layers are cast one at a time.
 
-    Quantised weights stay, and give float32 products for float32 inputs.
+    Quantised weights stay as they are. 4-bit layers cast inputs to a dtype of their own, and
+    dequantise to it: float32 meanwhile.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [part for part in unwrapped(model).modules() if isinstance(part, GradientCheckpointingLayer)]
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     with ExitStack() as stack:
+        stack.enter_context(_computing_in_float32(model))
         stack.enter_context(
             _cast(parameter for parameter in model.parameters() if id(parameter) not in inside)
         )
@@ -228,6 +263,19 @@ def _around(module: nn.Module, context: Any) -> Iterator[None]:
             hook.remove()
         while entered:  # a forward that failed
             entered.pop().close()
+
+
+@contextmanager
+def _computing_in_float32(model: nn.Module) -> Iterator[None]:
+    layers = [part for part in model.modules() if hasattr(part, "compute_type_is_set")]
+    stored = [(cast(Any, layer), cast(Any, layer).compute_dtype) for layer in layers]
+    for layer, _ in stored:
+        layer.compute_dtype = torch.float32
+    try:
+        yield
+    finally:
+        for layer, dtype in stored:
+            layer.compute_dtype = dtype
 
 
 @contextmanager

@@ -13,10 +13,12 @@ from torch import nn
 from sppo_lightning import policy as policies
 from sppo_lightning.adapters import adapted_layers, merge_into_base, merged_weight, unwrapped
 from sppo_lightning.export.check import (
+    AdapterLogps,
     Distance,
     ExportedLogps,
     adapter_logps,
     compared,
+    compared_with_stored,
     digests,
     distance,
     exported_logps,
@@ -80,7 +82,7 @@ class ExportJob:
 
     def write_adapter(self) -> None:
         """Write the adapter, and read it on its own base."""
-        trained = adapter_logps(self._as_trained(), self.pairs)
+        trained = self._trained_logps()
         model = self._on_own_base()
         own = response_logps(model, self.pairs)
         write_adapter(unwrapped(model), self.tokenizer, self.folder, source=self.source)
@@ -88,14 +90,14 @@ class ExportJob:
         exported = adapter_logps(self._as_loaded_by_others(), self.pairs)
         base = distance(exported.base, trained.base)
         self.moved = distance(trained.policy, trained.base)
-        self.distances = [
+        self.distances += [
             compared("the export and the run's adapter, on the same base", exported.policy, own),
             compared(EXPORTED, exported.policy, trained.policy, base=base),
         ]
 
     def write_merged(self) -> None:
         """Write base and adapter as one model."""
-        trained = adapter_logps(self._as_trained(), self.pairs)
+        trained = self._trained_logps()
         model = self._on_own_base()
         own = adapter_logps(model, self.pairs)
         with merged_in_passing(model):
@@ -110,7 +112,7 @@ class ExportJob:
         exported, rounding = self._read_back(written)
         base = distance(own.base, trained.base)
         self.moved = distance(own.policy, own.base)
-        self.distances = [
+        self.distances += [
             compared(
                 "the merged weights, before rounding, and the adapter on the same base", merged, own.policy
             ),
@@ -130,6 +132,20 @@ class ExportJob:
 
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=self.trust)
         return cast("PreTrainedModel", cast(nn.Module, model).to(self.device).eval())
+
+    def _trained_logps(self) -> AdapterLogps:
+        """Read the pairs with the policy as training held it, and see to it that its base is the run's."""
+        model = self._as_trained()
+        trained = adapter_logps(model, self.pairs)
+        iteration = self.source.base_as_reference
+        if iteration is not None:
+            pairs = sample_pairs(self.source.folder.iteration(iteration).read_pairs())
+            base = trained.base if iteration == self.source.iteration else adapter_logps(model, pairs).base
+            found = compared_with_stored(
+                base, pairs, iteration=iteration, coarsest=self.source.coarsest_dtype
+            )
+            self.distances.append(found)
+        return trained
 
     def _as_trained(self) -> nn.Module:
         """Return the policy on its base as training held it."""
@@ -155,11 +171,7 @@ class ExportJob:
 
         base = policies.load_base_model(config, compute_dtype=dtype, device=self.device)
         policies.disable_dropout(base)
-        model: nn.Module = PeftModel.from_pretrained(base, place or self.source.place).eval()
-        for part in model.modules():
-            if type(part).__name__ == "Linear8bitLt":
-                part.train()  # as in training: in eval mode it computes differently
-        return model
+        return cast(nn.Module, PeftModel.from_pretrained(base, place or self.source.place)).eval()
 
     def _as_loaded_by_others(self) -> nn.Module:
         """Return the exported adapter as PEFT loads it by its folder's name alone, where it can."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -18,6 +18,8 @@ from sppo_lightning.rollouts import RunFolder
 from sppo_lightning.trainer import COMPUTE_DTYPES
 from sppo_lightning.types import UserError, first_line
 
+ADAPTER_CONFIG = "adapter_config.json"
+RECORD = "run.json"  # in a policy's folder: its iteration and fingerprint
 PRECISIONS = {"None": "32-true", "32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
@@ -28,7 +30,7 @@ class FinishedRun:
     Args:
         folder: of the run.
         config: the run's settings, as its ``config.yaml`` has them.
-        policy: how the policy was held.
+        policy: how the policy was held; an adapter's base is the one that it was trained on.
         iteration: the self-play iteration that the policy comes out of.
         place: the policy's folder: the model, or the adapter in PEFT's layout.
     """
@@ -45,11 +47,31 @@ class FinishedRun:
         return self.policy.lora is not None
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the products in training."""
+        precision = str(self.config["trainer"].get("precision"))
+        return COMPUTE_DTYPES[PRECISIONS.get(precision, precision)]
+
+    @property
     def held_dtype(self) -> torch.dtype:
         """Dtype of the weights in training, quantised ones aside."""
-        precision = str(self.config["trainer"].get("precision"))
-        compute = COMPUTE_DTYPES[PRECISIONS.get(precision, precision)]
-        return DTYPES.get(self.policy.dtype, compute if self.adapted else torch.float32)
+        return DTYPES.get(self.policy.dtype, self.compute_dtype if self.adapted else torch.float32)
+
+    @property
+    def coarsest_dtype(self) -> torch.dtype:
+        """Dtype of what was rounded most in training; quantised weights are never finer than bfloat16."""
+        if self.policy.quantization != "none":
+            return torch.bfloat16
+        return max((self.compute_dtype, self.held_dtype), key=lambda dtype: torch.finfo(dtype).eps)
+
+    @property
+    def base_as_reference(self) -> int | None:
+        """Iteration whose stored reference is the adapter's base alone; ``None`` if none is known to be."""
+        if self.policy.lora is None or self.policy.lora.adapter is not None:
+            return None
+        stays = self.config["model"]["reference"] == "initial"
+        found = self.iteration if stays else 0  # a fresh adapter changes nothing
+        return found if (self.folder.iteration(found).folder / "pairs.parquet").exists() else None
 
     def base_dtype(self) -> torch.dtype:
         """Return the dtype that the base's config names; float32 where it names none, as of a ``.gguf`` file.
@@ -58,21 +80,22 @@ class FinishedRun:
             UserError: if the base is not there any more.
         """
         pretrained, trust = self.policy.pretrained, self.policy.trust_remote_code
+        given = self.config["model"]["policy"]["pretrained"]
         try:
             config = load_model_config(
                 pretrained, key="model.policy.pretrained", trust_remote_code=trust, expect="causal-lm"
             )
         except UserError as error:
             raise UserError(
-                f"the base of the run's adapter cannot be read: {error}. If it moved, or its path is relative to "
-                f"another folder than {Path.cwd()}, correct it in {self.folder.root / 'config.yaml'}"
+                f"the base that the run's adapter was trained on, {pretrained}, cannot be read ({error}); config.yaml "
+                f"names {given}, which from here is {Path(given).resolve() if Path(given).exists() else 'not there'}. "
+                f"If the base moved, correct base_model_name_or_path in {self.place / ADAPTER_CONFIG}"
             ) from error
         return getattr(config, "dtype", None) or torch.float32
 
     def adapter_settings(self) -> dict[str, Any]:
         """Return the ``adapter_config.json`` of a trained adapter."""
-        settings: dict[str, Any] = json.loads((self.place / "adapter_config.json").read_bytes())
-        return settings
+        return _read_json(self.place / ADAPTER_CONFIG)
 
 
 def open_run(root: Path, *, iteration: int | None = None) -> FinishedRun:
@@ -107,27 +130,62 @@ def open_run(root: Path, *, iteration: int | None = None) -> FinishedRun:
             "the version of sppo-lightning that wrote it"
         ) from error
     folder = RunFolder(root)
-    latest = _last_finished(folder)
     place = root / "policy"
-    if not place.is_dir() or latest is None:
+    latest = _iteration_of(place, folder) if place.is_dir() else None
+    if latest is None:
         raise UserError(
             f"{root} has no finished iteration yet, so that there is no policy to export: run fit to the end of an "
             "iteration"
         )
-    if iteration is None or iteration == latest:
-        return FinishedRun(folder, config, policy, latest, place)
-    place = root / "policies" / f"{iteration:03d}"
-    if not place.is_dir():
+    kept_place = root / "policies" / f"{latest if iteration is None else iteration:03d}"
+    if iteration is None:
+        iteration = latest
+    elif kept_place.is_dir():
+        place = kept_place
+    elif iteration != latest:
         kept = sorted({*(int(path.name) for path in _kept(root)), latest})
         raise UserError(
             f"{root} holds no policy of iteration {iteration}, only of {', '.join(map(str, kept))}: name one of those "
             "(callback PolicyExport with keep_every_iteration: true keeps all)"
         )
-    return FinishedRun(folder, config, policy, iteration, place)
+    return FinishedRun(folder, config, _on_its_base(policy, place), iteration, place)
+
+
+def _on_its_base(policy: PolicyConfig, place: Path) -> PolicyConfig:
+    """Return an adapter's settings with the base that it was trained on.
+
+    The adapter's folder knows it from wherever it is read; the run's config may have a path that was relative.
+    """
+    if policy.lora is None:
+        return policy
+    trained_on = _read_json(place / ADAPTER_CONFIG).get("base_model_name_or_path")
+    given = Path(policy.pretrained)
+    if not trained_on or (given.exists() and given.resolve() == Path(trained_on).resolve()):
+        return policy
+    return replace(policy, pretrained=trained_on)
+
+
+def _iteration_of(place: Path, folder: RunFolder) -> int | None:
+    """Return the iteration that ``policy/`` comes out of; ``None`` if there is no finished one."""
+    path = place / RECORD
+    if not path.is_file():
+        return _last_finished(folder)
+    try:
+        return int(_read_json(path)["iteration"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}): delete it") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}): restore it") from error
+    return content
 
 
 def _last_finished(folder: RunFolder) -> int | None:
-    """Return the iteration that ``policy/`` comes out of: the checkpoint knows, which is written right after it."""
+    """Return the run's last finished iteration, for a ``policy/`` that does not say its own."""
     last = folder.root / "checkpoints" / "last.ckpt"
     if last.exists():
         try:

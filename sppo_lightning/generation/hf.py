@@ -24,6 +24,7 @@ from sppo_lightning.generation.protocol import (
 )
 from sppo_lightning.generation.sampling import sample_tokens
 from sppo_lightning.memory.device import TokenBudget, free_bytes, ran_out, release
+from sppo_lightning.memory.footprint import layer_sizes, required
 from sppo_lightning.types import Response, UserError
 
 if TYPE_CHECKING:
@@ -272,7 +273,27 @@ class HFGenerator(Generator):
 
 def cache_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Return the bytes that one token's keys and values take in all layers together."""
+    return sum(cache_bytes_of_layers(config, dtype))
+
+
+def cache_bytes_of_layers(config: PretrainedConfig, dtype: torch.dtype) -> list[int]:
+    """Return the bytes that one token's keys and values take in each layer.
+
+    Args:
+        config: the model's own settings.
+        dtype: of keys and values.
+
+    Raises:
+        CannotEstimateError: if they do not tell.
+    """
+    heads, sizes = layer_sizes(config, "num_key_value_heads"), layer_sizes(config, "head_dim")
     text: Any = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * size * dtype.itemsize)
+    if getattr(text, "global_head_dim", None):  # of Gemma 4 before transformers 5.23
+        full = [kind == "full_attention" for kind in text.layer_types]
+        sizes = [text.global_head_dim if there else size for there, size in zip(full, sizes, strict=True)]
+    found = []
+    for head_count, head_size in zip(heads, sizes, strict=True):
+        count = head_count or required(config, "num_attention_heads")
+        size = head_size or required(config, "hidden_size") // required(config, "num_attention_heads")
+        found.append(2 * count * size * dtype.itemsize)
+    return found

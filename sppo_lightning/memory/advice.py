@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +21,8 @@ from sppo_lightning.generation import (
 from sppo_lightning.memory.estimate import GIB, Estimator, MemoryEstimate
 from sppo_lightning.memory.workload import Workload
 from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
+from sppo_lightning.rewards import Reward
+from sppo_lightning.rewards.protocol import RewardMemory
 
 SUGGESTED = 3  # settings, of which one is enough
 WORTHWHILE = 0.99  # of what is lacking; a setting that leaves more is not proposed
@@ -66,9 +69,22 @@ def smaller_chunks(workload: Workload) -> Iterator[Remedy]:
         yield Remedy(setting, replace(workload, pair_forward=forward))
 
 
-def smaller_rewards(workload: Workload) -> Iterator[Remedy]:
-    """Let the reward take less, one way after the other."""
-    for setting, reward in workload.reward.smaller().items():
+def smaller_rewards(workload: Workload) -> list[Ladder]:
+    """Return the ladders of a reward's own settings: those that change what it takes of the device."""
+
+    def taken(reward: Reward) -> RewardMemory:
+        return reward.memory(workload.device, workload.longest_sequence)
+
+    usual = taken(workload.reward)
+    smaller = workload.reward.smaller()
+    return [
+        partial(_smaller_reward, setting) for setting, reward in smaller.items() if taken(reward) != usual
+    ]
+
+
+def _smaller_reward(setting: str, workload: Workload) -> Iterator[Remedy]:
+    reward = workload.reward.smaller().get(setting)
+    if reward is not None:
         yield Remedy(f"data.reward.{setting}", replace(workload, reward=reward))
 
 
@@ -90,7 +106,8 @@ def adapters(workload: Workload) -> Iterator[Remedy]:
 def quantization(workload: Workload) -> Iterator[Remedy]:
     """Hold the frozen base of an adapter in four bits."""
     serves = _serves(workload.generator, adapter=False)
-    if workload.policy.lora is not None and workload.policy.quantization != "nf4" and serves:
+    there = find_spec("bitsandbytes") is not None
+    if there and workload.policy.lora is not None and workload.policy.quantization != "nf4" and serves:
         yield _with_policy(workload, "quantization=nf4", quantization="nf4")
 
 
@@ -119,23 +136,20 @@ def shorter_prompts(workload: Workload) -> Iterator[Remedy]:
     """Leave out the longest prompts."""
     tokens = workload.longest_prompt // 2
     while tokens >= SHORTEST:
-        yield Remedy(f"data.max_prompt_tokens={tokens}", replace(workload, longest_prompt=tokens))
+        trained = min(tokens, workload.longest_trained_prompt)
+        shorter = replace(workload, longest_prompt=tokens, longest_trained_prompt=trained)
+        yield Remedy(f"data.max_prompt_tokens={tokens}", shorter)
         tokens //= 2
 
 
-# what changes no result comes first, what changes the data last
-LADDERS: tuple[Ladder, ...] = (
-    smaller_batches,
-    checkpointing,
-    smaller_chunks,
-    smaller_rewards,
-    paged_optimizer,
-    adapters,
-    quantization,
-    smaller_ranks,
-    shorter_responses,
-    shorter_prompts,
-)
+def ladders(workload: Workload) -> list[Ladder]:
+    """Return the ladders of a run: what changes no result comes first, what changes the data last."""
+    return [
+        *(smaller_batches, checkpointing, smaller_chunks),
+        *smaller_rewards(workload),
+        *(paged_optimizer, adapters, quantization, smaller_ranks),
+        *(shorter_responses, shorter_prompts),
+    ]
 
 
 def verdict(estimator: Estimator, workload: Workload, estimate: MemoryEstimate) -> str | None:
@@ -167,7 +181,7 @@ def advice(estimator: Estimator, workload: Workload, estimate: MemoryEstimate) -
 def _single(estimator: Estimator, workload: Workload) -> Iterator[Remedy]:
     """Yield settings that suffice alone, each at the mildest value that does."""
     found = 0
-    for ladder in LADDERS:
+    for ladder in ladders(workload):
         steps = list(ladder(workload))
         if found < SUGGESTED and steps and estimator.fits(steps[-1].workload):
             yield next(step for step in steps if estimator.fits(step.workload))
@@ -178,7 +192,7 @@ def _together(estimator: Estimator, workload: Workload, estimate: MemoryEstimate
     """Add one setting to the other until all fits, then leave out what is not needed."""
     taken: list[Ladder] = []
     least = estimate
-    for ladder in LADDERS:
+    for ladder in ladders(workload):
         tried = _applied(workload, [*taken, ladder])
         found = estimator.estimate(tried.workload)
         if _nearer(found, least):
@@ -202,10 +216,10 @@ def _together(estimator: Estimator, workload: Workload, estimate: MemoryEstimate
     return f"set {' and '.join(setting for setting in (before.setting, last.setting) if setting)}"
 
 
-def _applied(workload: Workload, ladders: Sequence[Ladder]) -> Remedy:
+def _applied(workload: Workload, chosen: Sequence[Ladder]) -> Remedy:
     """Return a run with the strongest value of each ladder's setting, and all of these settings."""
     settings = []
-    for ladder in ladders:
+    for ladder in chosen:
         steps = list(ladder(workload))
         if steps:
             settings.append(steps[-1].setting)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from sppo_lightning.generation.hf import cache_bytes_per_token
+from sppo_lightning.generation.hf import cache_bytes_of_layers
 from sppo_lightning.memory.device import free_bytes
 from sppo_lightning.memory.dry_run import OptimizerMemory, optimizer_memory
-from sppo_lightning.memory.footprint import Footprint
+from sppo_lightning.memory.footprint import CannotEstimateError, Footprint, layer_count
 from sppo_lightning.memory.workload import Passes, PassMeter, Workload, vocabulary_of
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rewards.protocol import RewardMemory
@@ -54,6 +54,7 @@ class MemoryEstimate:
         available: bytes that the run may take.
         rows: responses of the greatest length that grow at once; 0: none of them on this device.
         found: how the passes' bytes were found.
+        measured: whether the passes were run, on tensors without data; else they are a rule of thumb's.
         paged: whether the optimizer's states were counted out, since they move to host memory.
     """
 
@@ -61,6 +62,7 @@ class MemoryEstimate:
     available: int
     rows: int
     found: str
+    measured: bool
     paged: bool = False
 
     @property
@@ -117,6 +119,7 @@ class Estimator:
         """Return what each phase of a run takes.
 
         Raises:
+            CannotEstimateError: if the config of policy or reward model does not tell.
             UserError: if the policy's settings do not fit its model.
         """
         weights, passes = self._meter.weights(workload), self._meter.passes(workload)
@@ -130,10 +133,13 @@ class Estimator:
         Raises:
             UserError: if the policy's settings do not fit its model.
         """
-        weights, passes = self._meter.weights(workload), self._meter.passes_at_most(workload)
-        if passes is None:
+        try:
+            weights, passes = self._meter.weights(workload), self._meter.passes_at_most(workload)
+            if passes is None:
+                return None
+            return _Sum(workload, weights, passes, self._reward(workload), self.available).estimate()
+        except CannotEstimateError:
             return None
-        return _Sum(workload, weights, passes, self._reward(workload), self.available).estimate()
 
     def fits(self, workload: Workload) -> bool:
         """Whether a run fits; no pass is run where its weights alone do not."""
@@ -168,7 +174,14 @@ class _Sum:
             self._phase("reference", self._reference()),
             self._phase("training", self._training()),
         )
-        return MemoryEstimate(phases, self.available, rows, self.passes.found, self.optimizer.paged)
+        return MemoryEstimate(
+            phases,
+            self.available,
+            rows,
+            found=self.passes.found,
+            measured=self.passes.measured,
+            paged=self.optimizer.paged,
+        )
 
     def _phase(self, name: PhaseName, parts: dict[str, int], waiting: int | None = None) -> PhaseNeed:
         """Add what every phase has, and leave out what takes nothing."""
@@ -203,7 +216,7 @@ class _Sum:
             row, free=max(0, free), total=self.available, device=workload.device
         )
         # a layer's buffer is filled from its last one when it grows
-        growing = row + row // max(1, _layers(config)) + 4 * SAMPLED_LOGITS * vocabulary_of(config)
+        growing = row + row // max(1, layer_count(config)) + 4 * SAMPLED_LOGITS * vocabulary_of(config)
         parts = {
             "copy to sample from": copy if engine.copies else 0,
             "engine": engine.reserved,
@@ -239,15 +252,15 @@ def cache_bytes(model_config: PretrainedConfig, tokens: int, dtype: torch.dtype)
         model_config: the model's own settings.
         tokens: of prompt and response together.
         dtype: of keys and values.
+
+    Raises:
+        CannotEstimateError: if the settings do not tell.
     """
     text: Any = model_config.get_text_config(decoder=True)
+    layers = cache_bytes_of_layers(model_config, dtype)
     window = getattr(text, "sliding_window", None)
     usual = "full_attention" if window is None else "sliding_attention"
-    kinds = getattr(text, "layer_types", None) or [usual] * _layers(model_config)
+    kinds = getattr(text, "layer_types", None) or [usual] * len(layers)
     window = tokens if window is None else window
-    kept = sum(min(window, tokens) if kind == "sliding_attention" else tokens for kind in kinds)
-    return cache_bytes_per_token(model_config, dtype) * kept // len(kinds)
-
-
-def _layers(model_config: PretrainedConfig) -> int:
-    return int(cast(Any, model_config.get_text_config(decoder=True)).num_hidden_layers)
+    kept = [min(window, tokens) if kind == "sliding_attention" else tokens for kind in kinds]
+    return sum(size * length for size, length in zip(layers, kept, strict=True))

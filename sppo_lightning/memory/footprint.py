@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
 
 from sppo_lightning.adapters import unwrapped
+from sppo_lightning.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 MatrixBytes = Callable[[int, int], int]
 """Bytes of a quantised matrix, given its outputs and inputs."""
@@ -16,6 +20,10 @@ MatrixBytes = Callable[[int, int], int]
 # how bitsandbytes 0.50 holds 4-bit weights: scales and the tables that codes are looked up in, per matrix
 NF4_BLOCK, NF4_TABLE = 64, 16 * 4
 SCALE_BLOCK, SCALE_TABLE = 256, 256 * 4 + 4
+
+
+class CannotEstimateError(UserError):
+    """A model whose memory cannot be told from its config; it may well run."""
 
 
 class Footprint(NamedTuple):
@@ -32,17 +40,53 @@ class Footprint(NamedTuple):
         return self.frozen + self.trained
 
 
-def footprint(model: nn.Module, matrix_bytes: MatrixBytes | None = None) -> Footprint:
+def loaded_footprint(
+    model: nn.Module,
+    model_config: PretrainedConfig,
+    quantization: Literal["none", "nf4", "int8"],
+    *,
+    double: bool = True,
+) -> Footprint:
+    """Return what a model's weights take once they are read; those that are stored quantised stay so.
+
+    Args:
+        model: as :func:`footprint` takes it.
+        model_config: of the checkpoint; its own quantisation goes before ``quantization``, as in transformers.
+        quantization: of a checkpoint that is not quantised.
+        double: the scales of ``nf4`` are quantised too.
+
+    Raises:
+        CannotEstimateError: if the weights are stored quantised, but not by bitsandbytes.
+    """
+    stored = _stored_quantization(model_config)
+    if stored is None:
+        return footprint(model, quantized_matrix(quantization, double=double))
+    kept = stored.get("llm_int8_skip_modules")
+    if stored.get("load_in_4bit"):
+        nested = bool(stored.get("bnb_4bit_use_double_quant"))
+        return footprint(model, quantized_matrix("nf4", double=nested), kept=kept)
+    if stored.get("load_in_8bit"):
+        return footprint(model, quantized_matrix("int8"), kept=kept)
+    raise CannotEstimateError(
+        f"the memory of a model with {stored.get('quant_method')!r} weights cannot be estimated: only those of "
+        "bitsandbytes are counted; give the model that is not quantised, or watch the memory of a short run"
+    )
+
+
+def footprint(
+    model: nn.Module, matrix_bytes: MatrixBytes | None = None, *, kept: list[str] | None = None
+) -> Footprint:
     """Return what a model's weights take; shared weights count once.
 
     Args:
         model: a transformers model, PEFT's wrapper around it or not, on any device; not quantised itself.
         matrix_bytes: of each matrix that transformers would quantise; ``None``: it is held as it is.
+        kept: modules that are not quantised; ``None``: transformers' own choice.
     """
     quantized: dict[int, int] = {}
     widest = 0
     if matrix_bytes is not None:
-        for weight, outputs in _quantizable(unwrapped(model)):
+        for weight, outputs in _quantizable(unwrapped(model), kept):
             quantized[id(weight)] = matrix_bytes(outputs, weight.numel() // outputs)
             widest = max(widest, weight.nbytes)
     frozen = sum(buffer.nbytes for buffer in model.buffers())
@@ -80,13 +124,13 @@ def _int8_bytes(outputs: int, inputs: int) -> int:
     return outputs * inputs + 4 * outputs
 
 
-def _quantizable(model: Any) -> Iterator[tuple[Tensor, int]]:
+def _quantizable(model: Any, skipped: list[str] | None) -> Iterator[tuple[Tensor, int]]:
     """Yield each matrix that transformers hands to bitsandbytes, and its outputs."""
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    kept = HfQuantizer.get_modules_to_not_convert(model, skipped, model._keep_in_fp32_modules)
     adapted = [f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer")]
     for name, module in model.named_modules():
         bare = name.replace(".base_layer", "")
@@ -96,3 +140,70 @@ def _quantizable(model: Any) -> Iterator[tuple[Tensor, int]]:
             yield module.weight, module.weight.shape[1]
         elif type(module) is nn.Linear and should_convert_module(bare, kept):
             yield module.weight, module.out_features
+
+
+def layer_count(model_config: PretrainedConfig) -> int:
+    """Return how many layers a model has.
+
+    Raises:
+        CannotEstimateError: if its config does not say.
+    """
+    return _said(model_config, getattr(_text(model_config), "num_hidden_layers", None), "num_hidden_layers")
+
+
+def layer_sizes(model_config: PretrainedConfig, name: str) -> list[int | None]:
+    """Return a setting of a model's layers for each of them; ``None`` where it has none.
+
+    Args:
+        model_config: transformers' config of a language model.
+        name: of the setting, e.g. ``head_dim``.
+
+    Raises:
+        CannotEstimateError: if the model does not say how many layers it has.
+    """
+    text, layers = _text(model_config), layer_count(model_config)
+    try:
+        value = getattr(text, name, None)
+    except RuntimeError:  # of transformers 5.23, where layers differ
+        return [getattr(layer, name, None) for layer in text.per_layer_config]
+    return list(value) if isinstance(value, list | tuple) else [value] * layers
+
+
+def largest(model_config: PretrainedConfig, name: str) -> int | None:
+    """Return a setting of a model's layers, where they differ the largest; ``None`` if it has none.
+
+    Args:
+        model_config: transformers' config of a language model.
+        name: of the setting, e.g. ``intermediate_size``.
+    """
+    return max((size for size in layer_sizes(model_config, name) if size is not None), default=None)
+
+
+def required(model_config: PretrainedConfig, name: str) -> int:
+    """Return what :func:`largest` does.
+
+    Raises:
+        CannotEstimateError: if the model has no such setting.
+    """
+    return _said(model_config, largest(model_config, name), name)
+
+
+def _said(model_config: PretrainedConfig, size: int | None, name: str) -> int:
+    if size is None:
+        raise CannotEstimateError(
+            f"the memory of a {model_config.model_type!r} model cannot be estimated, since its config has no {name}: "
+            "give the generator a batch_size, and watch the memory of a short run"
+        )
+    return size
+
+
+def _text(model_config: PretrainedConfig) -> Any:
+    return model_config.get_text_config(decoder=True)
+
+
+def _stored_quantization(model_config: PretrainedConfig) -> dict[str, Any] | None:
+    for config in (model_config, _text(model_config)):
+        stored: Any = getattr(config, "quantization_config", None)
+        if stored is not None:
+            return cast(dict[str, Any], stored if isinstance(stored, dict) else stored.to_dict())
+    return None

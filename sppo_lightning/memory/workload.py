@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 
 from sppo_lightning import policy as policies
 from sppo_lightning.generation import Generator
 from sppo_lightning.memory.dry_run import DryRun, PairShape, stand_ins
-from sppo_lightning.memory.footprint import Footprint, footprint, quantized_matrix
+from sppo_lightning.memory.footprint import Footprint, largest, layer_count, loaded_footprint, required
 from sppo_lightning.optimizers import OptimizerFactory
 from sppo_lightning.pair_forward import PairForward
 from sppo_lightning.policy_config import PolicyConfig
@@ -43,7 +43,8 @@ class Workload:
         reward: scores answers; :meth:`~sppo_lightning.rewards.Reward.check` has been called.
         batch_size: pairs of a micro-batch on one device.
         pairs_per_step: pairs of an optimizer step, all devices together.
-        longest_prompt: tokens of the longest prompt that may come.
+        longest_prompt: tokens of the longest prompt that may be answered, to train on it or not.
+        longest_trained_prompt: tokens of the longest prompt that may be trained on; at most ``longest_prompt``.
         device: of the first process.
         processes: that share the run, a device each.
     """
@@ -60,6 +61,7 @@ class Workload:
     batch_size: int
     pairs_per_step: int
     longest_prompt: int
+    longest_trained_prompt: int
     device: torch.device
     processes: int = 1
 
@@ -67,7 +69,7 @@ class Workload:
     def shape(self) -> PairShape:
         """The largest micro-batch that may come: responses count twice, so that they are as long as they may be."""
         limit = self.generator.max_total_tokens
-        prompt = self.longest_prompt
+        prompt = self.longest_trained_prompt
         if limit is not None:
             prompt = min(prompt, max(1, limit - self.generator.max_new_tokens))
         return PairShape(self.batch_size, prompt, max(1, self.generator.longest_response(prompt)))
@@ -100,6 +102,7 @@ class Passes(NamedTuple):
     reference: int  # forward only
     reading: int  # of one prompt, to be answered
     found: str  # how
+    measured: bool  # whether they were run
 
 
 @dataclass
@@ -114,16 +117,24 @@ class PassMeter:
         """Return what the policy's weights take.
 
         Raises:
+            CannotEstimateError: if the weights are stored in a way that is not known.
             UserError: if the policy's settings do not fit its model.
         """
         policy = workload.policy
-        matrix = quantized_matrix(policy.quantization, double=policy.double_quantization)
-        return footprint(self._model(workload).model, matrix)
+        return loaded_footprint(
+            self._model(workload).model,
+            workload.model_config,
+            policy.quantization,
+            double=policy.double_quantization,
+        )
 
     def passes(self, workload: Workload) -> Passes:
         """Run the passes on tensors without data; where a model does not run on those, go by a rule of thumb.
 
         Quantised weights are dequantised one matrix at a time, which a caller has to add.
+
+        Raises:
+            CannotEstimateError: if there is no rule for the model either.
         """
         forward = workload.pair_forward
         key = (
@@ -140,7 +151,11 @@ class PassMeter:
         return self._passes[key]
 
     def passes_at_most(self, workload: Workload) -> Passes | None:
-        """Return a bound of what the passes take, without running them; ``None`` for layers other than attention."""
+        """Return a bound of what the passes take, without running them; ``None`` for layers other than attention.
+
+        Raises:
+            CannotEstimateError: if there is no rule for the model.
+        """
         chunk = self._forwards(workload)[-1].chunk
         assert chunk is not None
         weights = self.weights(workload)
@@ -148,14 +163,16 @@ class PassMeter:
         config: Any = workload.model_config.get_text_config(decoder=True)
         if not set(getattr(config, "layer_types", None) or ()) <= ATTENTION:
             return None
+        shape = workload.shape
         # scores of all heads in float32, before and after they are normalised, and masked
-        scores = 3 * 4 * config.num_attention_heads * workload.longest_sequence**2
-        more = SOME_MORE + scores * 2 * workload.batch_size
+        score = 3 * 4 * required(workload.model_config, "num_attention_heads")
+        more = SOME_MORE + score * 2 * shape.pairs * (shape.prompt + shape.response) ** 2
         return Passes(
             training=weights.trained + GENEROUS * (about.training - weights.trained) + more,
             reference=GENEROUS * about.reference + more,
-            reading=GENEROUS * about.reading + more,
+            reading=GENEROUS * about.reading + SOME_MORE + score * workload.longest_prompt**2,
             found="at most, by a generous rule of thumb",
+            measured=False,
         )
 
     def _forwards(self, workload: Workload) -> list[PairForward]:
@@ -191,6 +208,7 @@ class PassMeter:
             reference=dry.scoring(forward, workload.shape),
             reading=self._read(workload),
             found=f"{type(forward).__name__}, run on tensors without data",
+            measured=True,
         )
 
     def _read(self, workload: Workload) -> int:
@@ -217,8 +235,7 @@ class PassMeter:
 
 def vocabulary_of(model_config: PretrainedConfig) -> int:
     """Return how many tokens a model's head knows."""
-    text: Any = model_config.get_text_config(decoder=True)
-    return int(text.vocab_size)
+    return int(cast(Any, model_config.get_text_config(decoder=True)).vocab_size)
 
 
 def rule_of_thumb(
@@ -236,17 +253,25 @@ def rule_of_thumb(
         dtype: of the products.
         checkpointed: whether layers are recomputed.
         chunk: positions whose logits exist at once.
+
+    Raises:
+        CannotEstimateError: if the model does not say how wide its layers are.
     """
-    text: Any = model_config.get_text_config(decoder=True)
-    inner = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None)
-    inner = (inner or 4 * text.hidden_size) * (getattr(text, "num_experts_per_tok", None) or 1)
+    hidden, inner = required(model_config, "hidden_size"), _inner_size(model_config)
     tokens = 2 * shape.pairs * (shape.prompt + shape.response)
-    layer = (20 * text.hidden_size + 5 * inner) * tokens * dtype.itemsize
-    layers = int(text.num_hidden_layers)
-    boundary = text.hidden_size * tokens * dtype.itemsize
+    layer = (20 * hidden + 5 * inner) * tokens * dtype.itemsize
+    layers = layer_count(model_config)
+    boundary = hidden * tokens * dtype.itemsize
     held = boundary * layers + layer if checkpointed else layer * layers
     positions = min(chunk, 2 * shape.pairs * shape.response)
-    return int(held + positions * text.vocab_size * (2 * dtype.itemsize + 4))
+    return held + positions * vocabulary_of(model_config) * (2 * dtype.itemsize + 4)
+
+
+def _inner_size(model_config: PretrainedConfig) -> int:
+    """Return how many inner numbers a token has in a layer; of a mixture, those of the experts that it goes to."""
+    inner = largest(model_config, "moe_intermediate_size") or largest(model_config, "intermediate_size")
+    experts = largest(model_config, "num_experts_per_tok") or 1
+    return (inner or 4 * required(model_config, "hidden_size")) * experts
 
 
 def _by_rule_of_thumb(workload: Workload, weights: Footprint, chunk: int, refusal: str) -> Passes:
@@ -263,6 +288,7 @@ def _by_rule_of_thumb(workload: Workload, weights: Footprint, chunk: int, refusa
         training=about(workload.shape, checkpointed=workload.policy.gradient_checkpointing) + weights.trained,
         reference=about(workload.shape, checkpointed=True),
         reading=about(PairShape(1, workload.longest_prompt, 1), checkpointed=True),
+        measured=False,
         found=f"by a rule of thumb, since the model does not run on tensors without data ({refusal})",
     )
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
 from sppo_lightning.memory.device import release
-from sppo_lightning.memory.footprint import footprint, quantized_matrix
+from sppo_lightning.memory.footprint import loaded_footprint
 from sppo_lightning.pretrained import (
     DTYPES,
     check_quantization,
@@ -105,7 +106,11 @@ class SequenceClassificationReward(Reward):
             self._encode(prompt, "a")
 
     def memory(self, device: torch.device, tokens: int) -> RewardMemory:
-        """Count the model's weights without reading them; activations are the rule of thumb that sizes its batches."""
+        """Count the model's weights without reading them; activations are the rule of thumb that sizes its batches.
+
+        Raises:
+            CannotEstimateError: if the weights are stored quantised, but not by bitsandbytes.
+        """
         from transformers import AutoModelForSequenceClassification
 
         check_quantization(self.quantization, device, key=QUANTIZATION_KEY)
@@ -115,7 +120,7 @@ class SequenceClassificationReward(Reward):
             model = AutoModelForSequenceClassification.from_config(
                 config, dtype=dtype, trust_remote_code=self.trust_remote_code
             )
-        found = footprint(model, quantized_matrix(self.quantization))
+        found = loaded_footprint(model, config, self.quantization)
         width = ACTIVATIONS * config.get_text_config().hidden_size * dtype.itemsize
         waits_there = device.type == "cpu" and self.between_phases == "host"
         return RewardMemory(
@@ -125,9 +130,12 @@ class SequenceClassificationReward(Reward):
         )
 
     def smaller(self) -> Mapping[str, Reward]:
-        """Let the model wait nowhere; quantise it."""
+        """Let the model wait nowhere; quantise it, if that can be done here."""
+        ways = [("between_phases", "host", "free")]
+        if find_spec("bitsandbytes") is not None:
+            ways.append(("quantization", "none", "nf4"))
         found: dict[str, Reward] = {}
-        for name, usual, other in (("between_phases", "host", "free"), ("quantization", "none", "nf4")):
+        for name, usual, other in ways:
             if getattr(self, name) == usual:
                 smaller = copy.copy(self)
                 setattr(smaller, name, other)
