@@ -211,10 +211,10 @@ def _memory_verdict(
         estimator = Estimator(available)
         bound = estimator.bound(workload)
         if bound is not None and bound.fits:
-            return "fits", f"at most {_gib(bound.fullest.total)} of {_gib(available)} will be needed"
+            return "fits", f"at most {_gib(bound.fullest.total)} of the free {_gib(available)} will be needed"
         estimate = estimator.estimate(workload)
         phase = estimate.fullest
-        need = f"{phase.name} will need about {_gib(phase.total)} of {_gib(available)}"
+        need = f"{phase.name} will need about {_gib(phase.total)} of the free {_gib(available)}"
         if estimate.fits:
             return "fits", need
         if otherwise == "warn" or not estimate.measured:
