@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 import warnings
@@ -153,6 +154,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except ArgumentError as error:
         raise UserError(f"export: {' '.join(str(error).split())}") from error
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing(_enable)?` is deprecated.*")
     place = export(**given)
     print(f"The exported policy lies in {place}; README.md there says what it is and how to load it.")
