@@ -137,7 +137,7 @@ class LivePolicy:
                 self.config, compute_dtype=self._compute_dtype, device=self._device
             )
             policies.disable_dropout(model)
-            yield cast(nn.Module, model)
+            yield cast(nn.Module, model).to(next(self.model.parameters()).dtype)  # doubled under 64-true
 
     def sampling_model(self) -> nn.Module:
         """Return the current policy to sample from.

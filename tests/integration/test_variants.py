@@ -38,10 +38,13 @@ def sequence_logp(model: Any, prompt: list[int], response: list[int]) -> float:
     return sum(float(logps[len(prompt) - 1 + n, token]) for n, token in enumerate(response))
 
 
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
 def test_initial_reference_stays_the_policy_that_the_run_started_from(
-    tiny_policy: Path, write_prompts: WritePrompts, tmp_path: Path
+    tiny_policy: Path, write_prompts: WritePrompts, tmp_path: Path, precision: str
 ) -> None:
-    root = fit(tiny_policy, write_prompts(), tmp_path / "run", model__reference="initial")
+    """In double precision the weights that are read again have to be doubled as the trained ones are."""
+    settings = {"model__reference": "initial", "trainer__precision": precision}
+    root = fit(tiny_policy, write_prompts(), tmp_path / "run", **settings)
     model = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32).eval()
     for iteration in ("000", "001"):
         for pair in read(root / f"iterations/{iteration}/pairs.parquet"):
