@@ -197,7 +197,8 @@ def test_samples_are_the_tokens_of_their_texts_and_differ_by_seed(
     transformers_serve: str, tmp_path: Path
 ) -> None:
     policy = letters_policy()
-    generator = served(transformers_serve, tmp_path)
+    # one request at a time: the server seeds torch's one generator for each, also while another is being answered
+    generator = served(transformers_serve, tmp_path, max_concurrency=1)
     generator.load(policy)
     ((*responses,),) = answer(generator, [SampleRequest(ids_of("Say river"), tuple(range(12)))])
     usable = [one for one in responses if one.drop_reason is None]
