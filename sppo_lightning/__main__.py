@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from sppo_lightning.types import UserError
+from sppo_lightning.types import Stopped, UserError
 
 
 def main(args: list[str] | None = None) -> None:
@@ -22,6 +22,13 @@ def main(args: list[str] | None = None) -> None:
             run(given)
     except UserError as error:
         _leave(str(error))
+    except Stopped as stop:
+        print(
+            f"sppo-lightning: stopped by {stop.signal.name}. What is finished is on disk: the same command goes on "
+            "from there.",
+            file=sys.stderr,
+        )
+        sys.exit(128 + stop.signal)
     except SyntaxError as error:  # of a module that the config names
         _leave(f"{error.filename}:{error.lineno}: {error.msg}: correct that line")
 
