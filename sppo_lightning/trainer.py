@@ -73,6 +73,9 @@ class TrainerRanks(Ranks):
         """Return rank zero's value on every rank."""
         return self._trainer.strategy.broadcast(value)
 
+    def check(self) -> None:
+        """Return at once: whether another process is lost, only the next collective can say."""
+
 
 class FitPosition(NamedTuple):
     """Where ``fit`` stands between its epochs."""

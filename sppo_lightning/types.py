@@ -129,3 +129,6 @@ class Ranks(Protocol):
 
     def same(self, value: T) -> T:
         """Return rank zero's value on every rank."""
+
+    def check(self) -> None:
+        """Return at once, unless another process failed or is gone: then raise a :class:`UserError`."""
