@@ -290,18 +290,31 @@ def test_a_process_at_work_finds_the_killed_one_too(folder: Path) -> None:
 
 
 def second_works(ranks: FileRanks) -> None:
+    """The first says when it can be suspended; the second works until the first has long been there again."""
     ranks.barrier("start")
-    time.sleep(2.5 * ranks.rank)
+    if ranks.rank == 0:
+        (ranks.folder.parent / "ready").touch()
+    else:
+        wait_for(ranks.folder.parent / "resumed")
+        time.sleep(1.0)
     ranks.barrier("end")
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.01)
 
 
 def test_who_was_suspended_does_not_blame_the_others(folder: Path) -> None:
     begun = [started(second_works, folder, rank, patience_s=1.0) for rank in range(2)]
-    time.sleep(0.5)
+    wait_for(folder.parent / "ready")
     assert begun[0][0].pid is not None
     os.kill(begun[0][0].pid, signal.SIGSTOP)
     time.sleep(1.3)
     os.kill(begun[0][0].pid, signal.SIGCONT)
+    (folder.parent / "resumed").touch()
     assert [ended(*each).error for each in begun] == [None, None]
 
 
