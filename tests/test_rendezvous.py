@@ -307,13 +307,18 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
-def test_who_was_suspended_does_not_blame_the_others(folder: Path) -> None:
+def test_a_run_that_was_suspended_blames_nobody(folder: Path) -> None:
+    """Both sleep for longer than the patience; the first that wakes up finds the other as it was before."""
     begun = [started(second_works, folder, rank, patience_s=1.0) for rank in range(2)]
     wait_for(folder.parent / "ready")
-    assert begun[0][0].pid is not None
-    os.kill(begun[0][0].pid, signal.SIGSTOP)
+    for process, _ in begun:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGSTOP)
     time.sleep(1.3)
-    os.kill(begun[0][0].pid, signal.SIGCONT)
+    for process, _ in begun:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGCONT)
+        time.sleep(0.3)
     (folder.parent / "resumed").touch()
     assert [ended(*each).error for each in begun] == [None, None]
 
