@@ -24,8 +24,7 @@ def main(args: list[str] | None = None) -> None:
         _leave(str(error))
     except Stopped as stop:
         print(
-            f"sppo-lightning: stopped by {stop.signal.name}. What is finished is on disk: the same command goes on "
-            "from there.",
+            f"sppo-lightning: {stop}. What is finished is on disk: the same command goes on from there.",
             file=sys.stderr,
         )
         sys.exit(128 + stop.signal)

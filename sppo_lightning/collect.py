@@ -149,6 +149,7 @@ class Collector:
             self.notify(phase, iteration, done, total, tokens)
             self.generator.load(self.policy)
             for number in missing:
+                self.ranks.check()
                 shard = list(shards[number])
                 rows: list[list[Rollout]] = [[] for _ in shard]
                 requests = [self._request(item, iteration, greedy) for item in shard]
@@ -209,6 +210,7 @@ class Collector:
             self.notify("scoring", iteration, done, total, tokens)
             self.reward.load(self.device)
             for number in pending:
+                self.ranks.check()
                 rows = store.read(name, number)
                 assert rows is not None
                 prompts = {item.prompt.prompt.id: item.prompt.prompt for item in shards[number]}

@@ -25,14 +25,15 @@ from sppo_lightning.pairs import PairTable
 from sppo_lightning.preflight import Preflight, read_stage_prompts, shrink
 from sppo_lightning.prompt_sets import PromptSets
 from sppo_lightning.prompt_table import EncodedPrompts
+from sppo_lightning.rendezvous import FileRanks
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rollouts import RunFolder, describe
 from sppo_lightning.rules import IterationRules
 from sppo_lightning.scoring import UnfinishedRule
 from sppo_lightning.selection import AllPairs, AllPrompts, Curriculum, RandomOrder, Schedule, Selection
 from sppo_lightning.stop_signal import StopSignal
-from sppo_lightning.trainer import TrainerRanks, fit_position, is_dev_run, stand_before_epoch
-from sppo_lightning.types import PhaseObserver, UserError
+from sppo_lightning.trainer import fit_position, is_dev_run, meet, stand_before_epoch
+from sppo_lightning.types import PhaseObserver, UserError, first_line
 
 Sources = str | list[str]
 
@@ -147,6 +148,9 @@ class SelfPlayDataModule(pl.LightningDataModule):
         )
         self.observers: list[PhaseObserver] = []
         self.stop = StopSignal()
+        self.ranks: FileRanks = FileRanks(
+            Path(), rank=0, world_size=1
+        )  # until set-up says how many there are
         self._state = IterationState()
 
     # ------------------------------------------------------------------ set-up
@@ -154,8 +158,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read and check the prompts, before any model loads."""
         assert self.trainer is not None
-        self.ranks = TrainerRanks(self.trainer)
         self.folder = RunFolder(Path(self.trainer.default_root_dir))
+        self.ranks = meet(self.trainer, self.folder.root)
         if stage == "fit" and is_dev_run(self.trainer):
             read_stage_prompts(self.prompt_sets, stage)
             self.rules = shrink(self.prompt_sets, self.rules)
@@ -176,11 +180,18 @@ class SelfPlayDataModule(pl.LightningDataModule):
             self.folder = RunFolder(Path(self.ranks.same(own)))
 
     def teardown(self, stage: str) -> None:
-        """Listen to signals no longer, and remove what a dev run left."""
+        """Listen to signals no longer, part from the other processes, and remove what a dev run left."""
         assert self.trainer is not None
         self.stop.ignore()
+        self.ranks.close()
         if is_dev_run(self.trainer) and self.ranks.rank == 0:
             shutil.rmtree(self.folder.root, ignore_errors=True)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Tell the other processes that this one ends, and why."""
+        self.stop.ignore()
+        self.ranks.fail(first_line(exception))
+        self.ranks.close()
 
     @property
     def module(self) -> PreferenceModule:

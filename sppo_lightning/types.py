@@ -26,7 +26,7 @@ class Stopped(BaseException):
     """
 
     def __init__(self, signal: Signals) -> None:
-        super().__init__(signal)
+        super().__init__(f"stopped by {signal.name}")
         self.signal = signal
 
 
@@ -142,3 +142,6 @@ class Ranks(Protocol):
 
     def same(self, value: T) -> T:
         """Return rank zero's value on every rank."""
+
+    def check(self) -> None:
+        """Return at once, unless another process failed or is gone: then raise a :class:`UserError`."""

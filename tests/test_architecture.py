@@ -14,7 +14,7 @@ LAYERS = {
     2: [
         *("prompts", "prompt_files", "prompt_sets", "prompt_table", "ragged", "rollouts", "pairs", "tally"),
         *("policy_config", "durable", "stop_signal"),
-        *("batching", "layouts", "metrics", "pretrained", "adapters", "servers"),
+        *("batching", "layouts", "metrics", "pretrained", "adapters", "servers", "heartbeat", "rendezvous"),
     ],
     3: [
         *(

@@ -50,6 +50,8 @@ class Alone:
     def gather(self, values: list[Any]) -> list[list[Any]]:
         return [values]
 
+    def check(self) -> None: ...
+
 
 @dataclass
 class Threads:
@@ -64,6 +66,8 @@ class Threads:
 
     def gather(self, values: list[Any]) -> list[list[Any]]:
         raise NotImplementedError
+
+    def check(self) -> None: ...
 
 
 @dataclass
