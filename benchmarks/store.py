@@ -113,7 +113,7 @@ class Steps:
         return run
 
     def keys(self) -> Callable[[], Any]:
-        """What is there? As a phase asks at a restart."""
+        """Ask what every shard holds, as a phase does when a run is started again."""
         from sppo_lightning.shards import prompts_per_shard
 
         shards = range(
@@ -163,7 +163,7 @@ class Steps:
             statistics = pair_statistics(pairs.prompt_ids, pairs.statistics(), made.rewards, difficulty)
             self.rules.selection.select(statistics, iteration=0, seed=0)
             self.store.write_pairs(pairs)
-            made.tally.counts(), made.tally.metrics()
+            made.tally.metrics()
 
         return run
 
@@ -241,7 +241,7 @@ def main() -> None:
             )
             results[name] = json.loads(output.stdout.splitlines()[-1])
             print(name, {key: round(value, 2) for key, value in results[name].items()}, flush=True)
-        files = [path.stat().st_size for path in folder.rglob("*-*.parquet")]
+        files = [path.stat().st_size for path in (folder / "iterations").rglob("*-*.parquet")]
         results["files"] = {"shards": len(files), "largest_mb": max(files) / 2**20, "mb": sum(files) / 2**20}
         print("files", {key: round(value, 2) for key, value in results["files"].items()})
     if settings.json:
