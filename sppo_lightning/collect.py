@@ -14,6 +14,7 @@ from sppo_lightning.rewards import Reward
 from sppo_lightning.rollouts import ShardKey, ShardStore
 from sppo_lightning.scoring import FailureWatch, ScoredRows, UnfinishedRule, score_rows
 from sppo_lightning.seeding import derive_seed
+from sppo_lightning.shards import prompts_per_shard
 from sppo_lightning.types import EncodedPrompt, Phase, PhaseObserver, PhaseProgress, Ranks, Rollout, UserError
 
 
@@ -60,7 +61,7 @@ class Collector:
         policy: where the engine takes its weights from.
         device: where the reward is loaded.
         seed: the run's seed.
-        prompts_per_shard: prompts of one Parquet file.
+        prompts_per_shard: prompts of one Parquet file; ``None``: see :func:`~sppo_lightning.shards.prompts_per_shard`.
         ranks: the processes that share the work.
         observers: who follows the phases.
         unfinished: what becomes of responses that a length limit cut; held-out answers are always kept.
@@ -72,7 +73,7 @@ class Collector:
     policy: PolicySource
     device: torch.device
     seed: int
-    prompts_per_shard: int
+    prompts_per_shard: int | None
     ranks: Ranks
     observers: Sequence[PhaseObserver]
     unfinished: UnfinishedRule = field(default_factory=UnfinishedRule)
@@ -120,7 +121,11 @@ class Collector:
         return list(store.read_all(name))
 
     def _shards(self, wanted: Sequence[Wanted]) -> list[Sequence[Wanted]]:
-        size = self.prompts_per_shard
+        size = self.prompts_per_shard or prompts_per_shard(
+            len(wanted),
+            max((len(item.sample_indices) for item in wanted), default=1),
+            max_new_tokens=self.generator.max_new_tokens,
+        )
         return [wanted[start : start + size] for start in range(0, len(wanted), size)]
 
     def _mine(self, shards: list[Sequence[Wanted]]) -> list[int]:

@@ -176,7 +176,10 @@ class IterationState:
         manifest = store.read_manifest()
         assert manifest is not None
         return difficulty_after(
-            store.shards.rewards(), self.known, iteration=iteration, smoothing=float(manifest["smoothing"])
+            store.kept_shards().rewards(),
+            self.known,
+            iteration=iteration,
+            smoothing=float(manifest["smoothing"]),
         )
 
     def metrics(self, folder: RunFolder) -> dict[str, float]:

@@ -12,17 +12,27 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
 from sppo_lightning.difficulty import DIFFICULTY_COLUMNS, StatisticsTable
 from sppo_lightning.pairs import PAIR_SCHEMA, PairTable
-from sppo_lightning.types import Rollout, UserError, first_line
+from sppo_lightning.stored_rollouts import (
+    STORED_COLUMNS,
+    StoredRollout,
+    TokenColumn,
+    parts_of,
+    stored_rollouts,
+    usable_rows,
+)
+from sppo_lightning.types import Rollout, ScoredRollout, UserError, first_line
+
+Row = TypeVar("Row", bound=ScoredRollout)
 
 ROLLOUT_SCHEMA = pa.schema(
     [
@@ -45,6 +55,7 @@ FREE_SETTINGS = {
 _KEY_SCHEMA = pa.schema(
     [ROLLOUT_SCHEMA.field(name) for name in ("prompt_id", "sample_index", "reward", "drop_reason")]
 )
+_STORED_SCHEMA = pa.schema([ROLLOUT_SCHEMA.field(name) for name in STORED_COLUMNS])
 _REWARD_SCHEMA = pa.schema([ROLLOUT_SCHEMA.field(name) for name in ("prompt_id", "reward", "drop_reason")])
 _COUNTS = ("estimated_iteration", "samples")
 ROWS_IN_WRITING = 1024  # of a table, held a second time, encoded
@@ -129,13 +140,17 @@ class ShardStore:
         for path in self._paths(name):
             yield from read_rollouts(path)
 
+    def stream(self, name: str = "*") -> Iterator[StoredRollout]:
+        """Yield the rows of all shards of ``name``, of which only what is looked at becomes objects."""
+        for path in self._paths(name):
+            yield from stored_rollouts(_read_table(path, _STORED_SCHEMA))
+
     def rewards(self, name: str = "*") -> dict[str, array[float]]:
         """Return the rewards of the usable responses, by prompt id, in the order of the shards."""
         found: dict[str, array[float]] = {}
         for path in self._paths(name):
             table = _read_table(path, _REWARD_SCHEMA)
-            usable = pc.and_(pc.is_null(table["drop_reason"]), pc.is_finite(table["reward"]))
-            table = table.filter(usable)
+            table = table.filter(usable_rows(table))
             for prompt_id, reward in zip(
                 table["prompt_id"].to_pylist(), table["reward"].to_pylist(), strict=True
             ):
@@ -162,22 +177,21 @@ def write_rollouts(path: Path, rows: Sequence[Rollout]) -> None:
 
 def read_rollouts(path: Path) -> list[Rollout]:
     """Return the rows of a rollout file."""
-    rows = _read_table(path, ROLLOUT_SCHEMA).to_pylist()
-    return [
-        Rollout(**{**row, "token_ids": tuple(row["token_ids"]), "reward_parts": dict(row["reward_parts"])})
-        for row in rows
-    ]
+    table = _read_table(path, ROLLOUT_SCHEMA)
+    special = {"token_ids": TokenColumn(table["token_ids"]), "reward_parts": parts_of(table)}
+    columns = [special[name] if name in special else table[name].to_pylist() for name in ROLLOUT_SCHEMA.names]
+    return [Rollout(*fields) for fields in zip(*columns, strict=True)]
 
 
-def by_prompt(rows: Iterable[Rollout]) -> Iterator[tuple[str, list[Rollout]]]:
+def by_prompt(rows: Iterable[Row]) -> Iterator[tuple[str, list[Row]]]:
     """Yield each prompt with its rows, which must be neighbours."""
-    for prompt_id, group in groupby(rows, key=lambda row: row.prompt_id):
+    for prompt_id, group in groupby(rows, key=attrgetter("prompt_id")):
         yield prompt_id, list(group)
 
 
 def merged(
-    prompt_ids: Iterable[str], *sources: Iterator[tuple[str, list[Rollout]]]
-) -> Iterator[tuple[str, list[Rollout]]]:
+    prompt_ids: Iterable[str], *sources: Iterator[tuple[str, list[Row]]]
+) -> Iterator[tuple[str, list[Row]]]:
     """Yield each prompt with its rows from all ``sources``, of which one prompt is held at a time.
 
     Args:
@@ -186,7 +200,7 @@ def merged(
     """
     heads = [next(source, None) for source in sources]
     for prompt_id in prompt_ids:
-        rows: list[Rollout] = []
+        rows: list[Row] = []
         for number, source in enumerate(sources):
             head = heads[number]
             if head is not None and head[0] == prompt_id:
@@ -226,6 +240,30 @@ class IterationStore:
         except ValueError as error:
             raise UserError(f"{path} is damaged ({error}): delete {self.folder} and run again") from error
         return manifest
+
+    @property
+    def pruned(self) -> bool:
+        """Whether the iteration's responses are gone, or about to be."""
+        manifest = self.read_manifest()
+        return manifest is not None and bool(manifest.get("pruned"))
+
+    def mark_pruned(self) -> None:
+        """Say in the manifest that the iteration's responses are not all there any more."""
+        if not self.pruned:
+            self.write_manifest({**(self.read_manifest() or {}), "pruned": True})
+
+    def kept_shards(self) -> ShardStore:
+        """Return the iteration's responses.
+
+        Raises:
+            UserError: if they were deleted.
+        """
+        if self.pruned:
+            raise UserError(
+                f"{self.shards.folder} was deleted to save space, but this run goes on from there: continue from the "
+                "run's own checkpoints/last.ckpt, or start anew with a larger data.keep_iterations"
+            )
+        return self.shards
 
     def write_difficulty(self, table: StatisticsTable, selected: set[str]) -> None:
         """Write one row a prompt."""

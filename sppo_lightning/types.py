@@ -94,6 +94,36 @@ class Rollout:
         """Whether the response takes part in difficulty and pairing."""
         return self.drop_reason is None and self.reward is not None and math.isfinite(self.reward)
 
+    @property
+    def length(self) -> int:
+        """Tokens of the response."""
+        return len(self.token_ids)
+
+
+class ScoredRollout(Protocol):
+    """What pairing and counting read of a response: a :class:`Rollout`, or one that still lies in its file."""
+
+    @property
+    def prompt_id(self) -> str: ...
+    @property
+    def sample_index(self) -> int: ...
+    @property
+    def response(self) -> str: ...
+    @property
+    def token_ids(self) -> tuple[int, ...]: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def finish_reason(self) -> FinishReason: ...
+    @property
+    def reward(self) -> float | None: ...
+    @property
+    def reward_parts(self) -> Mapping[str, float]: ...
+    @property
+    def drop_reason(self) -> str | None: ...
+    @property
+    def usable(self) -> bool: ...
+
 
 @dataclass(frozen=True)
 class PreferencePair:

@@ -9,37 +9,25 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {
-    0: ["types"],
-    1: ["losses", "logprobs", "difficulty", "selection", "pairing", "rules", "schedules", "seeding"],
-    2: [
-        *("prompts", "prompt_files", "prompt_sets", "prompt_table", "ragged", "rollouts", "pairs", "tally"),
-        *("policy_config", "durable", "stop_signal"),
-        *("batching", "layouts", "metrics", "pretrained", "adapters", "servers", "heartbeat", "rendezvous"),
-    ],
-    3: [
-        *(
-            "policy",
-            "lora",
-            "quantized_layers",
-            "reference_pass",
-            "reference_checks",
-            "optimizers",
-            "results",
-            "memory",
-            "live_policy",
-            "pair_forward",
-            "forward_trial",
-            "shared_attention",
-            "response_head",
-            "compiled_layers",
-        ),
-        *("generation", "rewards", "scoring", "collect", "evaluation", "iteration", "iteration_state"),
-    ],
-    4: ["module", "datamodule", "preflight", "trainer", "checkpoint_files", "metrics_csv"],
-    5: ["callbacks", "estimate", "export"],
-    6: ["cli", "parse_errors", "run_config", "__main__", "__init__"],
+    0: "types",
+    1: "losses logprobs difficulty selection pairing rules schedules seeding shards",
+    2: """
+        prompts prompt_files prompt_sets prompt_table ragged
+        rollouts stored_rollouts pruning pairs tally durable integrity
+        policy_config pretrained adapters batching layouts metrics servers
+        stop_signal heartbeat rendezvous
+    """,
+    3: """
+        policy lora quantized_layers live_policy optimizers memory sharding
+        pair_forward forward_trial shared_attention response_head compiled_layers
+        generation rewards scoring collect evaluation results
+        iteration iteration_state pairing_pass reference_pass reference_checks
+    """,
+    4: "module datamodule preflight trainer checkpoint_files metrics_csv",
+    5: "callbacks estimate export",
+    6: "cli parse_errors run_config run_lock __main__ __init__",
 }
-LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
+LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms.split()}
 PURE = {"torch", "__future__", "abc", "array", "collections", "dataclasses", "hashlib", "math", "typing"}
 
 
