@@ -60,7 +60,10 @@ class SelfPlayDataModule(pl.LightningDataModule):
         test_prompts: held-out prompts of ``test``.
         predict_prompts: prompts of ``predict``.
         max_prompt_tokens: longer prompts are dropped and counted, never truncated.
-        prompts_per_shard: prompts of one rollout file, the unit of work and of recovery.
+        prompts_per_shard: prompts of one rollout file, the unit of work and of recovery; ``None``: by the number of
+            prompts and of their responses, see :func:`~sppo_lightning.shards.prompts_per_shard`.
+        keep_iterations: how many of the latest finished iterations keep their responses on disk; the others keep
+            manifest, difficulties and pairs. ``None``: all.
         system_prompt: opens the conversations that have no system message of their own; the policy sees it, the
             reward does not.
         unfinished: what becomes of a response that its length limit cut: ``keep`` it as it is, ``drop`` it, or
@@ -92,7 +95,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
         test_prompts: Sources | None = None,
         predict_prompts: Sources | None = None,
         max_prompt_tokens: int = 1024,
-        prompts_per_shard: int = 32,
+        prompts_per_shard: int | None = None,
+        keep_iterations: int | None = None,
         system_prompt: str | None = None,
         unfinished: Literal["keep", "drop", "penalise"] = "keep",
         unfinished_penalty: float | None = None,
@@ -105,9 +109,10 @@ class SelfPlayDataModule(pl.LightningDataModule):
             "epochs_per_iteration": epochs_per_iteration,
             "max_prompt_tokens": max_prompt_tokens,
             "prompts_per_shard": prompts_per_shard,
+            "keep_iterations": keep_iterations,
         }
         for name, value in sizes.items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"data.{name}={value} must be at least 1")
         if not 0 <= max_failed_share <= 1:
             raise ValueError(f"data.max_failed_share={max_failed_share} must lie in [0, 1]")
@@ -136,6 +141,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         }
         self.epochs_per_iteration = epochs_per_iteration
         self.prompts_per_shard = prompts_per_shard
+        self.keep_iterations = keep_iterations
         self.prompt_sets = PromptSets(
             {
                 "prompts": prompts,

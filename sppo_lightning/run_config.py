@@ -18,6 +18,7 @@ FREE_KEYS = {
     "data.batch_size",
     "data.max_failed_share",
     "data.memory_check",
+    "data.keep_iterations",
     "data.generator.init_args.weight_sync.init_args.folder",
     "data.test_prompts",
     "data.predict_prompts",
