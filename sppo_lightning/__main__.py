@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import NoReturn
 
+from sppo_lightning.durable import disk_error
 from sppo_lightning.types import UserError
 
 
@@ -22,6 +24,11 @@ def main(args: list[str] | None = None) -> None:
             run(given)
     except UserError as error:
         _leave(str(error))
+    except OSError as error:
+        told = disk_error(error, Path(error.filename or Path.cwd()))
+        if told is None:
+            raise
+        _leave(str(told))
     except SyntaxError as error:  # of a module that the config names
         _leave(f"{error.filename}:{error.lineno}: {error.msg}: correct that line")
 

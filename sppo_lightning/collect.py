@@ -9,6 +9,7 @@ from typing import NamedTuple, overload
 
 import torch
 
+from sppo_lightning.durable import set_aside
 from sppo_lightning.generation import Generator, PolicySource, SampleRequest
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rollouts import ShardKey, ShardStore
@@ -250,9 +251,15 @@ def _key(store: ShardStore, name: str, number: int) -> ShardKey:
 
 
 def _present(store: ShardStore, name: str, number: int, shards: list[Sequence[Wanted]]) -> bool:
-    key = store.key(name, number)
-    if key is None:
+    """Whether a shard is stored; a damaged one is kept aside, since the policy that gave it is still here."""
+    if not store.path(name, number).exists():
         return False
+    try:
+        store.check(name, number)
+    except UserError as error:
+        set_aside(store.path(name, number), why=str(error))
+        return False
+    key = _key(store, name, number)
     expected = [(item.prompt.prompt.id, index) for item in shards[number] for index in item.sample_indices]
     if key.rows != expected:
         raise UserError(

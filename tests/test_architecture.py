@@ -13,7 +13,7 @@ LAYERS = {
     1: ["losses", "logprobs", "difficulty", "selection", "pairing", "rules", "schedules", "seeding"],
     2: [
         *("prompts", "prompt_files", "prompt_sets", "prompt_table", "ragged", "rollouts", "pairs", "tally"),
-        "policy_config",
+        *("policy_config", "durable", "run_lock", "integrity"),
         *("batching", "layouts", "metrics", "pretrained", "adapters", "servers"),
     ],
     3: [

@@ -158,7 +158,7 @@ def test_answers_are_stored_with_what_made_them(run: Run) -> None:
     place = run.root / "evaluations/002"
     assert sorted(path.name for path in place.iterdir()) == ["manifest.json", "rollouts.parquet"]
     manifest = json.loads((place / "manifest.json").read_text())
-    assert manifest.keys() == {"policy_fingerprint", "asked"}
+    assert manifest.keys() == {"policy_fingerprint", "asked", "digest"}
     assert manifest["policy_fingerprint"] == "abc"
     assert load_evaluation(place) == rows
     assert load_evaluation(run.root / "evaluations/003") is None

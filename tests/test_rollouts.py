@@ -299,7 +299,7 @@ def test_a_write_after_a_crash_works(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def damaged(path: Path) -> str:
-    return f"^{re.escape(str(path))} is damaged \\(.+\\): delete it and run again$"
+    return f"^{re.escape(str(path))} is damaged \\(.+\\): restore it from a copy, or give the same command again, "
 
 
 def cut(content: bytes) -> bytes:
@@ -369,8 +369,8 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, content: bytes) -> None:
     store = IterationStore(tmp_path)
     (tmp_path / "manifest.json").write_bytes(content)
     message = (
-        f"^{re.escape(str(tmp_path / 'manifest.json'))} is damaged \\(.+\\): "
-        f"delete {re.escape(str(tmp_path))} and run again$"
+        f"^{re.escape(str(tmp_path / 'manifest.json'))} is damaged \\(.+\\), and nothing else says which policy gave "
+        "these rollouts: restore it from a copy; if iteration "
     )
     with pytest.raises(UserError, match=message):
         store.read_manifest()

@@ -1,0 +1,181 @@
+"""Files that are whole or absent, also after a crash, and what to do where the disk refuses or a file is damaged."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sppo_lightning.types import UserError
+
+LOGGER = logging.getLogger(__name__)
+SIZES = "sizes.json"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is either whole or absent, also after a crash.
+
+    Raises:
+        UserError: if the disk is full or out of reach.
+    """
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that takes its name once it is whole and on disk; until then the old one stays.
+
+    Raises:
+        UserError: if the disk is full or out of reach.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _make_folder(path.parent)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        told = disk_error(error, path)
+        if told is None:
+            raise
+        raise told from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a folder's names on disk, where the file system can: a rename is not safe before."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        if error.errno in _NO_FOLDER_SYNC:
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _make_folder(folder: Path) -> None:
+    fresh = list(takewhile(lambda place: not place.exists(), (folder, *folder.parents)))
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in fresh:
+        sync_folder(place.parent)
+
+
+def disk_error(error: BaseException, path: Path) -> UserError | None:
+    """Return what to tell a user about a disk that is full or out of reach; ``None``: it is another error.
+
+    Args:
+        error: that came up while reading or writing.
+        path: what was to be read or written.
+    """
+    if not isinstance(error, OSError) or error.errno not in _FULL | _REFUSED:
+        return None
+    if error.errno in _FULL:
+        return UserError(
+            f"{path} cannot be written ({error.strerror}; {_free_space(path)}): make room, then give the same command "
+            "again: it goes on from what is stored"
+        )
+    return UserError(
+        f"{path} cannot be read or written ({error.strerror}): mend its folder (permissions, disk), then give the "
+        "same command again: it goes on from what is stored"
+    )
+
+
+def _free_space(path: Path) -> str:
+    try:
+        place = next(parent for parent in path.absolute().parents if parent.exists())
+        return f"{shutil.disk_usage(place).free / 1e6:,.0f} MB free"
+    except OSError:
+        return "free space unknown"
+
+
+def set_aside(path: Path, *, why: str) -> None:
+    """Rename a damaged file to ``<name>.damaged``, so that nothing is lost, and say so."""
+    taken = [place.name for place in path.parent.glob(f"{path.name}.damaged*")]
+    kept = path.with_name(f"{path.name}.damaged" + (f"-{len(taken) + 1}" if taken else ""))
+    path.rename(kept)
+    LOGGER.warning("%s: kept as %s and made anew", why, kept.name)
+
+
+def remove_leftovers(root: Path) -> list[Path]:
+    """Remove the temporary files that a killed run left in a run folder, and return them.
+
+    Only for who holds the folder's lock: another run's temporary files look alike.
+    """
+    places = [root, root / "checkpoints", root / "predictions-parts"]
+    places += [folder for name in ("iterations", "evaluations") for folder in root.glob(f"{name}/*")]
+    places += [folder for name in ("iterations", "evaluations") for folder in root.glob(f"{name}/*/*/")]
+    found = [path for place in places for path in place.glob(".*.tmp")]
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return found
+
+
+def record_sizes(folder: Path) -> None:
+    """Write down how large a folder's files are, for :func:`changed_files`."""
+    write_atomically(folder / SIZES, sealed(_sizes(folder)))
+
+
+def changed_files(folder: Path) -> str | None:
+    """Return what is no longer as :func:`record_sizes` found it, in words; ``None``: all is, or nothing was written."""
+    if not (folder / SIZES).exists():
+        return None
+    try:
+        before = unsealed((folder / SIZES).read_bytes())
+    except ValueError as error:
+        return f"{SIZES}: {error}"
+    now = _sizes(folder)
+    changed = [name for name in before if now.get(name) != before[name]]
+    return f"{', '.join(changed)} gone or cut short" if changed else None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != SIZES}
+
+
+def sealed(content: Mapping[str, Any]) -> bytes:
+    """Return JSON that knows its own digest, so that no flipped bit goes unnoticed."""
+    return json.dumps({**content, "digest": _digest(content)}, indent=2, sort_keys=True).encode()
+
+
+def unsealed(content: bytes) -> dict[str, Any]:
+    """Return what :func:`sealed` wrote; JSON without a digest is taken as it is.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    found = json.loads(content)
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    digest = found.pop("digest", None)
+    if digest not in (None, _digest(found)):
+        raise ValueError("its content and its digest differ")
+    return found
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
