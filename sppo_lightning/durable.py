@@ -159,7 +159,8 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def sealed(content: Mapping[str, Any]) -> bytes:
     """Return JSON that knows its own digest, so that no flipped bit goes unnoticed."""
-    return json.dumps({**content, "digest": _digest(content)}, indent=2, sort_keys=True).encode()
+    plain = json.loads(json.dumps(content))  # with the keys and numbers that a reader will find
+    return json.dumps({**plain, "digest": _digest(plain)}, indent=2, sort_keys=True).encode()
 
 
 def unsealed(content: bytes) -> dict[str, Any]:
