@@ -76,8 +76,9 @@ def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
     except (pa.ArrowException, OSError, KeyError) as error:
         if disk_error(error, path) is not None:
             raise
+        what = "gone" if isinstance(error, FileNotFoundError) else f"damaged ({first_line(error)})"
         raise UserError(
-            f"{path} is damaged ({first_line(error)}): restore it from a copy, or give the same command again, which "
+            f"{path} is {what}: restore it from a copy, or give the same command again, which "
             "keeps it aside and makes it anew if its iteration has not been trained on"
         ) from error
 

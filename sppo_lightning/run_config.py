@@ -8,8 +8,10 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
+import torch
 import yaml
 
 from sppo_lightning.durable import changed_files, disk_error
@@ -39,7 +41,17 @@ _WRITE_CONFIG = (
     "restore it from a copy, or, if you are sure that this is the config of that run, write it by giving the same "
     "command with --print_config and sending its output there; otherwise use another trainer.default_root_dir"
 )
-_DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, RuntimeError, ValueError)
+_DAMAGED_ZIP = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    UnpicklingError,
+)
+FOLDER = 0x10  # among a zip entry's attributes
 BLOCK = 2**22  # bytes of a checkpoint read at once
 
 
@@ -66,6 +78,11 @@ def check_checkpoint(path: Path, name: str) -> None:
     Raises:
         UserError: naming the path.
     """
+    if path.is_symlink() and not path.exists():
+        raise UserError(
+            f"{name}={str(path)!r} is a link to {path.readlink()}, which is gone: restore that folder, or name another "
+            "checkpoint with --ckpt_path"
+        )
     if not path.exists():
         raise UserError(
             f"{name}={str(path)!r}: no such file; check the path (it is relative to {Path.cwd()})"
@@ -102,10 +119,15 @@ def _checkpoint_files(path: Path) -> list[Path]:
 def _verify_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                with archive.open(name) as content:
+            for entry in archive.infolist():
+                if entry.external_attr & FOLDER:  # torch would load whatever lies in its memory
+                    raise zipfile.BadZipFile(f"{entry.filename} is marked as a folder")
+                with archive.open(entry) as content:
                     while content.read(BLOCK):
                         pass
+        torch.load(
+            path, map_location="cpu", mmap=True, weights_only=True
+        )  # reads more of the archive's own tables
     except _DAMAGED_ZIP as error:
         if disk_error(error, path) is not None:
             raise

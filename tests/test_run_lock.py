@@ -50,8 +50,8 @@ def test_another_run_is_told_who_holds_the_folder(tmp_path: Path) -> None:
     with holder(root) as process:
         message = (
             rf"^{re.escape(str(root))} is in use by another run \(process {process.pid} on "
-            rf"{re.escape(os.uname().nodename)}, since [-\d]+ [:\d]+ [+-]\d+\): wait until it has ended, or use another "
-            r"trainer\.default_root_dir$"
+            rf"{re.escape(os.uname().nodename)}, since [-\d]+ [:\d]+ [+-]\d+\): wait until it has ended, "
+            r"or use another trainer\.default_root_dir$"
         )
         lock = RunLock(root)
         with pytest.raises(UserError, match=message):
