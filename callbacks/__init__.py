@@ -5,6 +5,7 @@ if __name__ != "sppo_lightning.callbacks":
         f"this folder is the package sppo_lightning.callbacks, not {__name__}: import it under that name"
     )
 
+from sppo_lightning.callbacks.checkpoint import RunCheckpoint
 from sppo_lightning.callbacks.difficulty import DifficultyReestimation
 from sppo_lightning.callbacks.export import PolicyExport
 from sppo_lightning.callbacks.memory import PhaseMemory
@@ -18,6 +19,7 @@ __all__ = [
     "PhaseMemory",
     "PhaseTimes",
     "PolicyExport",
+    "RunCheckpoint",
     "RunSummary",
     "SampleTable",
     "SelfPlayProgress",

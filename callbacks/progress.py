@@ -78,10 +78,12 @@ class SelfPlayProgress(ProgressBar):
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         outputs: Any,
-        batch: PairBatch,
+        batch: PairBatch | None,
         batch_idx: int,
     ) -> None:
         """Advance the training bar."""
+        if batch is None:  # a resumed run whose epoch has no step left
+            return
         self._trained += int(batch.weights.shape[0]) * trainer.world_size
         self._tokens += batch.rows.input_ids.numel() * trainer.world_size
         self._advance(self._trained, self._tokens)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sppo_lightning.durable import disk_error
-from sppo_lightning.types import UserError
+from sppo_lightning.types import Stopped, UserError
 
 
 def main(args: list[str] | None = None) -> None:
@@ -24,6 +24,13 @@ def main(args: list[str] | None = None) -> None:
             run(given)
     except UserError as error:
         _leave(str(error))
+    except Stopped as stop:
+        print(
+            f"sppo-lightning: stopped by {stop.signal.name}. What is finished is on disk: the same command goes on "
+            "from there.",
+            file=sys.stderr,
+        )
+        sys.exit(128 + stop.signal)
     except OSError as error:
         told = disk_error(error, Path(error.filename or Path.cwd()))
         if told is None:

@@ -29,6 +29,7 @@ class StepSlot(NamedTuple):
     step: int  # optimizer step in the iteration
     steps: int  # optimizer steps of the iteration
     step_pairs: int  # real pairs of the step, all ranks together
+    first_in_step: bool  # whether no micro-batch of the step comes before
     last_in_step: bool  # whether the optimizer steps after this micro-batch
 
 
@@ -55,7 +56,25 @@ def accumulation_steps(*, pairs_per_step: int, batch_size: int, world_size: int)
     return pairs_per_step // per_pass
 
 
-class StepSampler(Sampler[MicroBatch]):
+def steps_taken(pairs_consumed: int, *, pairs: int, pairs_per_step: int) -> int:
+    """Return the optimizer steps that an iteration's epochs took to consume so many pairs.
+
+    Args:
+        pairs_consumed: by all ranks together, since the iteration's start.
+        pairs: that one epoch has.
+        pairs_per_step: of one optimizer step.
+    """
+    epochs, rest = divmod(pairs_consumed, pairs)
+    return epochs * -(-pairs // pairs_per_step) + -(-rest // pairs_per_step)
+
+
+def pairs_consumed(steps: int, *, pairs: int, pairs_per_step: int) -> int:
+    """Return the pairs that so many optimizer steps of an iteration consumed: the inverse of :func:`steps_taken`."""
+    epochs, rest = divmod(steps, -(-pairs // pairs_per_step))
+    return epochs * pairs + rest * pairs_per_step
+
+
+class StepSampler(Sampler[MicroBatch | None]):
     """Cuts one global order of pairs into optimizer steps, and each step into this rank's micro-batches.
 
     Step s takes ``pairs_per_step`` pairs of the order. Inside a step, where order means nothing, pairs of similar
@@ -72,6 +91,8 @@ class StepSampler(Sampler[MicroBatch]):
         world_size: all processes.
         epoch: epoch inside the iteration.
         epochs: epochs of the iteration.
+        first_step: of this epoch, where a resumed run goes on. Where that leaves none, the only micro-batch is
+            ``None``: Lightning trains nothing on it, and goes on with what follows an epoch's last batch.
     """
 
     def __init__(
@@ -85,6 +106,7 @@ class StepSampler(Sampler[MicroBatch]):
         world_size: int = 1,
         epoch: int = 0,
         epochs: int = 1,
+        first_step: int = 0,
     ) -> None:
         self.order = list(order)
         self.lengths = lengths
@@ -94,6 +116,7 @@ class StepSampler(Sampler[MicroBatch]):
         self.world_size = world_size
         self.epoch = epoch
         self.epochs = epochs
+        self.first_step = first_step
 
     @property
     def steps_per_epoch(self) -> int:
@@ -101,7 +124,16 @@ class StepSampler(Sampler[MicroBatch]):
         return -(-len(self.order) // self.pairs_per_step)
 
     def __len__(self) -> int:
-        return sum(len(self._passes(step)) for step in range(self.steps_per_epoch))
+        return sum(len(self._passes(step)) for step in self._steps) or int(self._is_over)
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether all of the epoch's steps were taken before."""
+        return 0 < self.steps_per_epoch == self.first_step
+
+    @property
+    def _steps(self) -> range:
+        return range(self.first_step, self.steps_per_epoch)
 
     def _passes(self, step: int) -> list[list[int]]:
         """Return the rows of a step, cut into what all ranks run at the same time."""
@@ -112,8 +144,10 @@ class StepSampler(Sampler[MicroBatch]):
         together = self.batch_size * self.world_size
         return [rows[start : start + together] for start in range(0, len(rows), together)]
 
-    def __iter__(self) -> Iterator[MicroBatch]:
-        for step in range(self.steps_per_epoch):
+    def __iter__(self) -> Iterator[MicroBatch | None]:
+        if self._is_over:
+            yield None
+        for step in self._steps:
             passes = self._passes(step)
             for number, rows in enumerate(passes):
                 mine = rows[self.rank :: self.world_size]
@@ -121,6 +155,7 @@ class StepSampler(Sampler[MicroBatch]):
                     step=self.epoch * self.steps_per_epoch + step,
                     steps=self.epochs * self.steps_per_epoch,
                     step_pairs=sum(map(len, passes)),
+                    first_in_step=number == 0,
                     last_in_step=number == len(passes) - 1,
                 )
                 yield MicroBatch(mine or rows[-1:], len(mine), slot)
@@ -152,7 +187,7 @@ def collate(pairs: Sequence[PreferencePair], *, layout: PairLayout, real: int, s
     )
 
 
-class PairDataset(Dataset[PairBatch]):
+class PairDataset(Dataset[PairBatch | None]):
     """An iteration's pairs, handed out as micro-batches.
 
     Args:
@@ -164,6 +199,8 @@ class PairDataset(Dataset[PairBatch]):
         self.pairs = pairs
         self.layout = layout
 
-    def __getitem__(self, micro: MicroBatch) -> PairBatch:
+    def __getitem__(self, micro: MicroBatch | None) -> PairBatch | None:
+        if micro is None:
+            return None
         pairs = [self.pairs[row] for row in micro.rows]
         return collate(pairs, layout=self.layout, real=micro.real, slot=micro.slot)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, cast
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -23,6 +23,7 @@ from sppo_lightning.callbacks import (
     PhaseMemory,
     PhaseTimes,
     PolicyExport,
+    RunCheckpoint,
     RunSummary,
     SampleTable,
     SelfPlayProgress,
@@ -72,10 +73,6 @@ class Parser(LightningArgumentParser):
         keys = [f"{name}.{key}" for name, owner in sections.items() for key in signature(owner).parameters]
         print(f"sppo-lightning: error: {explain(message, keys)}", file=sys.stderr)
         sys.exit(2)
-
-
-class RunCheckpoint(ModelCheckpoint):
-    """The checkpoint that a run goes on from; a class of its own tells its state from that of a user's one."""
 
 
 class SelfPlayCLI(LightningCLI):
@@ -183,23 +180,16 @@ class SelfPlayCLI(LightningCLI):
         """Add the callbacks and loggers that a run has by default."""
         given = config.get("callbacks") or []
         given = [*(given if isinstance(given, list) else [given]), *callbacks]
-        checkpoint = RunCheckpoint(
-            dirpath=self.root / "checkpoints",
-            filename="last",
-            every_n_epochs=self.config[self.subcommand].data.epochs_per_iteration,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
         defaults: list[Callback] = [PhaseTimes(), PhaseMemory(), SampleTable(), PolicyExport(), RunSummary()]
         if config["enable_progress_bar"] is not False:
             defaults.append(SelfPlayProgress())
+        if config["enable_checkpointing"] is not False:
+            defaults.append(RunCheckpoint())  # beside a user's own one: the run goes on from it
         defaults.append(RunConfigFile(yaml.safe_dump(self.run_config, sort_keys=False)))
         for item in defaults:
             kind = ProgressBar if isinstance(item, ProgressBar) else type(item)
             if not any(isinstance(other, kind) for other in given):
                 given.append(item)
-        if config["enable_checkpointing"] is not False:
-            given.append(checkpoint)  # beside a user's own one: the run goes on from it
         return self.trainer_class(**{**config, "callbacks": given, "logger": self._loggers(config["logger"])})
 
     def _loggers(self, given: Any) -> list[Logger]:
@@ -236,6 +226,7 @@ class SelfPlayCLI(LightningCLI):
 UNACTIONABLE = (
     r".*does not have many workers.*",
     r".*exists and is not empty.*",
+    r".*train_dataloader yielded None.*",  # a resumed run whose iteration has no step left
     r".*args parameter is intended to run from within Python.*",
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*module\(s\) in eval mode at the start of training.*",

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from sppo_lightning.batching import PairBatch, PairDataset, accumulation_steps
+from sppo_lightning.batching import PairBatch, PairDataset, steps_taken
 from sppo_lightning.collect import Collector
 from sppo_lightning.difficulty import Reestimation, StatisticsTable
 from sppo_lightning.evaluation import EvaluationLoader, HeldOut, write_predictions
@@ -22,16 +22,7 @@ from sppo_lightning.layouts import PairLayout
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.pairing import BestWorst, Pairing
 from sppo_lightning.pairs import PairTable
-from sppo_lightning.preflight import (
-    check_comparative,
-    check_context,
-    check_memory,
-    check_sizes,
-    check_trainer,
-    read_stage_prompts,
-    shrink,
-    workload_of,
-)
+from sppo_lightning.preflight import Preflight, read_stage_prompts, shrink
 from sppo_lightning.prompt_sets import PromptSets
 from sppo_lightning.prompt_table import EncodedPrompts
 from sppo_lightning.rewards import Reward
@@ -39,7 +30,8 @@ from sppo_lightning.rollouts import RunFolder, describe
 from sppo_lightning.rules import IterationRules
 from sppo_lightning.scoring import UnfinishedRule
 from sppo_lightning.selection import AllPairs, AllPrompts, Curriculum, RandomOrder, Schedule, Selection
-from sppo_lightning.trainer import TrainerRanks, fit_position, is_dev_run
+from sppo_lightning.stop_signal import StopSignal
+from sppo_lightning.trainer import TrainerRanks, fit_position, is_dev_run, stand_before_epoch
 from sppo_lightning.types import PhaseObserver, UserError
 
 Sources = str | list[str]
@@ -154,6 +146,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
             system_prompt,
         )
         self.observers: list[PhaseObserver] = []
+        self.stop = StopSignal()
         self._state = IterationState()
 
     # ------------------------------------------------------------------ set-up
@@ -163,57 +156,29 @@ class SelfPlayDataModule(pl.LightningDataModule):
         assert self.trainer is not None
         self.ranks = TrainerRanks(self.trainer)
         self.folder = RunFolder(Path(self.trainer.default_root_dir))
-        keys = read_stage_prompts(self.prompt_sets, stage)
-        if stage == "fit":
-            if is_dev_run(self.trainer):
-                self.rules = shrink(self.prompt_sets, self.rules)
-            else:
-                check_trainer(self.trainer, epochs=self.rules.iterations * self.epochs_per_iteration)
-            self.trainer.accumulate_grad_batches = accumulation_steps(
-                pairs_per_step=self.rules.pairs_per_step,
-                batch_size=self.rules.batch_size,
-                world_size=self.trainer.world_size,
-            )
-        self.generator.check()
-        if stage == "fit":
-            check_comparative(self.reward, self.rules, self.curriculum)
-            if not self.generator.reproducible:
-                rank_zero_info(
-                    f"data.generator {type(self.generator).__name__}: responses depend on more than their seeds. A run "
-                    "that is started again keeps its finished shards, and samples the others anew."
-                )
-        if stage != "predict":
-            self.reward.check()
-            for key in keys:
-                self.reward.check_prompts(self.prompt_sets.read(key))
-        self.module.check()
-        for key in keys:
-            check_context(self._encoded(key), self.generator, self.module.live.model_config, key=key)
-        if stage == "fit":
-            check_sizes(self.rules, self._encoded("prompts").ids)
-            longest = {key: max(len(prompt.token_ids) for prompt in self._encoded(key)) for key in keys}
-            check_memory(
-                workload_of(
-                    self.module,
-                    self.rules,
-                    self.generator,
-                    self.reward,
-                    compute_dtype=self.module.compute_dtype,
-                    longest_prompt=max(longest.values()),
-                    longest_trained_prompt=longest["prompts"],
-                    device=self.trainer.strategy.root_device,
-                    processes=self.trainer.world_size,
-                ),
-                self.ranks,
-                otherwise=self.memory_check,
-            )
+        if stage == "fit" and is_dev_run(self.trainer):
+            read_stage_prompts(self.prompt_sets, stage)
+            self.rules = shrink(self.prompt_sets, self.rules)
+        Preflight(
+            trainer=self.trainer,
+            module=self.module,
+            prompt_sets=self.prompt_sets,
+            rules=self.rules,
+            epochs_per_iteration=self.epochs_per_iteration,
+            generator=self.generator,
+            reward=self.reward,
+            curriculum=self.curriculum,
+            ranks=self.ranks,
+            memory_check=self.memory_check,
+        ).check(stage)
         if is_dev_run(self.trainer):
             own = tempfile.mkdtemp(prefix="sppo-dev-") if self.ranks.rank == 0 else ""
             self.folder = RunFolder(Path(self.ranks.same(own)))
 
     def teardown(self, stage: str) -> None:
-        """Remove what a dev run left."""
+        """Listen to signals no longer, and remove what a dev run left."""
         assert self.trainer is not None
+        self.stop.ignore()
         if is_dev_run(self.trainer) and self.ranks.rank == 0:
             shutil.rmtree(self.folder.root, ignore_errors=True)
 
@@ -244,37 +209,43 @@ class SelfPlayDataModule(pl.LightningDataModule):
 
     # ---------------------------------------------------------------- training
 
-    def train_dataloader(self) -> DataLoader[PairBatch]:
+    def train_dataloader(self) -> DataLoader[PairBatch | None]:
         """Ensure the current iteration's data, and return its pairs in training order.
 
-        After a resume at an epoch's end Lightning asks for the finished epoch once more, with the new
-        weights: a finished iteration returns its stored pairs.
+        After a resume, what is left of them.
         """
         assert self.trainer is not None
-        position = fit_position(self.trainer)
-        if position.inside:
-            raise UserError(
-                "the checkpoint was saved in the middle of an epoch, where it cannot be continued: use the run's "
-                "own checkpoints/last.ckpt"
-            )
-        iteration, epoch_in_iteration = divmod(position.epoch, self.epochs_per_iteration)
-        if iteration != self._state.current and not position.epoch_is_over:
+        self._listen()
+        epochs, step = self.epochs_per_iteration, self.trainer.global_step
+        epoch = self._state.epoch_to_go_on(
+            folder=self.folder, rules=self.rules, epochs=epochs, global_step=step
+        )
+        if epoch is not None:
+            over = self.iteration_is_trained and epoch // epochs == self._state.current
+            stand_before_epoch(self.trainer, epoch, only_its_end=over)
+        # of a finished run Lightning asks for one epoch more, before it looks
+        epoch = min(self.trainer.current_epoch, self.rules.iterations * epochs - 1)
+        iteration, epoch_in_iteration = divmod(epoch, epochs)
+        if iteration > self._state.current:
             if iteration == 0 and self.prompt_sets.named("eval_prompts"):
                 self._held_out("eval_prompts").measure(0)
-            fingerprint = self.module.live.fingerprint()
             self._state.enter(
-                iteration, folder=self.folder, policy_fingerprint=fingerprint, builder=self._builder
+                iteration,
+                folder=self.folder,
+                policy_fingerprint=self.module.live.fingerprint(),
+                builder=self._builder,
+                global_step=step,
             )
         else:
-            self._state.reopen(iteration, folder=self.folder)
+            self._state.reopen(folder=self.folder)
         sampler = self._state.steps(
-            iteration,
             folder=self.folder,
             rules=self.rules,
             curriculum=self.curriculum,
             ranks=self.ranks,
             epoch=epoch_in_iteration,
-            epochs=self.epochs_per_iteration,
+            epochs=epochs,
+            taken=self.steps_taken,
         )
         dataset = PairDataset(self.pairs, self._pair_layout)
         return DataLoader(
@@ -296,7 +267,28 @@ class SelfPlayDataModule(pl.LightningDataModule):
             layout=self._pair_layout,
         )
 
+    def _listen(self) -> None:
+        """Obey signals that ask the run to stop; Lightning's own handling waits for all processes inside a handler."""
+        assert self.trainer is not None
+        launcher = self.trainer.strategy.launcher
+        self.stop.listen(forward=None if launcher is None else launcher.kill)
+
     # -------------------------------------------------------------- iterations
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps taken in the current iteration."""
+        assert self.trainer is not None
+        return self._state.steps_taken(self.trainer.global_step)
+
+    @property
+    def iteration_is_trained(self) -> bool:
+        """Whether all optimizer steps of the current iteration have been taken."""
+        pairs = len(self.pairs)
+        steps = steps_taken(
+            pairs * self.epochs_per_iteration, pairs=pairs, pairs_per_step=self.rules.pairs_per_step
+        )
+        return self.steps_taken == steps
 
     @property
     def current_iteration(self) -> int:
@@ -364,10 +356,9 @@ class SelfPlayDataModule(pl.LightningDataModule):
 
     def _finished_iterations(self) -> int:
         assert self.trainer is not None
-        if self.trainer.state.fn != "fit":
-            return self._state.finished
         position = fit_position(self.trainer)
-        return (position.trained + position.inside) // self.epochs_per_iteration
+        trained = (position.trained + position.inside) // self.epochs_per_iteration
+        return max(trained, self._state.finished)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Answer ``predict_prompts`` greedily into ``predictions.jsonl``."""
@@ -381,7 +372,11 @@ class SelfPlayDataModule(pl.LightningDataModule):
         """Return what a resumed run needs beside the store."""
         assert self.trainer is not None
         finished = fit_position(self.trainer).trained // self.epochs_per_iteration
-        return self._state.state_dict(finished=finished)
+        return self._state.state_dict(
+            finished=finished,
+            pairs_per_step=self.rules.pairs_per_step,
+            global_step=self.trainer.global_step,
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint stood."""

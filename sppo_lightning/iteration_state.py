@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sppo_lightning.batching import StepSampler
+from sppo_lightning.batching import StepSampler, pairs_consumed, steps_taken
 from sppo_lightning.difficulty import Reestimation, StatisticsTable, empty_difficulty_table
 from sppo_lightning.iteration import IterationBuilder, difficulty_after
 from sppo_lightning.pairs import PairTable
-from sppo_lightning.rollouts import RunFolder
+from sppo_lightning.rollouts import IterationStore, RunFolder
 from sppo_lightning.rules import IterationRules
 from sppo_lightning.seeding import random_keys
 from sppo_lightning.selection import Curriculum
@@ -28,6 +28,11 @@ class IterationState:
         self.pairs = PairTable.collect([])  # of that iteration, in pair order; not in a checkpoint
         self.due: Reestimation | None = None  # when the next iteration starts
         self.finished = 0  # iterations that the loaded checkpoint has finished
+        self._first_step = 0  # optimizer steps of the run before the current iteration
+        self._made_from: dict[str, str | None] = {}  # fingerprints behind the current iteration's data
+        self._consumed: int | None = (
+            None  # pairs of the current iteration, as a checkpoint says that was just loaded
+        )
 
     def enter(
         self,
@@ -36,6 +41,7 @@ class IterationState:
         folder: RunFolder,
         policy_fingerprint: str,
         builder: Callable[[], IterationBuilder],
+        global_step: int,
     ) -> None:
         """Make the data of an iteration that no optimizer step has been taken in, as far as it is not stored.
 
@@ -44,6 +50,7 @@ class IterationState:
             folder: the run.
             policy_fingerprint: of the weights that enter the iteration.
             builder: called only where data is missing.
+            global_step: optimizer steps of the run so far.
 
         Raises:
             UserError: if another policy's data is stored.
@@ -67,28 +74,65 @@ class IterationState:
                 policy_fingerprint=policy_fingerprint,
                 first_reference=None if first is None else first.get("reference_fingerprint"),
             )
-        self.current = iteration
+        self.current, self._first_step = iteration, global_step
         self.pairs = store.read_pairs()
+        self._made_from = _made_from(store)
 
-    def reopen(self, iteration: int, *, folder: RunFolder) -> None:
-        """Read the pairs of an iteration that has been trained on, unless they are here.
+    def reopen(self, *, folder: RunFolder) -> None:
+        """Read the pairs of the current iteration, which has been trained on, unless they are here.
 
         Raises:
-            UserError: if they are no longer stored.
+            UserError: if they are no longer stored, or are not those that the checkpoint was trained on.
         """
         if self.pairs:
             return
-        store = folder.iteration(iteration)
+        store = folder.iteration(self.current)
         if not store.complete:
             raise UserError(
                 f"{store.folder} is gone or incomplete although the checkpoint was trained on it: restore it, or "
                 "start anew in another trainer.default_root_dir"
             )
+        if _made_from(store) != self._made_from:
+            raise UserError(
+                f"{store.folder} was made from other weights than the data that the checkpoint was trained on: restore "
+                "it, or start anew in another trainer.default_root_dir"
+            )
         self.pairs = store.read_pairs()
+
+    def epoch_to_go_on(
+        self, *, folder: RunFolder, rules: IterationRules, epochs: int, global_step: int
+    ) -> int | None:
+        """Return the run's epoch in which a loaded checkpoint goes on; ``None`` if none was loaded since the last call.
+
+        Args:
+            folder: the run.
+            rules: sizes of steps.
+            epochs: that an iteration has.
+            global_step: optimizer steps behind the checkpoint.
+        """
+        consumed, self._consumed = self._consumed, None
+        if consumed is None:
+            return None
+        first = self.current * epochs
+        self.reopen(folder=folder)
+        taken = steps_taken(consumed, pairs=len(self.pairs), pairs_per_step=rules.pairs_per_step)
+        self._first_step = global_step - taken
+        if self.finished > self.current:
+            return first + epochs
+        return first + min(
+            consumed // len(self.pairs), epochs - 1
+        )  # the last one's end may still have to come
+
+    def steps_taken(self, global_step: int) -> int:
+        """Return the optimizer steps taken in the current iteration.
+
+        Args:
+            global_step: optimizer steps of the run so far.
+        """
+        return global_step - self._first_step
 
     def steps(
         self,
-        iteration: int,
         *,
         folder: RunFolder,
         rules: IterationRules,
@@ -96,21 +140,23 @@ class IterationState:
         ranks: Ranks,
         epoch: int,
         epochs: int,
+        taken: int,
     ) -> StepSampler:
-        """Return the optimizer steps of one epoch over the pairs, in training order.
+        """Return the optimizer steps of one epoch over the pairs that are still to be taken, in training order.
 
         Args:
-            iteration: self-play iteration that the pairs belong to.
             folder: the run.
             rules: sizes of steps and micro-batches; the seed.
             curriculum: order of the pairs.
             ranks: the processes that share a step.
             epoch: of the iteration, from 0.
             epochs: that the iteration has.
+            taken: optimizer steps of the iteration so far.
         """
-        difficulty, _ = folder.iteration(iteration).read_difficulty()
+        difficulty, _ = folder.iteration(self.current).read_difficulty()
         ids = self.pairs.prompt_ids
-        keys = random_keys(ids, rules.seed, iteration, epoch, "order")
+        keys = random_keys(ids, rules.seed, self.current, epoch, "order")
+        behind = epoch * steps_taken(len(ids), pairs=len(ids), pairs_per_step=rules.pairs_per_step)
         return StepSampler(
             curriculum.order(difficulty.rows(ids)["difficulty"], keys).tolist(),
             pairs_per_step=rules.pairs_per_step,
@@ -120,6 +166,7 @@ class IterationState:
             world_size=ranks.world_size,
             epoch=epoch,
             epochs=epochs,
+            first_step=taken - behind,
         )
 
     def difficulty_after(self, iteration: int, *, folder: RunFolder) -> StatisticsTable:
@@ -139,12 +186,27 @@ class IterationState:
         dropped = {f"iteration/dropped/{reason}": float(n) for reason, n in manifest["dropped"].items()}
         return {"iteration/number": float(self.current), **manifest["metrics"], **dropped}
 
-    def state_dict(self, *, finished: int) -> dict[str, Any]:
-        """Return the state as plain containers and tensors; ``finished``: iterations trained to their end."""
+    def state_dict(self, *, finished: int, pairs_per_step: int, global_step: int) -> dict[str, Any]:
+        """Return the state as plain containers and tensors.
+
+        Args:
+            finished: iterations trained to their end.
+            pairs_per_step: of one optimizer step, all processes together.
+            global_step: optimizer steps of the run so far.
+        """
         due = self.due
+        consumed = (
+            pairs_consumed(
+                self.steps_taken(global_step), pairs=len(self.pairs), pairs_per_step=pairs_per_step
+            )
+            if self.pairs
+            else 0
+        )
         return {
             "iteration": self.current,
             "finished": finished,
+            "pairs_consumed": consumed,
+            "made_from": self._made_from,
             "table": self.known.state(),
             "reestimation": None
             if due is None
@@ -156,6 +218,14 @@ class IterationState:
         self.current = state["iteration"]
         self.pairs = PairTable.collect([])
         self.finished = state["finished"]
+        self._consumed = state["pairs_consumed"] if self.current >= 0 else None
+        self._made_from = state["made_from"]
         self.known = StatisticsTable.from_state(state["table"])
         due = state["reestimation"]
         self.due = due and Reestimation(tuple(due["prompt_ids"]), due["samples"], due["smoothing"])
+
+
+def _made_from(store: IterationStore) -> dict[str, str | None]:
+    """Return the fingerprints of the policy that answered and of the reference."""
+    manifest = store.read_manifest() or {}
+    return {name: manifest.get(name) for name in ("policy_fingerprint", "reference_fingerprint")}

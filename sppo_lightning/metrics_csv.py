@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from sppo_lightning.durable import write_atomically
 
@@ -18,8 +20,8 @@ from sppo_lightning.durable import write_atomically
 class MetricsCSV(Logger):
     """Writes ``metrics.csv``: one row a call, a column for each metric ever logged.
 
-    A resumed run logs its steps again from the checkpoint on: rows of later steps, and rows of the same step
-    with the same metrics, give way to the new ones, so that the file has neither gaps nor repeats.
+    A resumed run logs again what came after its checkpoint, which remembers how many rows there were: with
+    :meth:`go_on_after` the others give way, so that the file has neither gaps nor repeats.
 
     Args:
         path: the file.
@@ -28,13 +30,8 @@ class MetricsCSV(Logger):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
-        self._columns: list[str] = ["step"]
-        self._earlier: list[dict[str, str]] = []  # rows of the interrupted run that may give way
-        if path.exists():
-            with path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                self._earlier = [{k: v for k, v in row.items() if v} for row in reader]
-                self._columns = list(reader.fieldnames or self._columns)
+        self._columns: list[str] = []
+        self._rows: int | None = None  # in the file; None: not known yet which of them stay
 
     @property
     def name(self) -> str:
@@ -59,34 +56,51 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append a row."""
+        if self._rows is None:
+            self.go_on_after(0)
+        assert self._rows is not None
         row = {"step": str(step or 0), **{name: repr(float(value)) for name, value in metrics.items()}}
-        earlier = len(self._earlier)
-        rewrite = self._give_way(int(row["step"]), set(row))
         fresh = [name for name in row if name not in self._columns]
-        if fresh or rewrite or not self.path.exists():
+        if fresh or not self.path.exists():
+            rows = [*self._read(self._rows), row]
             self._columns += sorted(fresh)
-            rows = [*self._earlier, *self._rows()[earlier:], row]
             write_atomically(self.path, self._text(rows, header=True))
         else:
             with self.path.open("ab") as file:
                 file.write(self._text([row], header=False))
+        self._rows += 1
 
-    def _give_way(self, step: int, columns: set[str]) -> bool:
-        """Drop rows of the interrupted run that this row replaces; say whether any was dropped."""
-        kept = [
-            row
-            for row in self._earlier
-            if int(row["step"]) < step or (int(row["step"]) == step and set(row) != columns)
-        ]
-        dropped = len(kept) < len(self._earlier)
-        self._earlier = kept
-        return dropped
+    @rank_zero_only
+    def go_on_after(self, rows: int) -> None:
+        """Keep the first ``rows`` rows of an interrupted run, and drop the others; before anything is logged.
 
-    def _rows(self) -> list[dict[str, str]]:
+        Rows that the file has lost are missed with a warning.
+        """
+        kept = self._read(rows)
+        if len(kept) < rows:
+            rank_zero_warn(f"{self.path} has only {len(kept)} of the {rows} rows behind the checkpoint.")
+        used = {"step"}.union(*kept)
+        before, self._columns = self._columns, [name for name in self._columns if name in used] or ["step"]
+        self._rows = len(kept)
+        if self.path.exists() and (self._columns != before or len(self._read()) != len(kept)):
+            write_atomically(self.path, self._text(kept, header=True))
+
+    def rows_on_disk(self) -> int:
+        """Return how many rows there are, once all of them would outlive a loss of power."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+        return self._rows or 0
+
+    def _read(self, limit: int | None = None) -> list[dict[str, str]]:
+        """Return the file's first rows, and take up its columns."""
         if not self.path.exists():
             return []
         with self.path.open(newline="") as file:
-            return [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+            reader = csv.DictReader(file)
+            rows = [{k: v for k, v in row.items() if v} for row in islice(reader, limit)]
+            self._columns = list(reader.fieldnames or [])
+        return rows
 
     def _text(self, rows: list[dict[str, str]], *, header: bool) -> bytes:
         text = io.StringIO()

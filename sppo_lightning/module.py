@@ -209,15 +209,14 @@ class PreferenceModule(pl.LightningModule):
         assert self.policy is not None
         self.policy.train()
         datamodule = cast(Any, self.trainer).datamodule
-        # an adapter's dropout draws from torch's own generator, which a resumed run does not inherit
-        torch.manual_seed(
-            derive_seed(datamodule.rules.seed, "epoch", self.trainer.current_epoch, self.trainer.global_rank)
-        )
-        if self.trainer.current_epoch % datamodule.epochs_per_iteration == 0:
+        if datamodule.steps_taken == 0:
             self._log_now(datamodule.iteration_metrics)
 
     def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
         """Set the learning rate, a function of the step in the iteration."""
+        if batch.slot.first_in_step:  # an adapter's dropout draws from torch's own generator
+            seed = cast(Any, self.trainer).datamodule.rules.seed
+            torch.manual_seed(derive_seed(seed, "step", self.trainer.global_step, self.trainer.global_rank))
         rate = self.learning_rate * self.lr_schedule.factor(batch.slot.step, batch.slot.steps)
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
@@ -240,8 +239,10 @@ class PreferenceModule(pl.LightningModule):
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.slot.step_pairs
         return (terms.loss * batch.weights).sum() * scale
 
-    def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: PairBatch | None, batch_idx: int) -> None:
         """Free what is not needed any more; after the first optimizer step, log how many weights it moved."""
+        if batch is None:  # a resumed run whose iteration has no step left
+            return
         if batch.slot.last_in_step:
             for optimizer in self.trainer.optimizers:
                 optimizer.zero_grad()  # Lightning would, but only behind the next forward, whose peak they add to
@@ -353,7 +354,7 @@ class PreferenceModule(pl.LightningModule):
         checkpoint["state_dict"] = {
             name: value for name, value in checkpoint["state_dict"].items() if name in trained
         }
-        if cast(Any, self.trainer).datamodule.iteration_ends and not self.carry_optimizer:
+        if cast(Any, self.trainer).datamodule.iteration_is_trained and not self.carry_optimizer:
             for state in checkpoint.get("optimizer_states", ()):
                 state["state"] = {}  # a paged optimizer's is emptied only
 

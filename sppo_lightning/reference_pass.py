@@ -80,7 +80,7 @@ def reference_pass(
                 "run was started with, or start anew in another trainer.default_root_dir"
             )
         for rows in mine:
-            slot = StepSlot(step=0, steps=1, step_pairs=len(rows), last_in_step=True)
+            slot = StepSlot(step=0, steps=1, step_pairs=len(rows), first_in_step=True, last_in_step=True)
             batch = collate([pairs[row] for row in rows], layout=layout, real=len(rows), slot=slot)
             logps = reference.reference_logps(batch)
             sides[:, rows] = torch.stack([logps.chosen, logps.rejected])

@@ -100,6 +100,26 @@ def fit_position(trainer: pl.Trainer) -> FitPosition:
     )
 
 
+def stand_before_epoch(trainer: pl.Trainer, epoch: int, *, only_its_end: bool) -> None:
+    """Let a Trainer that has read a checkpoint go on as if it stood between two epochs, whatever it stood in.
+
+    Lightning counts micro-batches, whose number changes with that of the processes, and passes over an evaluation that
+    was under way. Here the data module knows how far the epoch has come, and hands out the rest of it as an epoch.
+
+    Args:
+        trainer: in ``fit``, its loops' state read.
+        epoch: that comes next.
+        only_its_end: all of its optimizer steps have been taken.
+    """
+    loop = trainer.fit_loop
+    loop.restarting = False
+    for progress in (loop.epoch_progress.total, loop.epoch_progress.current):
+        vars(progress).update(ready=epoch, started=epoch, processed=epoch, completed=epoch)
+    loop.epoch_loop.batch_progress.reset()
+    # the number under which loggers get what comes next; Lightning adds an epoch's last step behind its evaluation
+    loop.epoch_loop._batches_that_stepped = trainer.global_step - only_its_end
+
+
 def is_dev_run(trainer: pl.Trainer) -> bool:
     """Whether ``fast_dev_run`` is on, so that nothing is to be kept."""
     return bool(cast(Any, trainer).fast_dev_run)

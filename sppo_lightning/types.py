@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from signal import Signals
 from typing import Any, Literal, NamedTuple, Protocol, TypedDict, TypeVar
 
 T = TypeVar("T")
@@ -15,6 +16,18 @@ FinishReason = Literal["stop", "length", "failed"]
 
 Phase = Literal["evaluating", "probing", "generating", "predicting", "scoring", "reference"]
 """What a run is doing between two training phases."""
+
+
+class Stopped(BaseException):
+    """A signal asked the run to stop, and all progress is on disk; like ``KeyboardInterrupt``, no error to handle.
+
+    Args:
+        signal: which one.
+    """
+
+    def __init__(self, signal: Signals) -> None:
+        super().__init__(signal)
+        self.signal = signal
 
 
 class UserError(ValueError):

@@ -57,7 +57,7 @@ def close_gradient(ours: dict[str, float], recorded: dict[str, float]) -> None:
 def all_logps(
     model: LlamaForCausalLM, pairs: list[PreferencePair], forward: PairForward, batch_size: int = COUNT
 ) -> PairLogps:
-    slot, layout = StepSlot(0, 1, len(pairs), True), forward.layout(golden.PAD)
+    slot, layout = StepSlot(0, 1, len(pairs), True, True), forward.layout(golden.PAD)
     parts = [
         forward.logps(model, collate(part, layout=layout, real=len(part), slot=slot).rows)
         for part in (pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size))
@@ -138,7 +138,7 @@ def test_terms_of_each_pair(
 def test_gradient_of_one_batch(
     setting: dict[str, Any], policy: LlamaForCausalLM, pairs: list[PreferencePair], forward: PairForward
 ) -> None:
-    slot = StepSlot(step=0, steps=1, step_pairs=COUNT, last_in_step=True)
+    slot = StepSlot(step=0, steps=1, step_pairs=COUNT, first_in_step=True, last_in_step=True)
     batch = collate(pairs, layout=forward.layout(golden.PAD), real=COUNT, slot=slot)
     loss = DPOLoss(setting["beta"], setting["label_smoothing"])
     loss(forward.logps(policy, batch.rows), batch.reference).loss.mean().backward()

@@ -13,7 +13,7 @@ LAYERS = {
     1: ["losses", "logprobs", "difficulty", "selection", "pairing", "rules", "schedules", "seeding"],
     2: [
         *("prompts", "prompt_files", "prompt_sets", "prompt_table", "ragged", "rollouts", "pairs", "tally"),
-        *("policy_config", "durable", "run_lock", "integrity"),
+        *("policy_config", "durable", "run_lock", "integrity", "stop_signal"),
         *("batching", "layouts", "metrics", "pretrained", "adapters", "servers"),
     ],
     3: [
@@ -35,9 +35,9 @@ LAYERS = {
         ),
         *("generation", "rewards", "scoring", "collect", "evaluation", "iteration", "iteration_state"),
     ],
-    4: ["module", "datamodule", "preflight", "trainer"],
+    4: ["module", "datamodule", "preflight", "trainer", "checkpoint_files", "metrics_csv"],
     5: ["callbacks", "estimate", "export"],
-    6: ["cli", "parse_errors", "run_config", "metrics_csv", "__main__", "__init__"],
+    6: ["cli", "parse_errors", "run_config", "__main__", "__init__"],
 }
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 PURE = {"torch", "__future__", "abc", "array", "collections", "dataclasses", "hashlib", "math", "typing"}

@@ -23,7 +23,7 @@ from sppo_lightning.types import PreferencePair, UserError
 
 QUICK = settings(max_examples=50, deadline=None)
 TOKENS = st.lists(st.integers(3, 99), min_size=1, max_size=6).map(tuple)
-SLOT = StepSlot(step=2, steps=5, step_pairs=7, last_in_step=True)
+SLOT = StepSlot(step=2, steps=5, step_pairs=7, first_in_step=True, last_in_step=True)
 
 
 def pair_of(
@@ -59,8 +59,8 @@ def test_sampler_golden() -> None:
     Step 0 takes 8 pairs in two passes of 4, dealt out in turn. Step 1 has 2 pairs left: one a rank, in one pass.
     """
     order = [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
-    first, last = StepSlot(2, 4, 8, False), StepSlot(2, 4, 8, True)
-    end = StepSlot(3, 4, 2, True)
+    first, last = StepSlot(2, 4, 8, True, False), StepSlot(2, 4, 8, False, True)
+    end = StepSlot(3, 4, 2, True, True)
     ranks = [
         StepSampler(order, pairs_per_step=8, batch_size=2, rank=rank, world_size=2, epoch=1, epochs=2)
         for rank in range(2)
@@ -97,7 +97,7 @@ def test_a_rank_without_pairs_runs_fillers_of_the_same_step() -> None:
         list(StepSampler([4, 5, 6], pairs_per_step=8, batch_size=2, rank=rank, world_size=4))
         for rank in range(4)
     ]
-    slot = StepSlot(0, 1, 3, True)
+    slot = StepSlot(0, 1, 3, True, True)
     assert found == [
         [MicroBatch([4], 1, slot)],
         [MicroBatch([5], 1, slot)],

@@ -136,7 +136,7 @@ def pairs_of(lengths: Sequence[tuple[int, int, int]] = LENGTHS) -> list[Preferen
 
 def batch_of(pairs: Sequence[PreferencePair], layout: PairLayout) -> PairBatch:
     """All pairs as one micro-batch, which is a whole step."""
-    slot = StepSlot(step=0, steps=1, step_pairs=len(pairs), last_in_step=True)
+    slot = StepSlot(step=0, steps=1, step_pairs=len(pairs), first_in_step=True, last_in_step=True)
     return collate(pairs, layout=layout, real=len(pairs), slot=slot)
 
 

@@ -1,0 +1,142 @@
+"""Keeps the checkpoint that a run goes on from."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+
+from sppo_lightning.batching import PairBatch
+from sppo_lightning.checkpoint_files import DurableCheckpointIO, sharded_path, switch_to_sharded
+from sppo_lightning.datamodule import self_play_data
+from sppo_lightning.metrics_csv import MetricsCSV
+from sppo_lightning.trainer import is_dev_run
+
+KEY = "sppo_lightning.RunCheckpoint"
+
+
+class RunCheckpoint(Checkpoint):
+    """Writes ``checkpoints/last.ckpt`` every few minutes, after an iteration's last step, and at its end.
+
+    Only between two optimizer steps, so that no gradients are lost. Beside Lightning's own state it holds how many
+    pairs of the iteration are consumed, how many rows ``metrics.csv`` has, and the states of the random generators,
+    of the first process, for users' classes that draw from them. A signal that asks the run to stop is held back
+    during a step, and obeyed once the step is in a checkpoint.
+
+    Args:
+        every_n_minutes: between two checkpoints while an iteration trains.
+    """
+
+    def __init__(self, every_n_minutes: float = 10.0) -> None:
+        if not every_n_minutes > 0:
+            raise ValueError(f"RunCheckpoint.every_n_minutes={every_n_minutes} must be greater than 0")
+        self.every_n_minutes = every_n_minutes
+        self._rows = 0  # of metrics.csv, behind the checkpoint that the run goes on from
+        self._saved_at = 0.0  # seconds, of the monotonic clock
+        self._saved_step = 0  # optimizer steps behind the last checkpoint
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Have checkpoints written so that they outlive a loss of power, unless another writer was asked for."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = DurableCheckpointIO()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let ``metrics.csv`` go on where the checkpoint stood."""
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.go_on_after(self._rows)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Hold signals back from here on."""
+        self_play_data(trainer).stop.hold()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: PairBatch, batch_idx: int
+    ) -> None:
+        """Between two optimizer steps, save if it is time to, or if the run has to stop."""
+        if batch.slot.first_in_step:
+            due = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
+            self._save_or_stop(trainer, due)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save what an iteration has trained before it is evaluated."""
+        if trainer.state.fn == "fit" and self_play_data(trainer).iteration_is_trained:
+            self._save_or_stop(trainer, True)
+            self_play_data(trainer).stop.release()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save once the iteration is over."""
+        datamodule = self_play_data(trainer)
+        if datamodule.iteration_ends:
+            datamodule.stop.hold()
+            self._saved_step = -1  # its end is new, even where its steps are not
+            self._save_or_stop(trainer, True)
+        datamodule.stop.release()
+
+    def _save_or_stop(self, trainer: pl.Trainer, due: bool) -> None:
+        """Save if that is due here or a stop is asked for anywhere, then stop where it is: one decision for all."""
+        stop = self_play_data(trainer).stop
+        decide = trainer.strategy.reduce_boolean_decision
+        if not decide(due or stop.received, all=False):
+            return
+        asked = decide(stop.received, all=False)
+        if trainer.global_step != self._saved_step and not is_dev_run(trainer):
+            self._save(trainer)
+        if asked:
+            stop.obey()
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        if getattr(trainer.strategy, "_save_distributed_checkpoint", False):
+            shards = Path(trainer.strategy.broadcast(str(sharded_path(last.parent, trainer.global_step))))
+            trainer.save_checkpoint(shards)
+            if trainer.is_global_zero:
+                switch_to_sharded(last, shards)
+            trainer.strategy.barrier("last.ckpt switched")
+        else:
+            trainer.save_checkpoint(last)
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+    # ------------------------------------------------------------------ state
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add how far ``metrics.csv`` goes, and the random generators."""
+        rows = [logger.rows_on_disk() for logger in trainer.loggers if isinstance(logger, MetricsCSV)]
+        checkpoint[KEY] = {"rows": rows[0] if rows else 0, "random": _random_state()}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take up what :meth:`on_save_checkpoint` added."""
+        self._rows = checkpoint[KEY]["rows"]
+        if trainer.is_global_zero:
+            _restore_random_state(checkpoint[KEY]["random"])
+
+
+def _random_state() -> dict[str, Any]:
+    """Return the states of the random generators, as containers and tensors that load with ``weights_only``."""
+    kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,63 @@
+"""Checkpoints on disk: written whole under a new name, then switched to, so that the last good one is always there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from sppo_lightning.durable import replacing, sync_folder
+
+PART = "step-"  # begins the names of sharded checkpoints
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint's file straight to disk, and gives it its name once all of it is there."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint, replacing the one that is there.
+
+        Raises:
+            UserError: if the disk is full or cannot be written; the one that was there stays.
+        """
+        assert storage_options is None
+        with replacing(Path(path)) as file:
+            torch.save(checkpoint, file)
+
+
+def sharded_path(folder: Path, step: int) -> Path:
+    """Return where a sharded checkpoint is to be written, free of what a killed run has left there.
+
+    Args:
+        folder: of the run's checkpoints.
+        step: optimizer steps behind it.
+    """
+    path = folder / f"{PART}{step:08d}"
+    if (
+        folder / "last.ckpt"
+    ).resolve() == path.resolve():  # written twice in a step: once trained, once evaluated
+        path = path.with_name(f"{path.name}-end")
+    shutil.rmtree(path, ignore_errors=True)
+    return path
+
+
+def switch_to_sharded(last: Path, shards: Path) -> None:
+    """Let ``last`` be a relative link to a folder of shards that has been written, and remove the folders before it."""
+    for file in shards.iterdir():
+        with file.open("rb") as content:
+            os.fsync(content.fileno())
+    sync_folder(shards)
+    link = last.with_name(f".{last.name}.new")
+    link.unlink(missing_ok=True)
+    link.symlink_to(shards.name, target_is_directory=True)
+    link.replace(last)
+    sync_folder(last.parent)
+    for other in last.parent.glob(f"{PART}*"):
+        if other != shards:
+            shutil.rmtree(other, ignore_errors=True)

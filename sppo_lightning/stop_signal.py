@@ -1,0 +1,77 @@
+"""Signals that ask a run to stop: obeyed at once, or held back until an optimizer step is on disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from sppo_lightning.types import Stopped
+
+
+class StopSignal:
+    """Listens for SIGTERM, Ctrl-C and, in a SLURM job, SIGUSR1.
+
+    A signal raises :class:`~sppo_lightning.types.Stopped` where the process stands. Between optimizer steps that
+    loses no more than a kill: what is finished is on disk. While :meth:`hold` lasts it is only noted, for whoever
+    holds it to ask for; a second signal does not wait for that.
+    """
+
+    def __init__(self) -> None:
+        self._received: signal.Signals | None = None
+        self._held = False
+        self._before: dict[signal.Signals, Any] = {}
+        self._forward: Callable[[int], None] = _forward_to_nobody
+
+    def listen(self, forward: Callable[[int], None] | None = None) -> None:
+        """Take the signals from now on; in the main thread only, where Python lets one do so.
+
+        Args:
+            forward: called with each signal's number, to pass it on to processes that this one has started.
+        """
+        if self._before or threading.current_thread() is not threading.main_thread():
+            return
+        self._forward = forward or _forward_to_nobody
+        wanted = [signal.SIGTERM, signal.SIGINT]
+        if "SLURM_JOB_ID" in os.environ:
+            wanted.append(signal.SIGUSR1)
+        for number in wanted:
+            self._before[number] = signal.signal(number, self._take)
+
+    def ignore(self) -> None:
+        """Put back who took the signals before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    @property
+    def received(self) -> bool:
+        """Whether a signal has come."""
+        return self._received is not None
+
+    def hold(self) -> None:
+        """Only note signals from now on."""
+        self._held = True
+
+    def release(self) -> None:
+        """Obey signals at once again, also one that was noted."""
+        self._held = False
+        if self.received:
+            self.obey()
+
+    def obey(self) -> None:
+        """Raise :class:`~sppo_lightning.types.Stopped`, for a signal that came here or to another process."""
+        raise Stopped(self._received or signal.SIGTERM)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        again, self._received = self.received, signal.Signals(number)
+        self._forward(number)
+        if again or not self._held:
+            self.obey()
+
+
+def _forward_to_nobody(number: int) -> None:
+    """A process that has started no others."""
