@@ -65,7 +65,8 @@ def _is_whole(store: IterationStore) -> bool:
     parts = [
         _passes(store.read_difficulty, store.folder / "difficulty.parquet"),
         _passes(lambda: _check_pairs(store, manifest), store.folder / "pairs.parquet"),
-        _passes(lambda: _check_rollouts(store, manifest), store.shards.folder),
+        _passes(store.shards.check_all, store.shards.folder),
+        _passes(lambda: _check_count(store, manifest), store.shards.folder),
     ]
     return all(parts)
 
@@ -97,7 +98,8 @@ def check_trained(store: IterationStore) -> None:
         )
     store.read_difficulty()
     _check_pairs(store, manifest)
-    _check_rollouts(store, manifest)
+    store.shards.rewards()  # what is known of difficulty next is computed from them
+    _check_count(store, manifest)
 
 
 def _check_pairs(store: IterationStore, manifest: Mapping[str, Any]) -> None:
@@ -109,9 +111,8 @@ def _check_pairs(store: IterationStore, manifest: Mapping[str, Any]) -> None:
         )
 
 
-def _check_rollouts(store: IterationStore, manifest: Mapping[str, Any]) -> None:
+def _check_count(store: IterationStore, manifest: Mapping[str, Any]) -> None:
     """Refuse responses that are fewer than were sampled: the difficulties would silently be others."""
-    store.shards.rewards()
     found, expected = store.shards.count(), manifest["responses"]["sampled"]
     if found != expected:
         raise UserError(

@@ -117,6 +117,15 @@ class ShardStore:
         """
         _read_table(self.path(name, number), ROLLOUT_SCHEMA)
 
+    def check_all(self) -> None:
+        """Read all of all shards.
+
+        Raises:
+            UserError: if one is damaged.
+        """
+        for path in self._paths("*"):
+            _read_table(path, ROLLOUT_SCHEMA)
+
     def key(self, name: str, number: int) -> ShardKey | None:
         """Return what a shard holds, without its texts and tokens; ``None`` if it has not been written."""
         path = self.path(name, number)

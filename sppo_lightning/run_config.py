@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -17,7 +17,7 @@ import yaml
 from sppo_lightning.durable import changed_files, disk_error
 from sppo_lightning.integrity import check_iterations
 from sppo_lightning.rollouts import FREE_SETTINGS, RunFolder
-from sppo_lightning.types import UserError, first_line
+from sppo_lightning.types import ResumeMode, UserError, first_line
 
 # what may change between two starts of the same run: it decides speed, place or display, not results
 FREE_KEYS = {
@@ -34,9 +34,6 @@ FREE_KEYS = {
 }
 TRAINER_KEYS = ("precision", "gradient_clip_val", "gradient_clip_algorithm")
 RULE_CALLBACK = "DifficultyReestimation"
-ResumeMode = Literal["auto", "never", "must"]
-"""``auto``: go on from what a run folder holds; ``never``: refuse a folder that holds a run; ``must``: refuse one
-without a checkpoint."""
 _WRITE_CONFIG = (
     "restore it from a copy, or, if you are sure that this is the config of that run, write it by giving the same "
     "command with --print_config and sending its output there; otherwise use another trainer.default_root_dir"
@@ -141,7 +138,9 @@ def _damaged_checkpoint(path: Path, why: str) -> UserError:
     )
 
 
-def resume_path(root: Path, mode: ResumeMode, config: Mapping[str, Any]) -> Path | None:
+def resume_path(
+    root: Path, mode: ResumeMode, config: Mapping[str, Any], *, given: Path | None = None
+) -> Path | None:
     """Return the checkpoint that a run goes on from; ``None``: it starts with the initial policy.
 
     Without a checkpoint it still takes up the rollouts of iteration 0, if some are stored. Nothing is changed.
@@ -150,6 +149,7 @@ def resume_path(root: Path, mode: ResumeMode, config: Mapping[str, Any]) -> Path
         root: the run folder.
         mode: what to do where it holds a run, or none.
         config: the resolved config of the run that is to start.
+        given: a checkpoint that the user names; ``None``: the run's own.
 
     Raises:
         UserError: if the folder holds another config's run, or one that cannot be gone on with, or not what ``mode``
@@ -168,6 +168,9 @@ def resume_path(root: Path, mode: ResumeMode, config: Mapping[str, Any]) -> Path
         raise UserError(f"{root} holds a run, but its config.yaml is gone: {_WRITE_CONFIG}")
     check_same_run(root, config)
     begun = check_iterations(RunFolder(root))
+    if given is not None:
+        check_checkpoint(given, "ckpt_path")
+        return given
     if os.path.lexists(last):
         check_checkpoint(last, "the run's own checkpoint")
         return last

