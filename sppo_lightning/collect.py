@@ -9,6 +9,7 @@ from typing import NamedTuple, overload
 
 import torch
 
+from sppo_lightning.durable import set_aside
 from sppo_lightning.generation import Generator, PolicySource, SampleRequest
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rollouts import ShardKey, ShardStore
@@ -154,11 +155,11 @@ class Collector:
             self.notify(phase, iteration, done, total, tokens)
             self.generator.load(self.policy)
             for number in missing:
-                self.ranks.check()
                 shard = list(shards[number])
                 rows: list[list[Rollout]] = [[] for _ in shard]
                 requests = [self._request(item, iteration, greedy) for item in shard]
                 for answer in self.generator.generate(requests):
+                    self.ranks.check()
                     item = shard[answer.request]
                     rows[answer.request] = [
                         Rollout(
@@ -257,9 +258,15 @@ def _key(store: ShardStore, name: str, number: int) -> ShardKey:
 
 
 def _present(store: ShardStore, name: str, number: int, shards: list[Sequence[Wanted]]) -> bool:
-    key = store.key(name, number)
-    if key is None:
+    """Whether a shard is stored; a damaged one is kept aside, since the policy that gave it is still here."""
+    if not store.path(name, number).exists():
         return False
+    try:
+        store.check(name, number)
+    except UserError as error:
+        set_aside(store.path(name, number), why=str(error))
+        return False
+    key = _key(store, name, number)
     expected = [(item.prompt.prompt.id, index) for item in shards[number] for index in item.sample_indices]
     if key.rows != expected:
         raise UserError(

@@ -33,7 +33,7 @@ from sppo_lightning.scoring import UnfinishedRule
 from sppo_lightning.selection import AllPairs, AllPrompts, Curriculum, RandomOrder, Schedule, Selection
 from sppo_lightning.stop_signal import StopSignal
 from sppo_lightning.trainer import fit_position, is_dev_run, meet, stand_before_epoch
-from sppo_lightning.types import PhaseObserver, UserError, first_line
+from sppo_lightning.types import PhaseObserver, ResumeMode, UserError, first_line
 
 Sources = str | list[str]
 
@@ -72,6 +72,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
         max_failed_share: share of a phase's responses that may fail (no finite reward, no answer from a server),
             in [0, 1]; more is an error.
         memory_check: what becomes of a run that is estimated to need more memory than its device has.
+        resume: what ``fit`` does with a folder that holds a run of this config: ``auto`` goes on with it; ``never``
+            refuses it; ``must`` refuses one that has no checkpoint. The command line reads it.
         seed: decides every random choice of the loop; linked to ``seed_everything`` by the CLI.
     """
 
@@ -102,6 +104,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         unfinished_penalty: float | None = None,
         max_failed_share: float = 0.5,
         memory_check: Literal["refuse", "warn"] = "refuse",
+        resume: ResumeMode = "auto",
         seed: int = 42,
     ) -> None:
         super().__init__()
@@ -119,6 +122,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         self.unfinished = UnfinishedRule(unfinished, unfinished_penalty)
         self.max_failed_share = max_failed_share
         self.memory_check = memory_check
+        self.resume = resume
         self.rules = IterationRules(
             iterations=iterations,
             samples_per_prompt=samples_per_prompt,
@@ -252,6 +256,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
                 policy_fingerprint=self.module.live.fingerprint(),
                 builder=self._builder,
                 global_step=step,
+                ranks=self.ranks,
             )
         else:
             self._state.reopen(folder=self.folder)

@@ -85,6 +85,9 @@ class IterationBuilder:
         manifest = self._manifest(iteration, policy_fingerprint, reestimation)
         if first and store.read_manifest() is None:
             store.write_manifest({**manifest, "complete": False})
+        self.collector.ranks.barrier(
+            "manifest written"
+        )  # before shards: they would say nothing of their policy
         dropped: Counter[str] = Counter({"too_long": len(self.too_long)})
         candidates = rules.schedule.candidates(
             list(self.prompts), iteration=iteration, iterations=rules.iterations, seed=rules.seed

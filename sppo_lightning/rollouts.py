@@ -1,26 +1,21 @@
-"""The Parquet store of a run: rollout shards, difficulty, pairs and the manifest of each iteration.
-
-Files are written to a temporary name, fsynced and renamed, so that a reader never sees half a file.
-"""
+"""The Parquet store of a run: rollout shards, difficulty, pairs and the manifest of each iteration."""
 
 from __future__ import annotations
 
-import json
-import os
 from abc import ABCMeta
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 from sppo_lightning.difficulty import DIFFICULTY_COLUMNS, StatisticsTable
+from sppo_lightning.durable import disk_error, replacing, sealed, unsealed, write_atomically
 from sppo_lightning.pairs import PAIR_SCHEMA, PairTable
 from sppo_lightning.stored_rollouts import (
     STORED_COLUMNS,
@@ -66,33 +61,20 @@ DIFFICULTY_SCHEMA = pa.schema(
 )
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is either whole or absent, also after a crash."""
-    with _replacing(path) as file:
-        file.write(content)
-
-
 def _write_table(path: Path, table: pa.Table) -> None:
-    with _replacing(path) as file:
+    with replacing(path) as file:
         pq.write_table(
             table, file, compression="zstd", write_page_checksum=True, row_group_size=ROWS_IN_WRITING
         )
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes its name once it is whole and on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """Return the columns of ``schema``."""
+    """Return the columns of ``schema``.
+
+    Raises:
+        UserError: if the file is damaged.
+        OSError: if the disk does not let it be read, which says nothing about the file.
+    """
     try:
         table = pq.read_table(
             path,
@@ -103,7 +85,20 @@ def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
         )
         return table.select(schema.names).cast(schema)
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({first_line(error)}): delete it and run again") from error
+        if disk_error(error, path) is not None:
+            raise
+        what = "gone" if isinstance(error, FileNotFoundError) else f"damaged ({first_line(error)})"
+        raise UserError(
+            f"{path} is {what}: restore it from a copy, or give the same command again, which "
+            "keeps it aside and makes it anew if its iteration has not been trained on"
+        ) from error
+
+
+def _row_count(path: Path) -> int:
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (pa.ArrowException, OSError):
+        return 0  # damaged: as good as gone
 
 
 class ShardStore:
@@ -125,6 +120,23 @@ class ShardStore:
         path = self.path(name, number)
         return read_rollouts(path) if path.exists() else None
 
+    def check(self, name: str, number: int) -> None:
+        """Read all of a shard, as its parts are not where only some columns are asked for.
+
+        Raises:
+            UserError: if it is damaged.
+        """
+        _read_table(self.path(name, number), ROLLOUT_SCHEMA)
+
+    def check_all(self) -> None:
+        """Read all of all shards.
+
+        Raises:
+            UserError: if one is damaged.
+        """
+        for path in self._paths("*"):
+            _read_table(path, ROLLOUT_SCHEMA)
+
     def key(self, name: str, number: int) -> ShardKey | None:
         """Return what a shard holds, without its texts and tokens; ``None`` if it has not been written."""
         path = self.path(name, number)
@@ -134,6 +146,10 @@ class ShardStore:
         columns = (table[column].to_pylist() for column in ("prompt_id", "sample_index"))
         reasons = table["drop_reason"].drop_null().to_pylist()
         return ShardKey(list(zip(*columns, strict=True)), table["reward"].null_count == 0, reasons)
+
+    def count(self, name: str = "*") -> int:
+        """Return the rows of all shards of ``name``, whatever is in them."""
+        return sum(_row_count(path) for path in self._paths(name))
 
     def read_all(self, name: str = "*") -> Iterator[Rollout]:
         """Yield the rows of all shards of ``name``, shard by shard."""
@@ -226,9 +242,7 @@ class IterationStore:
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Write what made the iteration."""
-        write_atomically(
-            self.folder / "manifest.json", json.dumps(manifest, indent=2, sort_keys=True).encode()
-        )
+        write_atomically(self.folder / "manifest.json", sealed(manifest))
 
     def read_manifest(self) -> dict[str, Any] | None:
         """Return the manifest, or ``None`` before the iteration began."""
@@ -236,10 +250,13 @@ class IterationStore:
         if not path.exists():
             return None
         try:
-            manifest: dict[str, Any] = json.loads(path.read_bytes())
+            return unsealed(path.read_bytes())
         except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}): delete {self.folder} and run again") from error
-        return manifest
+            raise UserError(
+                f"{path} is damaged ({error}), and nothing else says which policy gave these rollouts: restore it "
+                f"from a copy; if iteration {self.folder.name} has not been trained on, you can rename {self.folder} "
+                "and run again"
+            ) from error
 
     @property
     def pruned(self) -> bool:

@@ -62,7 +62,7 @@ def meet(trainer: pl.Trainer, root: Path) -> FileRanks:
         rank=trainer.global_rank,
         world_size=trainer.world_size,
         broadcast=trainer.strategy.broadcast,
-        parent=os.getppid() if trainer.global_rank > 0 else None,
+        parent=os.getppid() if trainer.local_rank > 0 else None,  # a node's first one may run under nohup
     )
 
 

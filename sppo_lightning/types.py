@@ -17,6 +17,10 @@ FinishReason = Literal["stop", "length", "failed"]
 Phase = Literal["evaluating", "probing", "generating", "predicting", "scoring", "reference"]
 """What a run is doing between two training phases."""
 
+ResumeMode = Literal["auto", "never", "must"]
+"""``auto``: go on with what a run folder holds; ``never``: refuse a folder that holds a run; ``must``: refuse one
+without a checkpoint."""
+
 
 class Stopped(BaseException):
     """A signal asked the run to stop, and all progress is on disk; like ``KeyboardInterrupt``, no error to handle.

@@ -79,7 +79,7 @@ def test_imports_go_downwards(path: Path) -> None:
             assert LAYER_OF[parts[1]] <= LAYER_OF[room], f"{room} imports {parts[1]} from above"
 
 
-@pytest.mark.parametrize("room", LAYERS[1])
+@pytest.mark.parametrize("room", LAYERS[1].split())
 def test_pure_rooms_import_torch_and_the_standard_library_only(room: str) -> None:
     for name in imports(ROOT / f"sppo_lightning/{room}.py"):
         assert name.split(".")[0] in PURE | {"sppo_lightning"}, name
