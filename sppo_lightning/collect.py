@@ -263,8 +263,8 @@ def _present(store: ShardStore, name: str, number: int, shards: list[Sequence[Wa
         return False
     try:
         store.check(name, number)
-    except UserError as error:
-        set_aside(store.path(name, number), why=str(error))
+    except UserError:
+        set_aside(store.path(name, number))
         return False
     key = _key(store, name, number)
     expected = [(item.prompt.prompt.id, index) for item in shards[number] for index in item.sample_indices]

@@ -110,12 +110,12 @@ def _free_space(path: Path) -> str:
         return "free space unknown"
 
 
-def set_aside(path: Path, *, why: str) -> None:
+def set_aside(path: Path) -> None:
     """Rename a damaged file to ``<name>.damaged``, so that nothing is lost, and say so."""
     taken = [place.name for place in path.parent.glob(f"{path.name}.damaged*")]
     kept = path.with_name(f"{path.name}.damaged" + (f"-{len(taken) + 1}" if taken else ""))
     path.rename(kept)
-    LOGGER.warning("%s: kept as %s and made anew", why, kept.name)
+    LOGGER.warning("%s is damaged: it is kept as %s and made anew", path, kept.name)
 
 
 def remove_leftovers(root: Path) -> list[Path]:

@@ -105,8 +105,8 @@ class HeldOut:
             )
         try:
             return read_rollouts(place / "rollouts.parquet")
-        except UserError as error:
-            self._set_aside(place / "rollouts.parquet", str(error))
+        except UserError:
+            self._set_aside(place / "rollouts.parquet")
             return None
 
     def _manifest(self, finished: int) -> dict[str, Any] | None:
@@ -116,13 +116,13 @@ class HeldOut:
             return None
         try:
             return unsealed(path.read_bytes())
-        except ValueError as error:
-            self._set_aside(path, f"{path} is damaged ({error})")
+        except ValueError:
+            self._set_aside(path)
             return None
 
-    def _set_aside(self, path: Path, why: str) -> None:
+    def _set_aside(self, path: Path) -> None:
         if self.collector.ranks.rank == 0 and path.exists():
-            set_aside(path, why=why)
+            set_aside(path)
 
     def answer(
         self,

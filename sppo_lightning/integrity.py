@@ -65,23 +65,27 @@ def _is_whole(store: IterationStore) -> bool:
     parts = [
         _passes(store.read_difficulty, store.folder / "difficulty.parquet"),
         _passes(lambda: _check_pairs(store, manifest), store.folder / "pairs.parquet"),
-        _passes(store.shards.check_all, store.shards.folder),
-        _passes(lambda: _check_count(store, manifest), store.shards.folder),
+        _passes(lambda: _check_shards(store, manifest), store.shards.folder),
     ]
     return all(parts)
 
 
 def _passes(check: Callable[[], object], path: Path) -> bool:
-    """Whether a check passes; a file that does not is kept aside, shards are once they are made anew."""
+    """Whether a check passes; a file that does not is kept aside, a shard once it is made anew."""
     try:
         check()
-    except UserError as error:
+    except UserError:
         if path.is_file():
-            set_aside(path, why=str(error))
+            set_aside(path)
         else:
-            LOGGER.warning("%s: what is missing is made anew", error)
+            LOGGER.warning("%s is gone, or lacks something: it is made anew", path)
         return False
     return True
+
+
+def _check_shards(store: IterationStore, manifest: Mapping[str, Any]) -> None:
+    store.shards.check_all()
+    _check_count(store, manifest)
 
 
 def check_trained(store: IterationStore) -> None:

@@ -209,11 +209,14 @@ def test_leftovers_of_a_killed_run_go_and_nothing_else(tmp_path: Path) -> None:
 def test_a_damaged_file_is_kept_each_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for content in ("first", "second", "third"):
         (tmp_path / "a.parquet").write_text(content)
-        set_aside(tmp_path / "a.parquet", why=f"{content} is damaged")
+        set_aside(tmp_path / "a.parquet")
     assert names(tmp_path) == ["a.parquet.damaged", "a.parquet.damaged-2", "a.parquet.damaged-3"]
     assert (tmp_path / "a.parquet.damaged").read_text() == "first"
     assert (tmp_path / "a.parquet.damaged-3").read_text() == "third"
-    assert caplog.messages[0] == "first is damaged: kept as a.parquet.damaged and made anew"
+    assert (
+        caplog.messages[0]
+        == f"{tmp_path / 'a.parquet'} is damaged: it is kept as a.parquet.damaged and made anew"
+    )
 
 
 JSON = st.recursive(

@@ -222,8 +222,7 @@ def test_damaged_answers_are_kept_aside_and_given_again(
         again = run.held_out().measure(1)
         assert [column.tolist() for column in again] == [column.tolist() for column in expected]
         assert path.with_name(f"{name}.damaged").read_bytes() == harmed
-        assert caplog.messages[-1].startswith(f"{path} is damaged (")
-        assert caplog.messages[-1].endswith(f": kept as {name}.damaged and made anew")
+        assert caplog.messages[-1] == f"{path} is damaged: it is kept as {name}.damaged and made anew"
     calls = run.engine.calls
     run.held_out().measure(1)
     assert run.engine.calls == calls
