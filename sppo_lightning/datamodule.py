@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from sppo_lightning.batching import PairBatch, PairDataset, accumulation_steps, steps_taken
+from sppo_lightning.batching import PairBatch, PairDataset, steps_taken
 from sppo_lightning.collect import Collector
 from sppo_lightning.difficulty import Reestimation, StatisticsTable
 from sppo_lightning.evaluation import EvaluationLoader, HeldOut, write_predictions
@@ -22,16 +22,7 @@ from sppo_lightning.layouts import PairLayout
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.pairing import BestWorst, Pairing
 from sppo_lightning.pairs import PairTable
-from sppo_lightning.preflight import (
-    check_comparative,
-    check_context,
-    check_memory,
-    check_sizes,
-    check_trainer,
-    read_stage_prompts,
-    shrink,
-    workload_of,
-)
+from sppo_lightning.preflight import Preflight, read_stage_prompts, shrink
 from sppo_lightning.prompt_sets import PromptSets
 from sppo_lightning.prompt_table import EncodedPrompts
 from sppo_lightning.rewards import Reward
@@ -165,50 +156,21 @@ class SelfPlayDataModule(pl.LightningDataModule):
         assert self.trainer is not None
         self.ranks = TrainerRanks(self.trainer)
         self.folder = RunFolder(Path(self.trainer.default_root_dir))
-        keys = read_stage_prompts(self.prompt_sets, stage)
-        if stage == "fit":
-            if is_dev_run(self.trainer):
-                self.rules = shrink(self.prompt_sets, self.rules)
-            else:
-                check_trainer(self.trainer, epochs=self.rules.iterations * self.epochs_per_iteration)
-            self.trainer.accumulate_grad_batches = accumulation_steps(
-                pairs_per_step=self.rules.pairs_per_step,
-                batch_size=self.rules.batch_size,
-                world_size=self.trainer.world_size,
-            )
-        self.generator.check()
-        if stage == "fit":
-            check_comparative(self.reward, self.rules, self.curriculum)
-            if not self.generator.reproducible:
-                rank_zero_info(
-                    f"data.generator {type(self.generator).__name__}: responses depend on more than their seeds. A run "
-                    "that is started again keeps its finished shards, and samples the others anew."
-                )
-        if stage != "predict":
-            self.reward.check()
-            for key in keys:
-                self.reward.check_prompts(self.prompt_sets.read(key))
-        self.module.check()
-        for key in keys:
-            check_context(self._encoded(key), self.generator, self.module.live.model_config, key=key)
-        if stage == "fit":
-            check_sizes(self.rules, self._encoded("prompts").ids)
-            longest = {key: max(len(prompt.token_ids) for prompt in self._encoded(key)) for key in keys}
-            check_memory(
-                workload_of(
-                    self.module,
-                    self.rules,
-                    self.generator,
-                    self.reward,
-                    compute_dtype=self.module.compute_dtype,
-                    longest_prompt=max(longest.values()),
-                    longest_trained_prompt=longest["prompts"],
-                    device=self.trainer.strategy.root_device,
-                    processes=self.trainer.world_size,
-                ),
-                self.ranks,
-                otherwise=self.memory_check,
-            )
+        if stage == "fit" and is_dev_run(self.trainer):
+            read_stage_prompts(self.prompt_sets, stage)
+            self.rules = shrink(self.prompt_sets, self.rules)
+        Preflight(
+            trainer=self.trainer,
+            module=self.module,
+            prompt_sets=self.prompt_sets,
+            rules=self.rules,
+            epochs_per_iteration=self.epochs_per_iteration,
+            generator=self.generator,
+            reward=self.reward,
+            curriculum=self.curriculum,
+            ranks=self.ranks,
+            memory_check=self.memory_check,
+        ).check(stage)
         if is_dev_run(self.trainer):
             own = tempfile.mkdtemp(prefix="sppo-dev-") if self.ranks.rank == 0 else ""
             self.folder = RunFolder(Path(self.ranks.same(own)))

@@ -3,26 +3,114 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from sppo_lightning.batching import accumulation_steps
 from sppo_lightning.generation import Generator
 from sppo_lightning.memory.advice import verdict as objection
 from sppo_lightning.memory.estimate import GIB, Estimator, available_bytes
 from sppo_lightning.memory.workload import Workload
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.prompt_sets import PromptSets
+from sppo_lightning.prompt_table import EncodedPrompts
 from sppo_lightning.prompts import check_disjoint
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rules import IterationRules
 from sppo_lightning.selection import Curriculum, EasyToHard, HardToEasy
+from sppo_lightning.trainer import is_dev_run
 from sppo_lightning.types import EncodedPrompt, Ranks, UserError, first_line
 
+
 PROMPTS_OF = {"validate": "eval_prompts", "test": "test_prompts", "predict": "predict_prompts"}
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """All that is checked before any weights load, in the order of what it costs.
+
+    Args:
+        trainer: that will run the loop.
+        module: its policy's settings and training's.
+        prompt_sets: the prompts.
+        rules: the scientific settings.
+        epochs_per_iteration: passes over an iteration's pairs.
+        generator: answers prompts.
+        reward: scores answers.
+        curriculum: order of the pairs.
+        ranks: the processes.
+        memory_check: what becomes of a run that is estimated not to fit.
+    """
+
+    trainer: pl.Trainer
+    module: PreferenceModule
+    prompt_sets: PromptSets
+    rules: IterationRules
+    epochs_per_iteration: int
+    generator: Generator
+    reward: Reward
+    curriculum: Curriculum
+    ranks: Ranks
+    memory_check: Literal["refuse", "warn"]
+
+    def check(self, stage: str) -> None:
+        """Check a stage, and derive the Trainer's accumulation.
+
+        Raises:
+            UserError: naming the key to change.
+        """
+        keys = read_stage_prompts(self.prompt_sets, stage)
+        if stage == "fit":
+            if not is_dev_run(self.trainer):
+                check_trainer(self.trainer, epochs=self.rules.iterations * self.epochs_per_iteration)
+            self.trainer.accumulate_grad_batches = accumulation_steps(
+                pairs_per_step=self.rules.pairs_per_step,
+                batch_size=self.rules.batch_size,
+                world_size=self.trainer.world_size,
+            )
+        self.generator.check()
+        if stage == "fit":
+            check_comparative(self.reward, self.rules, self.curriculum)
+            if not self.generator.reproducible:
+                rank_zero_info(
+                    f"data.generator {type(self.generator).__name__}: responses depend on more than their seeds. A run "
+                    "that is started again keeps its finished shards, and samples the others anew."
+                )
+        if stage != "predict":
+            self.reward.check()
+            for key in keys:
+                self.reward.check_prompts(self.prompt_sets.read(key))
+        self.module.check()
+        for key in keys:
+            check_context(self._encoded(key), self.generator, self.module.live.model_config, key=key)
+        if stage == "fit":
+            check_sizes(self.rules, self._encoded("prompts").ids)
+            longest = {key: max(len(prompt.token_ids) for prompt in self._encoded(key)) for key in keys}
+            check_memory(
+                self._workload(max(longest.values()), longest["prompts"]),
+                self.ranks,
+                otherwise=self.memory_check,
+            )
+
+    def _encoded(self, key: str) -> EncodedPrompts:
+        return self.prompt_sets.encode(key, self.module.live.tokenizer)
+
+    def _workload(self, longest_prompt: int, longest_trained_prompt: int) -> Workload:
+        return workload_of(
+            self.module,
+            self.rules,
+            self.generator,
+            self.reward,
+            compute_dtype=self.module.compute_dtype,
+            longest_prompt=longest_prompt,
+            longest_trained_prompt=longest_trained_prompt,
+            device=self.trainer.strategy.root_device,
+            processes=self.trainer.world_size,
+        )
 
 
 def read_stage_prompts(sets: PromptSets, stage: str) -> list[str]:

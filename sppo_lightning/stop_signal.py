@@ -57,8 +57,10 @@ class StopSignal:
         self._held = True
 
     def release(self) -> None:
-        """Obey signals at once again."""
+        """Obey signals at once again, also one that was noted."""
         self._held = False
+        if self.received:
+            self.obey()
 
     def obey(self) -> None:
         """Raise :class:`~sppo_lightning.types.Stopped`, for a signal that came here or to another process."""
