@@ -73,13 +73,13 @@ class RunCheckpoint(Checkpoint):
             self_play_data(trainer).stop.release()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save once the iteration is over."""
+        """Save once the iteration is over; where another epoch comes, signals wait for its first step."""
         datamodule = self_play_data(trainer)
         if datamodule.iteration_ends:
             datamodule.stop.hold()
             self._saved_step = -1  # its end is new, even where its steps are not
             self._save_or_stop(trainer, True)
-        datamodule.stop.release()
+            datamodule.stop.release()
 
     def _save_or_stop(self, trainer: pl.Trainer, due: bool) -> None:
         """Save if that is due here or a stop is asked for anywhere, then stop where it is: one decision for all."""
