@@ -32,7 +32,7 @@ from sppo_lightning.scoring import UnfinishedRule
 from sppo_lightning.selection import AllPairs, AllPrompts, Curriculum, RandomOrder, Schedule, Selection
 from sppo_lightning.stop_signal import StopSignal
 from sppo_lightning.trainer import TrainerRanks, fit_position, is_dev_run, stand_before_epoch
-from sppo_lightning.types import PhaseObserver, UserError
+from sppo_lightning.types import PhaseObserver, Stopped, UserError
 
 Sources = str | list[str]
 
@@ -181,6 +181,11 @@ class SelfPlayDataModule(pl.LightningDataModule):
         self.stop.ignore()
         if is_dev_run(self.trainer) and self.ranks.rank == 0:
             shutil.rmtree(self.folder.root, ignore_errors=True)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Listen to signals no longer; where one of them ended the run, another may still end its tear-down."""
+        if not isinstance(exception, Stopped):
+            self.stop.ignore()
 
     @property
     def module(self) -> PreferenceModule:
