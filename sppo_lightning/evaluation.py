@@ -126,6 +126,7 @@ class HeldOut:
         stored = self._stored(finished)
         if stored is not None:
             if json.loads(manifest.read_bytes()) == made_by:
+                self._remove_parts(place)  # a killed run may have left them
                 return stored
             if not self.replace_others:
                 raise UserError(
@@ -147,9 +148,14 @@ class HeldOut:
         if ranks.rank == 0:
             write_rollouts(final, rows)
             write_atomically(manifest, json.dumps(made_by).encode())
-            shutil.rmtree(parts)
+        self._remove_parts(place)
         ranks.barrier("evaluation written")
         return rows
+
+    def _remove_parts(self, place: Path) -> None:
+        if self.collector.ranks.rank == 0:
+            for parts in place.glob("parts-*"):
+                shutil.rmtree(parts)
 
 
 class EvaluationLoader:
