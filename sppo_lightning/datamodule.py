@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
@@ -254,7 +255,11 @@ class SelfPlayDataModule(pl.LightningDataModule):
         )
         dataset = PairDataset(self.pairs, self._pair_layout)
         return DataLoader(
-            dataset, sampler=sampler, batch_size=None, pin_memory=self.module.device.type == "cuda"
+            dataset,
+            sampler=sampler,
+            batch_size=None,
+            pin_memory=self.module.device.type == "cuda",
+            generator=torch.Generator(),  # else it draws from torch's own one, once more in a run that was resumed
         )
 
     @property
