@@ -97,12 +97,12 @@ class RunCheckpoint(Checkpoint):
         last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         if getattr(trainer.strategy, "_save_distributed_checkpoint", False):
             shards = Path(trainer.strategy.broadcast(str(sharded_path(last.parent, trainer.global_step))))
-            trainer.save_checkpoint(shards)
+            trainer.save_checkpoint(shards, weights_only=False)
             if trainer.is_global_zero:
                 switch_to_sharded(last, shards)
             trainer.strategy.barrier("last.ckpt switched")
         else:
-            trainer.save_checkpoint(last)
+            trainer.save_checkpoint(last, weights_only=False)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
     # ------------------------------------------------------------------ state
