@@ -74,7 +74,7 @@ class RunCheckpoint(Checkpoint):
             self_play_data(trainer).stop.release()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save once the iteration is over."""
+        """Save once the iteration is over; where another epoch comes, signals wait for its first step."""
         datamodule = self_play_data(trainer)
         if datamodule.iteration_ends:
             datamodule.stop.hold()
@@ -82,7 +82,7 @@ class RunCheckpoint(Checkpoint):
             self._save_or_stop(trainer, True)
             if datamodule.keep_iterations is not None and trainer.is_global_zero and not is_dev_run(trainer):
                 prune(datamodule.folder, datamodule.current_iteration + 1, datamodule.keep_iterations)
-        datamodule.stop.release()
+            datamodule.stop.release()
 
     def _save_or_stop(self, trainer: pl.Trainer, due: bool) -> None:
         """Save if that is due here or a stop is asked for anywhere, then stop where it is: one decision for all."""
@@ -100,12 +100,12 @@ class RunCheckpoint(Checkpoint):
         last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         if getattr(trainer.strategy, "_save_distributed_checkpoint", False):
             shards = Path(trainer.strategy.broadcast(str(sharded_path(last.parent, trainer.global_step))))
-            trainer.save_checkpoint(shards)
+            trainer.save_checkpoint(shards, weights_only=False)
             if trainer.is_global_zero:
                 switch_to_sharded(last, shards)
             trainer.strategy.barrier("last.ckpt switched")
         else:
-            trainer.save_checkpoint(last)
+            trainer.save_checkpoint(last, weights_only=False)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
     # ------------------------------------------------------------------ state

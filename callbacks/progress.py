@@ -92,6 +92,12 @@ class SelfPlayProgress(ProgressBar):
         """Close the training bar."""
         self._close()
 
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Close the bar, so that what is said next stands on a line of its own."""
+        self._close()
+
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the training bar before an evaluation."""
         self._close()

@@ -28,7 +28,14 @@ class DurableCheckpointIO(TorchCheckpointIO):
         """
         assert storage_options is None
         with replacing(Path(path)) as file:
-            torch.save(checkpoint, file)
+            try:
+                torch.save(checkpoint, file)
+            except (
+                RuntimeError
+            ) as error:  # torch closes its archive behind a failed write, and complains of that
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from error
+                raise
 
 
 def sharded_path(folder: Path, step: int) -> Path:

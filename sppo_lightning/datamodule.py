@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
@@ -33,7 +34,7 @@ from sppo_lightning.scoring import UnfinishedRule
 from sppo_lightning.selection import AllPairs, AllPrompts, Curriculum, RandomOrder, Schedule, Selection
 from sppo_lightning.stop_signal import StopSignal
 from sppo_lightning.trainer import fit_position, is_dev_run, meet, stand_before_epoch
-from sppo_lightning.types import PhaseObserver, ResumeMode, UserError, first_line
+from sppo_lightning.types import PhaseObserver, ResumeMode, Stopped, UserError, first_line
 
 Sources = str | list[str]
 
@@ -198,8 +199,12 @@ class SelfPlayDataModule(pl.LightningDataModule):
             shutil.rmtree(self.folder.root, ignore_errors=True)
 
     def on_exception(self, exception: BaseException) -> None:
-        """Tell the other processes that this one ends, and why."""
-        self.stop.ignore()
+        """Tell the other processes that this one ends, and why.
+
+        Where a signal ended the run, another may still end its tear-down.
+        """
+        if not isinstance(exception, Stopped):
+            self.stop.ignore()
         self.ranks.fail(first_line(exception))
         self.ranks.close()
 
@@ -271,7 +276,11 @@ class SelfPlayDataModule(pl.LightningDataModule):
         )
         dataset = PairDataset(self.pairs, self._pair_layout)
         return DataLoader(
-            dataset, sampler=sampler, batch_size=None, pin_memory=self.module.device.type == "cuda"
+            dataset,
+            sampler=sampler,
+            batch_size=None,
+            pin_memory=self.module.device.type == "cuda",
+            generator=torch.Generator(),  # else it draws from torch's own one, once more in a run that was resumed
         )
 
     @property

@@ -145,6 +145,7 @@ class HeldOut:
         made_by = {"policy_fingerprint": policy_fingerprint, "asked": self._asked()}
         stored, manifest = self._stored(finished), self._manifest(finished)
         if stored is not None and manifest == made_by:
+            self._remove_parts(place)  # a killed run may have left them
             return stored
         if manifest not in (None, made_by) and not self.replace_others:
             raise UserError(
@@ -166,9 +167,14 @@ class HeldOut:
         if ranks.rank == 0:
             write_rollouts(place / "rollouts.parquet", rows)
             write_atomically(place / "manifest.json", sealed(made_by))
-            shutil.rmtree(parts)
+        self._remove_parts(place)
         ranks.barrier("evaluation written")
         return rows
+
+    def _remove_parts(self, place: Path) -> None:
+        if self.collector.ranks.rank == 0:
+            for parts in place.glob("parts-*"):
+                shutil.rmtree(parts)
 
 
 class EvaluationLoader:

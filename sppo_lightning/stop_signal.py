@@ -42,10 +42,11 @@ class StopSignal:
             self._before[number] = signal.signal(number, self._take)
 
     def ignore(self) -> None:
-        """Put back who took the signals before."""
+        """Put back who took the signals before, and forget those that came."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+        self._received, self._held = None, False
 
     @property
     def received(self) -> bool:

@@ -17,6 +17,8 @@ from sppo_lightning.batching import (
     StepSlot,
     accumulation_steps,
     collate,
+    pairs_consumed,
+    steps_taken,
 )
 from sppo_lightning.layouts import PairLayout, PlainLayout, SharedLayout
 from sppo_lightning.types import PreferencePair, UserError
@@ -167,6 +169,89 @@ def test_ranks_share_every_step(
                 assert micro.rows
                 assert set(micro.rows) <= set(slice_)
     assert sum(micro.real for run in runs for micro in run) == total
+
+
+# ------------------------------------------------------------------ going on
+
+
+def test_steps_and_pairs_golden() -> None:
+    """Ten pairs an epoch, 4 a step: three steps an epoch, of 4, 4 and 2 pairs."""
+    consumed = [0, 4, 8, 10, 14, 18, 20, 24]
+    assert [pairs_consumed(steps, pairs=10, pairs_per_step=4) for steps in range(8)] == consumed
+    assert [steps_taken(count, pairs=10, pairs_per_step=4) for count in consumed] == list(range(8))
+
+
+@QUICK
+@given(steps=st.integers(0, 60), pairs=st.integers(1, 30), pairs_per_step=st.integers(1, 12))
+def test_steps_and_pairs_are_each_others_inverse(steps: int, pairs: int, pairs_per_step: int) -> None:
+    consumed = pairs_consumed(steps, pairs=pairs, pairs_per_step=pairs_per_step)
+    assert steps_taken(consumed, pairs=pairs, pairs_per_step=pairs_per_step) == steps
+    more = pairs_consumed(steps + 1, pairs=pairs, pairs_per_step=pairs_per_step)
+    assert 1 <= more - consumed <= pairs_per_step
+
+
+def test_a_resumed_epoch_golden() -> None:
+    """Ten pairs, 4 a step, one step behind: the second and the last, partial one are left."""
+    left = StepSampler(range(10), pairs_per_step=4, batch_size=2, first_step=1)
+    assert list(left) == [
+        MicroBatch([4, 5], 2, StepSlot(1, 3, 4, True, False)),
+        MicroBatch([6, 7], 2, StepSlot(1, 3, 4, False, True)),
+        MicroBatch([8, 9], 2, StepSlot(2, 3, 2, True, True)),
+    ]
+    assert len(left) == 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_epoch_without_a_step_left_still_has_an_end(rank: int) -> None:
+    left = StepSampler(range(10), pairs_per_step=4, batch_size=2, first_step=3, rank=rank, world_size=2)
+    assert list(left) == [None]
+    assert len(left) == 1
+    assert PairDataset([], SharedLayout())[None] is None
+
+
+def test_no_pairs_are_no_epoch() -> None:
+    none = StepSampler([], pairs_per_step=4, batch_size=2)
+    assert (list(none), len(none)) == ([], 0)
+
+
+@QUICK
+@given(
+    total=st.integers(1, 40),
+    batch_size=st.integers(1, 4),
+    world_size=st.integers(1, 3),
+    later_world_size=st.integers(1, 3),
+    data=st.data(),
+)
+def test_what_is_left_of_an_epoch_is_its_end(
+    total: int, batch_size: int, world_size: int, later_world_size: int, data: st.DataObject
+) -> None:
+    """Also with another number of processes, of whom each step's pairs do not depend."""
+    sizes = {"pairs_per_step": batch_size * 6, "batch_size": batch_size, "epoch": 1, "epochs": 2}
+    lengths = data.draw(st.lists(st.integers(1, 9), min_size=total, max_size=total))
+    steps = -(-total // sizes["pairs_per_step"])
+    first = data.draw(st.integers(0, steps))
+
+    def samplers(processes: int, first_step: int) -> list[StepSampler]:
+        return [
+            StepSampler(
+                range(total), lengths=lengths, rank=rank, world_size=processes, first_step=first_step, **sizes
+            )
+            for rank in range(processes)
+        ]
+
+    def real(found: list[StepSampler]) -> dict[int, list[int]]:
+        rows: dict[int, list[int]] = {}
+        for micro in (micro for sampler in found for micro in sampler if micro is not None):
+            rows.setdefault(micro.slot.step, []).extend(micro.rows[: micro.real])
+        return {step: sorted(taken) for step, taken in rows.items()}
+
+    whole, left = real(samplers(world_size, 0)), real(samplers(later_world_size, first))
+    assert left == {step: rows for step, rows in whole.items() if step >= steps + first}
+    for sampler in samplers(world_size, first):
+        assert len(list(sampler)) == len(sampler)
+    if world_size == later_world_size and first < steps:
+        for sampler, again in zip(samplers(world_size, 0), samplers(world_size, first), strict=True):
+            assert list(sampler)[-len(again) :] == list(again)
 
 
 # -------------------------------------------------------------- micro-batches

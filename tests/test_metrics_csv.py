@@ -77,46 +77,107 @@ def test_opening_a_file_changes_nothing(path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_a_resume_truncates_rows_of_later_steps(path: Path) -> None:
-    log(path, [(step, {"loss": step}) for step in range(1, 6)])
-    log(path, [(3, {"loss": 30})])
-    assert rows(path) == [(1, {"loss": 1}), (2, {"loss": 2}), (3, {"loss": 30})]
+def go_on(path: Path, kept: int, entries: Sequence[Log]) -> MetricsCSV:
+    """Log in another process, behind a checkpoint that knew of ``kept`` rows."""
+    logger = MetricsCSV(path)
+    logger.go_on_after(kept)
+    for step, metrics in entries:
+        logger.log_metrics(metrics, step)
+    return logger
 
 
-def test_a_resume_replaces_rows_of_the_same_step_with_the_same_columns_only(path: Path) -> None:
-    log(path, [(1, {"loss": 1}), (2, {"loss": 2}), (2, {"reward": 5})])
-    log(path, [(2, {"loss": 20})])
-    assert rows(path) == [(1, {"loss": 1}), (2, {"reward": 5}), (2, {"loss": 20})]
+def test_without_a_checkpoint_the_file_begins_anew(path: Path) -> None:
+    log(path, [(1, {"a": 1}), (2, {"b": 2})])
+    log(path, [(0, {"c": 3})])
+    assert path.read_text() == "step,c\n0,3.0\n"
 
 
-def test_a_resume_keeps_its_own_rows_when_it_replaces_several(path: Path) -> None:
-    entries: list[Log] = [(1, {"loss": 1}), (2, {"loss": 2}), (2, {"reward": 3}), (2, {"win": 4})]
-    log(path, entries)
-    log(path, entries[1:])
-    assert rows(path) == entries
-
-
-def test_a_resume_may_bring_new_columns(path: Path) -> None:
-    log(path, [(1, {"loss": 1}), (2, {"loss": 2})])
-    log(path, [(3, {"loss": 3, "extra": 9}), (4, {"loss": 4})])
-    assert rows(path) == [(1, {"loss": 1}), (2, {"loss": 2}), (3, {"loss": 3, "extra": 9}), (4, {"loss": 4})]
-    assert path.read_text().startswith("step,loss,extra\n")
-
-
-def test_a_new_column_and_a_replaced_row_at_once(path: Path) -> None:
-    log(path, [(1, {"loss": 1}), (2, {"loss": 2}), (3, {"loss": 3})])
-    log(path, [(2, {"loss": 20, "extra": 1}), (3, {"loss": 30})])
+def test_a_resume_keeps_the_rows_behind_the_checkpoint(path: Path) -> None:
+    """By their number, not by their steps: a step has several rows, and a checkpoint may stand between two of them."""
+    log(path, [(1, {"loss": 1}), (2, {"loss": 2}), (2, {"reward": 5}), (2, {"win": 4}), (3, {"loss": 3})])
+    go_on(path, 3, [(2, {"win": 4}), (3, {"loss": 30})])
     assert rows(path) == [
         (1, {"loss": 1}),
         (2, {"loss": 2}),
-        (2, {"loss": 20, "extra": 1}),
+        (2, {"reward": 5}),
+        (2, {"win": 4}),
         (3, {"loss": 30}),
     ]
 
 
+def test_rows_give_way_before_anything_is_logged(path: Path) -> None:
+    log(path, [(1, {"loss": 1}), (2, {"loss": 2, "win": 1})])
+    go_on(path, 1, [])
+    assert path.read_text() == "step,loss\n1,1.0\n"
+
+
+def test_a_resume_behind_no_row(path: Path) -> None:
+    log(path, [(1, {"loss": 1})])
+    go_on(path, 0, [])
+    assert path.read_text() == "step\n"
+    go_on(path, 0, [(1, {"win": 1})])
+    assert path.read_text() == "step,win\n1,1.0\n"
+
+
+def test_a_resume_that_drops_nothing_changes_nothing(path: Path) -> None:
+    log(path, [(1, {"a": 1}), (2, {"b": 2})])
+    before = path.read_bytes(), path.stat().st_ino
+    go_on(path, 2, [])
+    assert (path.read_bytes(), path.stat().st_ino) == before
+
+
+def test_columns_come_in_the_order_of_an_uninterrupted_run(path: Path, tmp_path: Path) -> None:
+    """A column that only dropped rows had is forgotten, and comes back where it first came."""
+    history: list[Log] = [(1, {"loss": 1}), (2, {"z": 1}), (3, {"a": 1}), (4, {"z": 2})]
+    log(tmp_path / "whole.csv", history)
+    log(path, [(1, {"loss": 1}), (2, {"time": 9}), (3, {"a": 1})])
+    go_on(path, 1, history[1:])
+    assert path.read_text() == (tmp_path / "whole.csv").read_text()
+
+
+def test_a_row_that_was_half_written_gives_way(path: Path) -> None:
+    log(path, [(1, {"loss": 1, "win": 2}), (2, {"loss": 2, "win": 3})])
+    for torn in ("3", "3,0.2", "3,0.25,0.1"):
+        with path.open("a") as file:
+            file.write(torn)
+        go_on(path, 2, [])
+        assert rows(path) == [(1, {"loss": 1, "win": 2}), (2, {"loss": 2, "win": 3})]
+    go_on(path, 2, [(3, {"loss": 5})])
+    assert rows(path)[-1] == (3, {"loss": 5})
+
+
+def test_rows_that_are_lost_are_missed(path: Path) -> None:
+    log(path, [(1, {"loss": 1})])
+    with pytest.warns(UserWarning, match=r"metrics\.csv has only 1 of the 3 rows behind the checkpoint\."):
+        logger = go_on(path, 3, [(4, {"loss": 4})])
+    assert rows(path) == [(1, {"loss": 1}), (4, {"loss": 4})]
+    assert logger.rows_on_disk() == 2
+
+
+def test_a_lost_file_is_missed(path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"has only 0 of the 2 rows"):
+        go_on(path, 2, [(4, {"loss": 4})])
+    assert rows(path) == [(4, {"loss": 4})]
+
+
+def test_a_checkpoint_counts_the_rows_and_puts_them_on_disk(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = MetricsCSV(path)
+    assert logger.rows_on_disk() == 0
+    logger.log_metrics({"a": 1}, 1)
+    logger.log_metrics({"a": 2}, 2)
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.readlink(f"/proc/self/fd/{number}")))
+    assert logger.rows_on_disk() == 2
+    assert synced == [str(path)]
+    again = go_on(path, 1, [])
+    assert again.rows_on_disk() == 1
+
+
 def test_names_with_commas_and_quotes(path: Path) -> None:
     log(path, [(1, {'reward, "clean"': 1}), (2, {"b": 2})])
-    log(path, [(3, {'reward, "clean"': 3})])
+    go_on(path, 2, [(3, {'reward, "clean"': 3})])
     assert rows(path) == [(1, {'reward, "clean"': 1}), (2, {"b": 2}), (3, {'reward, "clean"': 3})]
 
 
@@ -131,14 +192,9 @@ def test_a_crash_while_a_column_is_added_loses_no_row(path: Path, monkeypatch: p
 
 @st.composite
 def histories(draw: st.DrawFn) -> list[Log]:
-    """A run's rows: steps never fall, and a step has a set of columns once."""
-    keys = draw(
-        st.lists(
-            st.tuples(st.integers(0, 4), st.sampled_from(["a", "b", "c", "ab", "bc"])),
-            unique=True,
-            max_size=10,
-        )
-    )
+    """A run's rows: steps never fall."""
+    names = st.sampled_from(["a", "b", "c", "ab", "bc"])
+    keys = draw(st.lists(st.tuples(st.integers(0, 4), names), max_size=10))
     keys.sort(key=lambda key: key[0])
     return [(step, dict.fromkeys(names, number + 0.5)) for number, (step, names) in enumerate(keys)]
 
@@ -156,9 +212,9 @@ def test_interrupted_and_resumed_is_uninterrupted(
         resumed = 0
         for _ in range(2):
             killed = data.draw(st.integers(resumed, len(history)))
-            log(folder / "parts.csv", history[resumed:killed])
+            go_on(folder / "parts.csv", resumed, history[resumed:killed])
             resumed = data.draw(st.integers(0, killed))
-        log(folder / "parts.csv", history[resumed:])
+        go_on(folder / "parts.csv", resumed, history[resumed:])
     if history:
         whole, parts = (rows(folder / f"{name}.csv") for name in ("whole", "parts"))
         assert parts == whole == history
