@@ -1,7 +1,7 @@
 """The scripts and configs for clusters: what the scripts start, and whether all of it goes together.
 
-The scripts really run, with stand-ins for what a cluster has (``srun``, ``scontrol``, ``vllm``, ``curl``) and for the run
-itself: they write down how they were called.
+The scripts really run, with stand-ins for what a cluster has (``srun``, ``scontrol``, ``vllm``, ``curl``) and for the
+run itself: they write down how they were called.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ STAND_INS = {
     "srun": NOTE + 'while [ "$1" != sppo-lightning ]; do shift; done\n"$@"\n',
     "scontrol": NOTE,
     "curl": 'ls "$NOTES"/vllm.* > /dev/null 2>&1\n',
-    "vllm": NOTE + 'trap "touch $NOTES/ended; exit 0" TERM\n[ "$FAILS" ] && exit 3\nwhile :; do sleep 0.05; done\n',
+    "vllm": NOTE
+    + 'trap "touch $NOTES/ended; exit 0" TERM\n[ "$FAILS" ] && exit 3\nwhile :; do sleep 0.05; done\n',
     "sppo-lightning": NOTE
     + 'trap "sleep 0.3; exit 138" USR1\ntrap "sleep 0.3; exit 143" TERM\n'
     + '[ "$STATUS" ] && exit "$STATUS"\nwhile :; do sleep 0.05; done\n',
@@ -245,3 +246,16 @@ def test_a_server_that_is_starting_ends_with_the_script(place: Place) -> None:
     script.terminate()
     script.wait(20)
     assert waited((place.notes / "ended").exists)
+
+
+# ------------------------------------------------------------------------- the plan
+
+
+def test_the_plan_computes_its_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each row that the block of docs/scaling.md prints stands in the document above it."""
+    text = (ROOT / "docs/scaling.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(block, "scaling.md", "exec"), {})
+    rows = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert len(rows) > 20
+    assert [row for row in rows if row not in text.splitlines()] == []
