@@ -33,10 +33,10 @@ STAND_INS = {
     "scontrol": NOTE,
     "curl": 'ls "$NOTES"/vllm.* > /dev/null 2>&1\n',
     "vllm": NOTE
-    + 'trap "touch $NOTES/ended; exit 0" TERM\n[ "$FAILS" ] && exit 3\nwhile :; do sleep 0.05; done\n',
+    + 'trap "touch $NOTES/ended; exit 0" TERM\n[ "$FAILS" ] && exit 3\nfor _ in {1..400}; do sleep 0.05; done\n',
     "sppo-lightning": NOTE
     + 'trap "sleep 0.3; exit 138" USR1\ntrap "sleep 0.3; exit 143" TERM\n'
-    + '[ "$STATUS" ] && exit "$STATUS"\nwhile :; do sleep 0.05; done\n',
+    + '[ "$STATUS" ] && exit "$STATUS"\nfor _ in {1..400}; do sleep 0.05; done\n',
 }
 
 
