@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from sppo_lightning.rendezvous import FileRanks, open_session
@@ -48,6 +49,17 @@ def check_hardware(trainer: pl.Trainer) -> None:
             "trainer.deterministic=true: sampling sums in a way that CUDA cannot do deterministically: use "
             "deterministic: warn"
         )
+
+
+def keep_to_own_signals(trainer: pl.Trainer) -> None:
+    """Have Lightning neither save nor requeue by itself on a signal of SLURM's: it would do so inside a step.
+
+    Args:
+        trainer: before it runs.
+    """
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment):
+        environment.auto_requeue = False
 
 
 def meet(trainer: pl.Trainer, root: Path) -> FileRanks:
