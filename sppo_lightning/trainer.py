@@ -8,11 +8,15 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.accelerators import CUDAAccelerator
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from sppo_lightning.types import Ranks, UserError
 
 T = TypeVar("T")
+SPREAD = (
+    "strategy: {{class_path: lightning.pytorch.strategies.ModelParallelStrategy, init_args: "
+    "{{data_parallel_size: {processes}, tensor_parallel_size: 1}}}}"
+)
 COMPUTE_DTYPES = {
     "32-true": torch.float32,
     "64-true": torch.float64,
@@ -38,15 +42,42 @@ def check_hardware(trainer: pl.Trainer) -> None:
             f"trainer.precision={precision} holds the trained weights in 16 bits, where small updates round to "
             "nothing: use bf16-mixed (float32 weights, bfloat16 products) or 32-true"
         )
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-        raise UserError(
-            f"trainer.strategy={type(trainer.strategy).__name__} is not supported: use one device or ddp"
-        )
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        _check_spread(trainer.strategy)
+    elif not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        raise UserError(strategy_refusal(type(trainer.strategy).__name__, trainer.world_size))
     if torch.are_deterministic_algorithms_enabled() and isinstance(trainer.accelerator, CUDAAccelerator):
         raise UserError(
             "trainer.deterministic=true: sampling sums in a way that CUDA cannot do deterministically: use "
             "deterministic: warn"
         )
+
+
+def strategy_refusal(given: str, processes: int) -> str:
+    """Return why a strategy is refused, and what to write instead.
+
+    Args:
+        given: its name.
+        processes: of the run.
+    """
+    return (
+        f"trainer.strategy={given} is not supported: use one device or ddp; for a model larger than a device FSDP2: "
+        f"{SPREAD.format(processes=processes)}"
+    )
+
+
+def _check_spread(strategy: ModelParallelStrategy) -> None:
+    """Refuse tensor parallelism, and sizes that are left to Lightning, which takes it inside a machine."""
+    sizes = {"data_parallel_size": strategy._data_parallel_size}
+    sizes["tensor_parallel_size"] = strategy._tensor_parallel_size
+    if sizes == {"data_parallel_size": strategy.world_size, "tensor_parallel_size": 1}:
+        return
+    given = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    raise UserError(
+        f"trainer.strategy=ModelParallelStrategy with {given} over {strategy.world_size} processes: weights are spread "
+        "over all processes and no product is split, but auto (the default) splits products inside each machine; say "
+        f"both sizes: {SPREAD.format(processes=strategy.world_size)}"
+    )
 
 
 class TrainerRanks(Ranks):

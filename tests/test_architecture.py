@@ -27,6 +27,7 @@ LAYERS = {
             "results",
             "memory",
             "live_policy",
+            "sharding",
             "pair_forward",
             "forward_trial",
             "shared_attention",
