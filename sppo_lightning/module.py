@@ -28,7 +28,7 @@ from sppo_lightning.policy_config import PolicyConfig
 from sppo_lightning.reference_checks import check_reference_is_frozen, check_same_logps
 from sppo_lightning.schedules import LearningRateSchedule, Linear
 from sppo_lightning.seeding import derive_seed
-from sppo_lightning.sharding import local
+from sppo_lightning.sharding import Stored, local, read_stored
 from sppo_lightning.trainer import check_hardware, compute_dtype
 from sppo_lightning.types import UserError
 
@@ -91,6 +91,8 @@ class PreferenceModule(pl.LightningModule):
         self.evaluation_metrics = EvaluationMetrics()
         self._pair_layout: PairLayout | None = None
         self._reference_model: nn.Module | None = None
+        self._spread_checkpoint: Stored | None = None  # that spread weights are loaded from
+        self._optimizers: list[Optimizer] = []  # while they wait for that
         self._watched: tuple[nn.Parameter, Tensor] | None = None
 
     # ------------------------------------------------------------------ set-up
@@ -126,6 +128,9 @@ class PreferenceModule(pl.LightningModule):
             return
         mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
         self.policy = self.live.load(self.compute_dtype, self.trainer.strategy.root_device, mesh)
+        if mesh is not None and self.trainer.ckpt_path:
+            self._spread_checkpoint = read_stored(Path(self.trainer.ckpt_path))
+            self._check_fits(self._spread_checkpoint.weights)
         policies.check_updates_survive(self._trainable(), self.learning_rate)
 
     def pair_layout(self, longest: int) -> PairLayout:
@@ -169,7 +174,8 @@ class PreferenceModule(pl.LightningModule):
 
     def _trained_names(self) -> set[str]:
         """Return the names that trained weights have in a checkpoint."""
-        assert self.policy is not None
+        if self.policy is None:
+            return set()
         return {f"policy.{name}" for name, p in self.policy.named_parameters() if p.requires_grad}
 
     def configure_optimizers(self) -> Optimizer:
@@ -200,6 +206,13 @@ class PreferenceModule(pl.LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # ---------------------------------------------------------------- training
+
+    def on_fit_start(self) -> None:
+        """Keep the optimizer out of a resume from a checkpoint without its state, which Lightning asks for otherwise."""
+        stored = self._spread_checkpoint
+        if stored is not None and not stored.optimizer:
+            strategy = self.trainer.strategy
+            self._optimizers, strategy.optimizers = strategy.optimizers, []
 
     def on_train_start(self) -> None:
         """Log the initial policy's evaluation, and start to watch some weights."""
@@ -362,20 +375,33 @@ class PreferenceModule(pl.LightningModule):
 
     # ------------------------------------------------------------- checkpoints
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the trained weights only: what checkpoints hold, and what is asked of them."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        kept = {f"{prefix}{name}" for name in self._trained_names()}
+        for name in [name for name in state if name not in kept]:
+            del state[name]
+        return state
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the trained weights only, and no optimizer state that has been forgotten."""
-        trained = self._trained_names()
-        checkpoint["state_dict"] = {
-            name: value for name, value in checkpoint["state_dict"].items() if name in trained
-        }
+        """Keep no optimizer state that has been forgotten."""
         if cast(Any, self.trainer).datamodule.iteration_ends and not self.carry_optimizer:
             for state in checkpoint.get("optimizer_states", ()):
                 state["state"] = {}  # a paged optimizer's is emptied only
+            for optimizer in self.trainer.optimizers:
+                forget(optimizer)  # of spread weights torch has just made one, to have something to save
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another policy."""
+        """Refuse a checkpoint of another policy; that of spread weights has been looked at before."""
+        if self._optimizers:
+            self.trainer.strategy.optimizers, self._optimizers = self._optimizers, []
+        if "state_dict" in checkpoint:
+            self._check_fits(set(checkpoint["state_dict"]))
+
+    def _check_fits(self, found: set[str]) -> None:
+        """Refuse the weights of another policy."""
         expected = self._trained_names()
-        found = set(checkpoint["state_dict"])
         if found != expected:
             some = sorted(expected ^ found)[0]
             raise UserError(

@@ -7,8 +7,9 @@ function here that says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -170,6 +171,34 @@ def assemble(model: nn.Module, skeleton: Callable[[], nn.Module], *, dtype: torc
             module._buffers[key] = None if value is None else value.to("cpu", copy=True)
     unwrapped(gathered).generation_config = unwrapped(model).generation_config
     return gathered
+
+
+class Stored(NamedTuple):
+    """What a checkpoint holds."""
+
+    weights: set[str]  # names
+    optimizer: bool  # whether the optimizer's state is there
+
+
+def read_stored(checkpoint: Path) -> Stored:
+    """Look at a checkpoint that weights are to be spread from: a folder with a part for each process, or a file.
+
+    Raises:
+        UserError: if it is a file in the middle of an iteration, where whole weights were trained.
+    """
+    if not checkpoint.is_dir():
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        if any(optimizer["state"] for optimizer in state["optimizer_states"]):
+            raise UserError(
+                f"{checkpoint} was saved with an optimizer's state by a strategy that holds weights whole, which spread "
+                "weights cannot take over: continue with that strategy, to the iteration's end at least"
+            )
+        return Stored(set(state["state_dict"]), optimizer=False)
+    from torch.distributed.checkpoint import FileSystemReader
+
+    names = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    weights = {name.removeprefix("state_dict.") for name in names if name.startswith("state_dict.")}
+    return Stored(weights, optimizer=any(name.startswith("optimizer_0.state.") for name in names))
 
 
 def _call(root: nn.Module, function: Callable[[], T]) -> T:

@@ -70,6 +70,11 @@ def _check_spread(strategy: ModelParallelStrategy) -> None:
     """Refuse tensor parallelism, and sizes that are left to Lightning, which takes it inside a machine."""
     sizes = {"data_parallel_size": strategy._data_parallel_size}
     sizes["tensor_parallel_size"] = strategy._tensor_parallel_size
+    if not strategy._save_distributed_checkpoint:
+        raise UserError(
+            "trainer.strategy=ModelParallelStrategy with save_distributed_checkpoint=false would gather the optimizer's "
+            "state in the host memory of one process: leave it out; each process then saves its own part"
+        )
     if sizes == {"data_parallel_size": strategy.world_size, "tensor_parallel_size": 1}:
         return
     given = ", ".join(f"{name}={size}" for name, size in sizes.items())
