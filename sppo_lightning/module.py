@@ -28,7 +28,7 @@ from sppo_lightning.policy_config import PolicyConfig
 from sppo_lightning.reference_checks import check_reference_is_frozen, check_same_logps
 from sppo_lightning.schedules import LearningRateSchedule, Linear
 from sppo_lightning.seeding import derive_seed
-from sppo_lightning.sharding import Stored, local, read_stored
+from sppo_lightning.sharding import load_rest, local
 from sppo_lightning.trainer import check_hardware, compute_dtype
 from sppo_lightning.types import UserError
 
@@ -91,8 +91,7 @@ class PreferenceModule(pl.LightningModule):
         self.evaluation_metrics = EvaluationMetrics()
         self._pair_layout: PairLayout | None = None
         self._reference_model: nn.Module | None = None
-        self._spread_checkpoint: Stored | None = None  # that spread weights are loaded from
-        self._optimizers: list[Optimizer] = []  # while they wait for that
+        self._optimizers: list[Optimizer] = []  # of spread weights, while those are loaded
         self._watched: tuple[nn.Parameter, Tensor] | None = None
 
     # ------------------------------------------------------------------ set-up
@@ -128,9 +127,6 @@ class PreferenceModule(pl.LightningModule):
             return
         mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
         self.policy = self.live.load(self.compute_dtype, self.trainer.strategy.root_device, mesh)
-        if mesh is not None and self.trainer.ckpt_path:
-            self._spread_checkpoint = read_stored(Path(self.trainer.ckpt_path))
-            self._check_fits(self._spread_checkpoint.weights)
         policies.check_updates_survive(self._trainable(), self.learning_rate)
 
     def pair_layout(self, longest: int) -> PairLayout:
@@ -208,14 +204,18 @@ class PreferenceModule(pl.LightningModule):
     # ---------------------------------------------------------------- training
 
     def on_fit_start(self) -> None:
-        """Keep the optimizer out of a resume from a checkpoint without its state, which Lightning asks for otherwise."""
-        stored = self._spread_checkpoint
-        if stored is not None and not stored.optimizer:
+        """Keep the optimizer from Lightning while it loads spread weights: it cannot do without a stored state."""
+        if self.live.is_sharded:
             strategy = self.trainer.strategy
             self._optimizers, strategy.optimizers = strategy.optimizers, []
 
+    def _give_optimizers_back(self) -> None:
+        if self._optimizers:
+            self.trainer.strategy.optimizers, self._optimizers = self._optimizers, []
+
     def on_train_start(self) -> None:
         """Log the initial policy's evaluation, and start to watch some weights."""
+        self._give_optimizers_back()
         if self.trainer.global_step == 0:
             datamodule = cast(Any, self.trainer).datamodule
             batches = list(datamodule.val_dataloader())
@@ -393,15 +393,14 @@ class PreferenceModule(pl.LightningModule):
                 forget(optimizer)  # of spread weights torch has just made one, to have something to save
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another policy; that of spread weights has been looked at before."""
-        if self._optimizers:
-            self.trainer.strategy.optimizers, self._optimizers = self._optimizers, []
-        if "state_dict" in checkpoint:
-            self._check_fits(set(checkpoint["state_dict"]))
-
-    def _check_fits(self, found: set[str]) -> None:
-        """Refuse the weights of another policy."""
+        """Refuse a checkpoint of another policy; load the optimizer's state where weights are spread."""
+        self._give_optimizers_back()
         expected = self._trained_names()
+        found = set(checkpoint.get("state_dict", ()))
+        if self.live.is_sharded:
+            assert self.trainer.ckpt_path is not None
+            path, fitting = Path(self.trainer.ckpt_path), self.trainer.state.fn == "fit"
+            found = load_rest(path, self, self.trainer.optimizers if fitting else [])
         if found != expected:
             some = sorted(expected ^ found)[0]
             raise UserError(

@@ -49,7 +49,9 @@ def _moved(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: (
             local(parameter.detach())
-            + part_of(STEP * torch.randn(parameter.shape, generator=generator), parameter).to(parameter.device)
+            + part_of(STEP * torch.randn(parameter.shape, generator=generator), parameter).to(
+                parameter.device
+            )
         )
         for name, parameter in trained
     }

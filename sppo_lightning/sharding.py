@@ -6,15 +6,16 @@ function here that says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.optim import Optimizer
 
 from sppo_lightning.adapters import unwrapped
 from sppo_lightning.compiled_layers import decoder_layers
@@ -145,7 +146,9 @@ def recover(model: nn.Module) -> None:
     reset()
 
 
-def assemble(model: nn.Module, skeleton: Callable[[], nn.Module], *, dtype: torch.dtype | None) -> nn.Module | None:
+def assemble(
+    model: nn.Module, skeleton: Callable[[], nn.Module], *, dtype: torch.dtype | None
+) -> nn.Module | None:
     """Gather a spread model one weight at a time, a collective; return it, in host memory, on the first process.
 
     Args:
@@ -167,38 +170,42 @@ def assemble(model: nn.Module, skeleton: Callable[[], nn.Module], *, dtype: torc
     buffers = dict(model.named_buffers())
     for name, module in gathered.named_modules():
         for key in module._buffers:
-            value = buffers.get(f"{name}.{key}" if name else key)
-            module._buffers[key] = None if value is None else value.to("cpu", copy=True)
+            buffer = buffers.get(f"{name}.{key}" if name else key)
+            module._buffers[key] = None if buffer is None else buffer.to("cpu", copy=True)
     unwrapped(gathered).generation_config = unwrapped(model).generation_config
     return gathered
 
 
-class Stored(NamedTuple):
-    """What a checkpoint holds."""
+def load_rest(checkpoint: Path, module: nn.Module, optimizers: Sequence[Optimizer]) -> set[str]:
+    """Load what a checkpoint holds beside the weights of a module, a collective; return the names of its weights.
 
-    weights: set[str]  # names
-    optimizer: bool  # whether the optimizer's state is there
-
-
-def read_stored(checkpoint: Path) -> Stored:
-    """Look at a checkpoint that weights are to be spread from: a folder with a part for each process, or a file.
+    Args:
+        checkpoint: a folder with a part for each process that saved it, or a file of a run that held its weights whole.
+        module: whose weights have been loaded.
+        optimizers: of its weights; one whose state is not stored stays as it is.
 
     Raises:
-        UserError: if it is a file in the middle of an iteration, where whole weights were trained.
+        UserError: if the state of an optimizer of whole weights is stored.
     """
+    from torch.distributed.checkpoint import filesystem, state_dict_loader
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
     if not checkpoint.is_dir():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         if any(optimizer["state"] for optimizer in state["optimizer_states"]):
             raise UserError(
-                f"{checkpoint} was saved with an optimizer's state by a strategy that holds weights whole, which spread "
-                "weights cannot take over: continue with that strategy, to the iteration's end at least"
+                f"{checkpoint} holds the state of an optimizer of whole weights, which spread ones cannot take over: "
+                "continue with the strategy that it was saved with, to the iteration's end at least"
             )
-        return Stored(set(state["state_dict"]), optimizer=False)
-    from torch.distributed.checkpoint import FileSystemReader
-
-    names = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    weights = {name.removeprefix("state_dict.") for name in names if name.startswith("state_dict.")}
-    return Stored(weights, optimizer=any(name.startswith("optimizer_0.state.") for name in names))
+        return set(state["state_dict"])
+    names = filesystem.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    for number, optimizer in enumerate(optimizers):
+        key = f"optimizer_{number}"
+        if any(name.startswith(f"{key}.state.") for name in names):
+            stored = {key: get_optimizer_state_dict(module, optimizer)}
+            state_dict_loader.load(stored, checkpoint_id=checkpoint)
+            set_optimizer_state_dict(module, optimizer, optim_state_dict=stored[key])
+    return {name.removeprefix("state_dict.") for name in names if name.startswith("state_dict.")}
 
 
 def _call(root: nn.Module, function: Callable[[], T]) -> T:

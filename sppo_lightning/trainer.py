@@ -72,8 +72,8 @@ def _check_spread(strategy: ModelParallelStrategy) -> None:
     sizes["tensor_parallel_size"] = strategy._tensor_parallel_size
     if not strategy._save_distributed_checkpoint:
         raise UserError(
-            "trainer.strategy=ModelParallelStrategy with save_distributed_checkpoint=false would gather the optimizer's "
-            "state in the host memory of one process: leave it out; each process then saves its own part"
+            "trainer.strategy=ModelParallelStrategy with save_distributed_checkpoint=false would gather the "
+            "optimizer's state in the host memory of one process: leave it out; each process then saves its part"
         )
     if sizes == {"data_parallel_size": strategy.world_size, "tensor_parallel_size": 1}:
         return
