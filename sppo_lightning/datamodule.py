@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
@@ -203,6 +204,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
                     longest_trained_prompt=longest["prompts"],
                     device=self.trainer.strategy.root_device,
                     processes=self.trainer.world_size,
+                    spread=isinstance(self.trainer.strategy, ModelParallelStrategy),
                 ),
                 self.ranks,
                 otherwise=self.memory_check,

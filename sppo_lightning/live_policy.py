@@ -189,17 +189,17 @@ class LivePolicy:
             with cast(Any, self.model).disable_adapter():
                 yield self.model
         elif self._mesh is not None:
-            model = self._spread(
+            initial = self._spread(
                 lambda: policies.load_policy(self.config, compute_dtype=self._compute_dtype), self._mesh
             )
-            policies.disable_dropout(model)
-            yield model
+            policies.disable_dropout(initial)
+            yield initial
         else:
             model = policies.load_base_model(
                 self.config, compute_dtype=self._compute_dtype, device=self._device
             )
             policies.disable_dropout(model)
-            yield model.to(next(self.model.parameters()).dtype)  # doubled under 64-true
+            yield cast(nn.Module, model).to(next(self.model.parameters()).dtype)  # doubled under 64-true
 
     def publish(self, ranks: Ranks, *, wanted: bool) -> None:
         """Let every process have a whole policy to sample from, a collective; nothing to do where it is whole.

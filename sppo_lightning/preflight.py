@@ -145,6 +145,7 @@ def workload_of(
     longest_trained_prompt: int,
     device: torch.device,
     processes: int,
+    spread: bool,
 ) -> Workload:
     """Return what decides a run's memory; the module's and the reward's settings have been checked.
 
@@ -158,6 +159,7 @@ def workload_of(
         longest_trained_prompt: of those that may be trained on.
         device: of the first process.
         processes: that share the run, a device each.
+        spread: whether the policy's weights are spread over them.
     """
     return Workload(
         policy=module.live.config,
@@ -175,6 +177,7 @@ def workload_of(
         longest_trained_prompt=longest_trained_prompt,
         device=device,
         processes=processes,
+        spread=spread,
     )
 
 

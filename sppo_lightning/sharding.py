@@ -103,7 +103,7 @@ def spread(model: nn.Module, mesh: DeviceMesh) -> None:
         holder[name] = _from_first_process(holder[name], mesh)
     # gradients are summed up in float32 whatever the weights are; inputs keep their dtypes for autocast
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for part in [*_outermost(model), root]:
+    for part in [*spread_layers(model), root]:
         _place(part, mesh)
         try:
             # the root too: between two forwards its parameters are then the spread ones
@@ -212,8 +212,8 @@ def _call(root: nn.Module, function: Callable[[], T]) -> T:
     return function()
 
 
-def _outermost(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the decoder layers, without those that lie inside another."""
+def spread_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield what is gathered layer by layer: the decoder layers, without those that lie inside another."""
     inside: set[nn.Module] = set()
     for layer in decoder_layers(model):
         if layer not in inside:

@@ -43,7 +43,15 @@ def check_hardware(trainer: pl.Trainer) -> None:
             "nothing: use bf16-mixed (float32 weights, bfloat16 products) or 32-true"
         )
     if isinstance(trainer.strategy, ModelParallelStrategy):
-        _check_spread(trainer.strategy)
+        strategy = trainer.strategy
+        check_spread_sizes(
+            strategy._data_parallel_size, strategy._tensor_parallel_size, processes=trainer.world_size
+        )
+        if not strategy._save_distributed_checkpoint:
+            raise UserError(
+                "trainer.strategy=ModelParallelStrategy with save_distributed_checkpoint=false would gather the "
+                "optimizer's state in the host memory of one process: leave it out; each process then saves its part"
+            )
     elif not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
         raise UserError(strategy_refusal(type(trainer.strategy).__name__, trainer.world_size))
     if torch.are_deterministic_algorithms_enabled() and isinstance(trainer.accelerator, CUDAAccelerator):
@@ -66,23 +74,23 @@ def strategy_refusal(given: str, processes: int) -> str:
     )
 
 
-def _check_spread(strategy: ModelParallelStrategy) -> None:
-    """Refuse tensor parallelism, and sizes that are left to Lightning, which takes it inside a machine."""
-    sizes = {"data_parallel_size": strategy._data_parallel_size}
-    sizes["tensor_parallel_size"] = strategy._tensor_parallel_size
-    if not strategy._save_distributed_checkpoint:
+def check_spread_sizes(data: int | str, tensor: int | str, *, processes: int) -> None:
+    """Refuse tensor parallelism, and sizes that are left to Lightning, which takes it inside a machine.
+
+    Args:
+        data: ``data_parallel_size`` of a ``ModelParallelStrategy``.
+        tensor: its ``tensor_parallel_size``.
+        processes: of the run.
+
+    Raises:
+        UserError: with the setting to use.
+    """
+    if (data, tensor) != (processes, 1):
         raise UserError(
-            "trainer.strategy=ModelParallelStrategy with save_distributed_checkpoint=false would gather the "
-            "optimizer's state in the host memory of one process: leave it out; each process then saves its part"
+            f"trainer.strategy=ModelParallelStrategy with data_parallel_size={data}, tensor_parallel_size={tensor} for "
+            f"{processes} processes: weights are spread over all of them and no product is split, but auto, the "
+            f"default, splits products inside each machine; say both sizes: {SPREAD.format(processes=processes)}"
         )
-    if sizes == {"data_parallel_size": strategy.world_size, "tensor_parallel_size": 1}:
-        return
-    given = ", ".join(f"{name}={size}" for name, size in sizes.items())
-    raise UserError(
-        f"trainer.strategy=ModelParallelStrategy with {given} over {strategy.world_size} processes: weights are spread "
-        "over all processes and no product is split, but auto (the default) splits products inside each machine; say "
-        f"both sizes: {SPREAD.format(processes=strategy.world_size)}"
-    )
 
 
 class TrainerRanks(Ranks):
