@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from sppo_lightning.batching import accumulation_steps
@@ -109,6 +110,7 @@ class Preflight:
             longest_trained_prompt=longest_trained_prompt,
             device=self.trainer.strategy.root_device,
             processes=self.trainer.world_size,
+            spread=isinstance(self.trainer.strategy, ModelParallelStrategy),
         )
 
 
@@ -232,6 +234,7 @@ def workload_of(
     longest_trained_prompt: int,
     device: torch.device,
     processes: int,
+    spread: bool,
 ) -> Workload:
     """Return what decides a run's memory; the module's and the reward's settings have been checked.
 
@@ -245,6 +248,7 @@ def workload_of(
         longest_trained_prompt: of those that may be trained on.
         device: of the first process.
         processes: that share the run, a device each.
+        spread: whether the policy's weights are spread over them.
     """
     return Workload(
         policy=module.live.config,
@@ -262,6 +266,7 @@ def workload_of(
         longest_trained_prompt=longest_trained_prompt,
         device=device,
         processes=processes,
+        spread=spread,
     )
 
 

@@ -21,6 +21,10 @@ class ReferencePolicy(Protocol):
     def reference_stays(self) -> bool:
         """Whether all iterations have the same reference."""
 
+    @property
+    def reads_together(self) -> bool:
+        """Whether all processes have to read equally many batches, since each of them holds a part of the weights."""
+
     def reference_fingerprint(self) -> str:
         """Return a digest of the reference that is held."""
 
@@ -80,13 +84,19 @@ def reference_pass(
                 "run was started with, or start anew in another trainer.default_root_dir"
             )
         for rows in mine:
-            slot = StepSlot(step=0, steps=1, step_pairs=len(rows), first_in_step=True, last_in_step=True)
-            batch = collate([pairs[row] for row in rows], layout=layout, real=len(rows), slot=slot)
+            batch = _batch(pairs, rows, layout)
             logps = reference.reference_logps(batch)
             sides[:, rows] = torch.stack([logps.chosen, logps.rejected])
             done += len(rows)
             tokens += batch.rows.input_ids.numel()
             report(done, total, tokens)
+        if reference.reads_together and len(mine) < -(-len(batches) // ranks.world_size):
+            reference.reference_logps(_batch(pairs, batches[0], layout))  # for the others, who have one more
     for part in ranks.gather([sides]):
         sides = torch.where(sides.isnan(), part[0], sides)
     return pairs.with_reference(*sides.tolist()), fingerprint
+
+
+def _batch(pairs: PairTable, rows: list[int], layout: PairLayout) -> PairBatch:
+    slot = StepSlot(step=0, steps=1, step_pairs=len(rows), first_in_step=True, last_in_step=True)
+    return collate([pairs[row] for row in rows], layout=layout, real=len(rows), slot=slot)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import byte_tokenizer, cli_arguments, letter_reward, tiny_config
+from jsonargparse import Namespace
 from transformers import LlamaConfig
 
 from sppo_lightning.__main__ import main
@@ -160,8 +161,28 @@ def test_hardware_of_a_trainer(
 
 
 def test_a_strategy_that_fit_refuses_is_refused() -> None:
-    with pytest.raises(UserError, match=r"trainer\.strategy=fsdp is not supported: use one device or ddp"):
-        planned_hardware("gpu", 8, 1, "fsdp")
+    for name in (
+        "fsdp",
+        "deepspeed_stage_3",
+        Namespace(class_path="lightning.pytorch.strategies.FSDPStrategy"),
+    ):
+        with pytest.raises(
+            UserError, match=r"is not supported: use one device or ddp; for a model larger than a"
+        ):
+            planned_hardware("gpu", 8, 1, name)
+
+
+def test_weights_may_be_spread_over_all_processes() -> None:
+    def strategy(**sizes: int) -> Namespace:
+        return Namespace(
+            class_path="lightning.pytorch.strategies.ModelParallelStrategy", init_args=Namespace(sizes)
+        )
+
+    found = planned_hardware("gpu", 8, 2, strategy(data_parallel_size=16, tensor_parallel_size=1))
+    assert found == Hardware(torch.device("cuda"), 16, spread=True)
+    given = r"data_parallel_size=8, tensor_parallel_size=auto for 16 processes: .* \{data_parallel_size: 16, tensor"
+    with pytest.raises(UserError, match=given):
+        planned_hardware("gpu", 8, 2, strategy(data_parallel_size=8))
 
 
 class TwoRanks(Ranks):
