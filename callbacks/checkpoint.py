@@ -17,6 +17,7 @@ from sppo_lightning.batching import PairBatch
 from sppo_lightning.checkpoint_files import DurableCheckpointIO, sharded_path, switch_to_sharded
 from sppo_lightning.datamodule import self_play_data
 from sppo_lightning.metrics_csv import MetricsCSV
+from sppo_lightning.pruning import prune
 from sppo_lightning.trainer import is_dev_run
 
 KEY = "sppo_lightning.RunCheckpoint"
@@ -79,6 +80,8 @@ class RunCheckpoint(Checkpoint):
             datamodule.stop.hold()
             self._saved_step = -1  # its end is new, even where its steps are not
             self._save_or_stop(trainer, True)
+            if datamodule.keep_iterations is not None and trainer.is_global_zero and not is_dev_run(trainer):
+                prune(datamodule.folder, datamodule.current_iteration + 1, datamodule.keep_iterations)
             datamodule.stop.release()
 
     def _save_or_stop(self, trainer: pl.Trainer, due: bool) -> None:

@@ -11,10 +11,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
 from sppo_lightning.datamodule import self_play_data
+from sppo_lightning.durable import write_atomically
 from sppo_lightning.export.run import RECORD
 from sppo_lightning.live_policy import LivePolicy
 from sppo_lightning.module import PreferenceModule
-from sppo_lightning.rollouts import write_atomically
 from sppo_lightning.trainer import is_dev_run
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
-from sppo_lightning.rollouts import write_atomically
+from sppo_lightning.durable import write_atomically
 from sppo_lightning.trainer import is_dev_run
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
+from sppo_lightning.durable import disk_error
+from sppo_lightning.run_lock import is_first_process
 from sppo_lightning.types import Stopped, UserError
 
 
@@ -23,12 +27,20 @@ def main(args: list[str] | None = None) -> None:
     except UserError as error:
         _leave(str(error))
     except Stopped as stop:
+        if not is_first_process(os.environ):
+            sys.exit(
+                0
+            )  # the first one speaks for the run, and Lightning kills it where another leaves with an error
         print(
-            f"sppo-lightning: stopped by {stop.signal.name}. What is finished is on disk: the same command goes on "
-            "from there.",
+            f"sppo-lightning: {stop}. What is finished is on disk: the same command goes on from there.",
             file=sys.stderr,
         )
         sys.exit(128 + stop.signal)
+    except OSError as error:
+        told = disk_error(error, Path(error.filename or Path.cwd()))
+        if told is None:
+            raise
+        _leave(str(told))
     except SyntaxError as error:  # of a module that the config names
         _leave(f"{error.filename}:{error.lineno}: {error.msg}: correct that line")
 

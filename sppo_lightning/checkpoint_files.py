@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from sppo_lightning.durable import replacing, sync_folder
+from sppo_lightning.durable import record_sizes, replacing, sync_folder
 
 PART = "step-"  # begins the names of sharded checkpoints
 
@@ -30,7 +30,9 @@ class DurableCheckpointIO(TorchCheckpointIO):
         with replacing(Path(path)) as file:
             try:
                 torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch closes its archive behind a failed write, and complains of that
+            except (
+                RuntimeError
+            ) as error:  # torch closes its archive behind a failed write, and complains of that
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from error
                 raise
@@ -57,7 +59,7 @@ def switch_to_sharded(last: Path, shards: Path) -> None:
     for file in shards.iterdir():
         with file.open("rb") as content:
             os.fsync(content.fileno())
-    sync_folder(shards)
+    record_sizes(shards)
     link = last.with_name(f".{last.name}.new")
     link.unlink(missing_ok=True)
     link.symlink_to(shards.name, target_is_directory=True)

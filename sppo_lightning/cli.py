@@ -7,6 +7,7 @@ import os
 import pkgutil
 import sys
 import warnings
+from contextlib import ExitStack
 from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -30,12 +31,14 @@ from sppo_lightning.callbacks import (
 )
 from sppo_lightning.callbacks.run_config import RunConfigFile
 from sppo_lightning.datamodule import SelfPlayDataModule
+from sppo_lightning.durable import remove_leftovers
 from sppo_lightning.estimate import SelfPlayTrainer, planned_hardware
 from sppo_lightning.metrics_csv import MetricsCSV
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.parse_errors import check_config_files, explain
 from sppo_lightning.policy_config import PolicyConfig
-from sppo_lightning.run_config import check_checkpoint, check_same_run, check_writable
+from sppo_lightning.run_config import check_checkpoint, check_writable, resume_path, verify_checkpoint
+from sppo_lightning.run_lock import RunLock, is_first_process
 from sppo_lightning.types import UserError
 
 # Trainer flags that the loop sets by itself: the value they must keep, and what to do instead
@@ -77,6 +80,11 @@ class Parser(LightningArgumentParser):
 
 class SelfPlayCLI(LightningCLI):
     """``fit``, ``validate``, ``test``, ``predict`` and ``estimate`` of the self-play trainer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.start: Path | None = None  # checkpoint of the run folder that fit goes on from
+        with ExitStack() as self._held:
+            super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -137,8 +145,23 @@ class SelfPlayCLI(LightningCLI):
             wanted.accelerator, wanted.devices, wanted.num_nodes, wanted.strategy = "cpu", 1, 1, "auto"
         elif not config.trainer.fast_dev_run:
             check_writable(self.root)
+            if is_first_process(os.environ):
+                self._hold_folder()
             if self.subcommand == "fit":
-                check_same_run(self.root, self.run_config)
+                given = config.get("ckpt_path")
+                self.start = resume_path(
+                    self.root,
+                    config.data.resume,
+                    self.run_config,
+                    given=None if given is None else Path(given),
+                )
+
+    def _hold_folder(self) -> None:
+        """Keep other runs out of the run folder until this one has ended."""
+        lock = RunLock(self.root)
+        self._held.enter_context(lock)
+        if lock.held:
+            remove_leftovers(self.root)
 
     def _check_optimizer(self, optimizer: Any) -> None:
         """Refuse optimizer settings that the module sets by itself."""
@@ -204,21 +227,20 @@ class SelfPlayCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Read checkpoints safely, and go on from the run's own one."""
-        config = self.config[subcommand]
         kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "estimate":
             return {**kwargs, "hardware": self.hardware}
         if kwargs.get("weights_only") is False:
             raise UserError("weights_only=false would run code from a checkpoint: leave it out")
         kwargs["weights_only"] = True
-        last = self.root / "checkpoints" / "last.ckpt"
         given = kwargs.get("ckpt_path")
         if given is not None:
             check_checkpoint(Path(given), "ckpt_path")
-        elif subcommand == "fit" and last.exists() and not config.trainer.fast_dev_run:
-            check_checkpoint(last, "the run's own checkpoint")
-            print(f"Continuing the run in {self.root} from {last}", file=sys.stderr)
-            kwargs["ckpt_path"] = str(last)
+        elif self.start is not None:
+            print(f"Continuing the run in {self.root} from {self.start}", file=sys.stderr)
+            kwargs["ckpt_path"] = str(self.start)
+        if kwargs.get("ckpt_path") is not None and is_first_process(os.environ):
+            verify_checkpoint(Path(kwargs["ckpt_path"]))
         return kwargs
 
 

@@ -9,11 +9,13 @@ from typing import NamedTuple, overload
 
 import torch
 
+from sppo_lightning.durable import set_aside
 from sppo_lightning.generation import Generator, PolicySource, SampleRequest
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rollouts import ShardKey, ShardStore
 from sppo_lightning.scoring import FailureWatch, ScoredRows, UnfinishedRule, score_rows
 from sppo_lightning.seeding import derive_seed
+from sppo_lightning.shards import prompts_per_shard
 from sppo_lightning.types import EncodedPrompt, Phase, PhaseObserver, PhaseProgress, Ranks, Rollout, UserError
 
 
@@ -60,7 +62,7 @@ class Collector:
         policy: where the engine takes its weights from.
         device: where the reward is loaded.
         seed: the run's seed.
-        prompts_per_shard: prompts of one Parquet file.
+        prompts_per_shard: prompts of one Parquet file; ``None``: see :func:`~sppo_lightning.shards.prompts_per_shard`.
         ranks: the processes that share the work.
         observers: who follows the phases.
         unfinished: what becomes of responses that a length limit cut; held-out answers are always kept.
@@ -72,7 +74,7 @@ class Collector:
     policy: PolicySource
     device: torch.device
     seed: int
-    prompts_per_shard: int
+    prompts_per_shard: int | None
     ranks: Ranks
     observers: Sequence[PhaseObserver]
     unfinished: UnfinishedRule = field(default_factory=UnfinishedRule)
@@ -120,7 +122,11 @@ class Collector:
         return list(store.read_all(name))
 
     def _shards(self, wanted: Sequence[Wanted]) -> list[Sequence[Wanted]]:
-        size = self.prompts_per_shard
+        size = self.prompts_per_shard or prompts_per_shard(
+            len(wanted),
+            max((len(item.sample_indices) for item in wanted), default=1),
+            max_new_tokens=self.generator.max_new_tokens,
+        )
         return [wanted[start : start + size] for start in range(0, len(wanted), size)]
 
     def _mine(self, shards: list[Sequence[Wanted]]) -> list[int]:
@@ -153,6 +159,7 @@ class Collector:
                 rows: list[list[Rollout]] = [[] for _ in shard]
                 requests = [self._request(item, iteration, greedy) for item in shard]
                 for answer in self.generator.generate(requests):
+                    self.ranks.check()
                     item = shard[answer.request]
                     rows[answer.request] = [
                         Rollout(
@@ -209,6 +216,7 @@ class Collector:
             self.notify("scoring", iteration, done, total, tokens)
             self.reward.load(self.device)
             for number in pending:
+                self.ranks.check()
                 rows = store.read(name, number)
                 assert rows is not None
                 prompts = {item.prompt.prompt.id: item.prompt.prompt for item in shards[number]}
@@ -250,9 +258,15 @@ def _key(store: ShardStore, name: str, number: int) -> ShardKey:
 
 
 def _present(store: ShardStore, name: str, number: int, shards: list[Sequence[Wanted]]) -> bool:
-    key = store.key(name, number)
-    if key is None:
+    """Whether a shard is stored; a damaged one is kept aside, since the policy that gave it is still here."""
+    if not store.path(name, number).exists():
         return False
+    try:
+        store.check(name, number)
+    except UserError:
+        set_aside(store.path(name, number))
+        return False
+    key = _key(store, name, number)
     expected = [(item.prompt.prompt.id, index) for item in shards[number] for index in item.sample_indices]
     if key.rows != expected:
         raise UserError(

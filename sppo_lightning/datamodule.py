@@ -26,14 +26,15 @@ from sppo_lightning.pairs import PairTable
 from sppo_lightning.preflight import Preflight, read_stage_prompts, shrink
 from sppo_lightning.prompt_sets import PromptSets
 from sppo_lightning.prompt_table import EncodedPrompts
+from sppo_lightning.rendezvous import FileRanks
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rollouts import RunFolder, describe
 from sppo_lightning.rules import IterationRules
 from sppo_lightning.scoring import UnfinishedRule
 from sppo_lightning.selection import AllPairs, AllPrompts, Curriculum, RandomOrder, Schedule, Selection
 from sppo_lightning.stop_signal import StopSignal
-from sppo_lightning.trainer import TrainerRanks, fit_position, is_dev_run, stand_before_epoch
-from sppo_lightning.types import PhaseObserver, Stopped, UserError
+from sppo_lightning.trainer import fit_position, is_dev_run, meet, stand_before_epoch
+from sppo_lightning.types import PhaseObserver, ResumeMode, Stopped, UserError, first_line
 
 Sources = str | list[str]
 
@@ -60,7 +61,10 @@ class SelfPlayDataModule(pl.LightningDataModule):
         test_prompts: held-out prompts of ``test``.
         predict_prompts: prompts of ``predict``.
         max_prompt_tokens: longer prompts are dropped and counted, never truncated.
-        prompts_per_shard: prompts of one rollout file, the unit of work and of recovery.
+        prompts_per_shard: prompts of one rollout file, the unit of work and of recovery; ``None``: by the number of
+            prompts and of their responses, see :func:`~sppo_lightning.shards.prompts_per_shard`.
+        keep_iterations: how many of the latest finished iterations keep their responses on disk; the others keep
+            manifest, difficulties and pairs. ``None``: all.
         system_prompt: opens the conversations that have no system message of their own; the policy sees it, the
             reward does not.
         unfinished: what becomes of a response that its length limit cut: ``keep`` it as it is, ``drop`` it, or
@@ -69,6 +73,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
         max_failed_share: share of a phase's responses that may fail (no finite reward, no answer from a server),
             in [0, 1]; more is an error.
         memory_check: what becomes of a run that is estimated to need more memory than its device has.
+        resume: what ``fit`` does with a folder that holds a run of this config: ``auto`` goes on with it; ``never``
+            refuses it; ``must`` refuses one that has no checkpoint. The command line reads it.
         seed: decides every random choice of the loop; linked to ``seed_everything`` by the CLI.
     """
 
@@ -92,12 +98,14 @@ class SelfPlayDataModule(pl.LightningDataModule):
         test_prompts: Sources | None = None,
         predict_prompts: Sources | None = None,
         max_prompt_tokens: int = 1024,
-        prompts_per_shard: int = 32,
+        prompts_per_shard: int | None = None,
+        keep_iterations: int | None = None,
         system_prompt: str | None = None,
         unfinished: Literal["keep", "drop", "penalise"] = "keep",
         unfinished_penalty: float | None = None,
         max_failed_share: float = 0.5,
         memory_check: Literal["refuse", "warn"] = "refuse",
+        resume: ResumeMode = "auto",
         seed: int = 42,
     ) -> None:
         super().__init__()
@@ -105,15 +113,17 @@ class SelfPlayDataModule(pl.LightningDataModule):
             "epochs_per_iteration": epochs_per_iteration,
             "max_prompt_tokens": max_prompt_tokens,
             "prompts_per_shard": prompts_per_shard,
+            "keep_iterations": keep_iterations,
         }
         for name, value in sizes.items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"data.{name}={value} must be at least 1")
         if not 0 <= max_failed_share <= 1:
             raise ValueError(f"data.max_failed_share={max_failed_share} must lie in [0, 1]")
         self.unfinished = UnfinishedRule(unfinished, unfinished_penalty)
         self.max_failed_share = max_failed_share
         self.memory_check = memory_check
+        self.resume = resume
         self.rules = IterationRules(
             iterations=iterations,
             samples_per_prompt=samples_per_prompt,
@@ -136,6 +146,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         }
         self.epochs_per_iteration = epochs_per_iteration
         self.prompts_per_shard = prompts_per_shard
+        self.keep_iterations = keep_iterations
         self.prompt_sets = PromptSets(
             {
                 "prompts": prompts,
@@ -148,6 +159,9 @@ class SelfPlayDataModule(pl.LightningDataModule):
         )
         self.observers: list[PhaseObserver] = []
         self.stop = StopSignal()
+        self.ranks: FileRanks = FileRanks(
+            Path(), rank=0, world_size=1
+        )  # until set-up says how many there are
         self._state = IterationState()
 
     # ------------------------------------------------------------------ set-up
@@ -155,8 +169,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read and check the prompts, before any model loads."""
         assert self.trainer is not None
-        self.ranks = TrainerRanks(self.trainer)
         self.folder = RunFolder(Path(self.trainer.default_root_dir))
+        self.ranks = meet(self.trainer, self.folder.root)
         if stage == "fit" and is_dev_run(self.trainer):
             read_stage_prompts(self.prompt_sets, stage)
             self.rules = shrink(self.prompt_sets, self.rules)
@@ -177,16 +191,22 @@ class SelfPlayDataModule(pl.LightningDataModule):
             self.folder = RunFolder(Path(self.ranks.same(own)))
 
     def teardown(self, stage: str) -> None:
-        """Listen to signals no longer, and remove what a dev run left."""
+        """Listen to signals no longer, part from the other processes, and remove what a dev run left."""
         assert self.trainer is not None
         self.stop.ignore()
+        self.ranks.close()
         if is_dev_run(self.trainer) and self.ranks.rank == 0:
             shutil.rmtree(self.folder.root, ignore_errors=True)
 
     def on_exception(self, exception: BaseException) -> None:
-        """Listen to signals no longer; where one of them ended the run, another may still end its tear-down."""
+        """Tell the other processes that this one ends, and why.
+
+        Where a signal ended the run, another may still end its tear-down.
+        """
         if not isinstance(exception, Stopped):
             self.stop.ignore()
+        self.ranks.fail(first_line(exception))
+        self.ranks.close()
 
     @property
     def module(self) -> PreferenceModule:
@@ -241,6 +261,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
                 policy_fingerprint=self.module.live.fingerprint(),
                 builder=self._builder,
                 global_step=step,
+                ranks=self.ranks,
             )
         else:
             self._state.reopen(folder=self.folder)

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from sppo_lightning.types import UserError
 
 LOGGER = logging.getLogger(__name__)
+SIZES = "sizes.json"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
@@ -109,12 +110,12 @@ def _free_space(path: Path) -> str:
         return "free space unknown"
 
 
-def set_aside(path: Path, *, why: str) -> None:
+def set_aside(path: Path) -> None:
     """Rename a damaged file to ``<name>.damaged``, so that nothing is lost, and say so."""
     taken = [place.name for place in path.parent.glob(f"{path.name}.damaged*")]
     kept = path.with_name(f"{path.name}.damaged" + (f"-{len(taken) + 1}" if taken else ""))
     path.rename(kept)
-    LOGGER.warning("%s: kept as %s and made anew", why, kept.name)
+    LOGGER.warning("%s is damaged: it is kept as %s and made anew", path, kept.name)
 
 
 def remove_leftovers(root: Path) -> list[Path]:
@@ -134,9 +135,32 @@ def remove_leftovers(root: Path) -> list[Path]:
     return found
 
 
+def record_sizes(folder: Path) -> None:
+    """Write down how large a folder's files are, for :func:`changed_files`."""
+    write_atomically(folder / SIZES, sealed(_sizes(folder)))
+
+
+def changed_files(folder: Path) -> str | None:
+    """Return what is no longer as :func:`record_sizes` found it, in words; ``None``: all is, or nothing was written."""
+    if not (folder / SIZES).exists():
+        return None
+    try:
+        before = unsealed((folder / SIZES).read_bytes())
+    except ValueError as error:
+        return f"{SIZES}: {error}"
+    now = _sizes(folder)
+    changed = [name for name in before if now.get(name) != before[name]]
+    return f"{', '.join(changed)} gone or cut short" if changed else None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != SIZES}
+
+
 def sealed(content: Mapping[str, Any]) -> bytes:
     """Return JSON that knows its own digest, so that no flipped bit goes unnoticed."""
-    return json.dumps({**content, "digest": _digest(content)}, indent=2, sort_keys=True).encode()
+    plain = json.loads(json.dumps(content))  # with the keys and numbers that a reader will find
+    return json.dumps({**plain, "digest": _digest(plain)}, indent=2, sort_keys=True).encode()
 
 
 def unsealed(content: bytes) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,16 +17,17 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from sppo_lightning.collect import Collector
+from sppo_lightning.durable import sealed, set_aside, unsealed, write_atomically
 from sppo_lightning.metrics import EvaluationBatch
 from sppo_lightning.rollouts import (
     RunFolder,
     ShardStore,
     read_rollouts,
-    write_atomically,
     write_rollouts,
 )
 from sppo_lightning.types import EncodedPrompt, Ranks, Rollout, UserError
 
+LOGGER = logging.getLogger(__name__)
 BATCH = 256  # stored answers aggregated at once
 
 
@@ -92,16 +94,35 @@ class HeldOut:
         Raises:
             UserError: if the folder holds answers to other prompts, or scores of another reward.
         """
-        place = self.place(finished)
-        manifest = place / "manifest.json"
-        if not manifest.exists():
+        manifest = self._manifest(finished)
+        if manifest is None:
             return None
-        if json.loads(manifest.read_bytes())["asked"] != self._asked():
+        place = self.place(finished)
+        if manifest["asked"] != self._asked():
             raise UserError(
                 f"{place} holds answers to other prompts, or from another data.generator or data.reward: use "
                 "another trainer.default_root_dir, or delete that folder"
             )
-        return read_rollouts(place / "rollouts.parquet")
+        try:
+            return read_rollouts(place / "rollouts.parquet")
+        except UserError:
+            self._set_aside(place / "rollouts.parquet")
+            return None
+
+    def _manifest(self, finished: int) -> dict[str, Any] | None:
+        """Return what made the stored answers; one that is damaged is kept aside, since answers can be given again."""
+        path = self.place(finished) / "manifest.json"
+        if not path.exists():
+            return None
+        try:
+            return unsealed(path.read_bytes())
+        except ValueError:
+            self._set_aside(path)
+            return None
+
+    def _set_aside(self, path: Path) -> None:
+        if self.collector.ranks.rank == 0 and path.exists():
+            set_aside(path)
 
     def answer(
         self,
@@ -121,18 +142,16 @@ class HeldOut:
             UserError: if the folder holds another policy's answers that are not to be replaced.
         """
         place = self.place(finished)
-        final, manifest = place / "rollouts.parquet", place / "manifest.json"
         made_by = {"policy_fingerprint": policy_fingerprint, "asked": self._asked()}
-        stored = self._stored(finished)
-        if stored is not None:
-            if json.loads(manifest.read_bytes()) == made_by:
-                self._remove_parts(place)  # a killed run may have left them
-                return stored
-            if not self.replace_others:
-                raise UserError(
-                    f"{place} holds the answers of another policy: name this one's checkpoint with --ckpt_path, or "
-                    "use another trainer.default_root_dir"
-                )
+        stored, manifest = self._stored(finished), self._manifest(finished)
+        if stored is not None and manifest == made_by:
+            self._remove_parts(place)  # a killed run may have left them
+            return stored
+        if manifest not in (None, made_by) and not self.replace_others:
+            raise UserError(
+                f"{place} holds the answers of another policy: name this one's checkpoint with --ckpt_path, or use "
+                "another trainer.default_root_dir"
+            )
         ranks = self.collector.ranks
         identity = hashlib.blake2b(json.dumps(made_by).encode(), digest_size=6).hexdigest()
         parts = place / f"parts-{identity}"
@@ -146,8 +165,8 @@ class HeldOut:
         )
         ranks.barrier("evaluation read")
         if ranks.rank == 0:
-            write_rollouts(final, rows)
-            write_atomically(manifest, json.dumps(made_by).encode())
+            write_rollouts(place / "rollouts.parquet", rows)
+            write_atomically(place / "manifest.json", sealed(made_by))
         self._remove_parts(place)
         ranks.barrier("evaluation written")
         return rows
@@ -185,9 +204,15 @@ class EvaluationLoader:
 
 
 def load_evaluation(folder: Path) -> list[Rollout] | None:
-    """Return stored answers, or ``None`` if there are none."""
+    """Return stored answers, or ``None`` if there are none that can be read."""
     final = folder / "rollouts.parquet"
-    return read_rollouts(final) if final.exists() else None
+    if not final.exists():
+        return None
+    try:
+        return read_rollouts(final)
+    except UserError as error:
+        LOGGER.warning("%s. Its numbers are left out", error)
+        return None
 
 
 def measure(rows: Sequence[Rollout], baseline: Sequence[Rollout] | None) -> EvaluationBatch:

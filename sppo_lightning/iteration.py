@@ -6,9 +6,8 @@ Everything lands in the iteration's store as it comes; a second call goes on whe
 from __future__ import annotations
 
 import logging
-from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,18 +22,14 @@ from sppo_lightning.difficulty import (
     reward_statistics,
 )
 from sppo_lightning.layouts import PairLayout
-from sppo_lightning.pairing import (
-    main_drop_reason,
-    pair_responses,
-    pair_statistics,
-)
+from sppo_lightning.pairing import main_drop_reason, pair_statistics
+from sppo_lightning.pairing_pass import PairingPass
 from sppo_lightning.pairs import PairTable
 from sppo_lightning.prompt_table import EncodedById
 from sppo_lightning.reference_pass import ReferencePolicy, reference_pass
-from sppo_lightning.rollouts import IterationStore, by_prompt, describe, merged
+from sppo_lightning.rollouts import IterationStore, by_prompt, describe
 from sppo_lightning.rules import IterationRules
-from sppo_lightning.tally import ResponseTally
-from sppo_lightning.types import Phase, PreferencePair, UserError
+from sppo_lightning.types import Phase, UserError
 
 LOGGER = logging.getLogger(__name__)
 
@@ -90,6 +85,9 @@ class IterationBuilder:
         manifest = self._manifest(iteration, policy_fingerprint, reestimation)
         if first and store.read_manifest() is None:
             store.write_manifest({**manifest, "complete": False})
+        self.collector.ranks.barrier(
+            "manifest written"
+        )  # before shards: they would say nothing of their policy
         dropped: Counter[str] = Counter({"too_long": len(self.too_long)})
         candidates = rules.schedule.candidates(
             list(self.prompts), iteration=iteration, iterations=rules.iterations, seed=rules.seed
@@ -104,11 +102,9 @@ class IterationBuilder:
         )
         missing = self._missing(selected, set(due), samples)
         self._collect(store, "topup", missing, iteration, "generating")
-        tally = ResponseTally()
-        rewards: dict[str, array[float]] = {}
-        pairs = PairTable.collect(
-            self._paired(store, candidates, set(selected), iteration, tally, rewards, dropped)
-        )
+        made = PairingPass(rules, self.prompts, iteration)
+        pairs = made.pairs(store.shards, candidates, set(selected))
+        dropped += made.dropped
         pairs, reference = reference_pass(
             pairs,
             self.reference,
@@ -120,7 +116,7 @@ class IterationBuilder:
         )
         paired = ranked.rows(pairs.prompt_ids)
         difficulty = dict(zip(paired.prompt_ids, paired["difficulty"].tolist(), strict=True))
-        statistics = pair_statistics(pairs.prompt_ids, pairs.statistics(), rewards, difficulty)
+        statistics = pair_statistics(pairs.prompt_ids, pairs.statistics(), made.rewards, difficulty)
         keep = rules.pair_selection.select(statistics, iteration=iteration, seed=rules.seed).tolist()
         dropped["pair_not_selected"] = keep.count(False)
         pairs = pairs.kept(keep)
@@ -145,8 +141,8 @@ class IterationBuilder:
                     "reference_fingerprint": reference,
                     "counts": counts,
                     "dropped": dict(dropped),
-                    "responses": tally.counts(),
-                    "metrics": {**tally.metrics(), **_iteration_metrics(ranked, pairs)},
+                    "responses": made.tally.counts(),
+                    "metrics": {**made.tally.metrics(), **_iteration_metrics(ranked, pairs)},
                 }
             )
             LOGGER.info("Iteration %d: policy %s, reference %s", iteration, policy_fingerprint, reference)
@@ -224,42 +220,8 @@ class IterationBuilder:
         if not unknown:
             return Counter()
         lost = set(unknown)
-        groups = by_prompt(store.shards.read_all("probe"))
+        groups = by_prompt(store.shards.stream("probe"))
         return Counter(main_drop_reason(rows) for prompt_id, rows in groups if prompt_id in lost)
-
-    def _paired(
-        self,
-        store: IterationStore,
-        candidates: Sequence[str],
-        selected: set[str],
-        iteration: int,
-        tally: ResponseTally,
-        rewards: dict[str, array[float]],
-        dropped: Counter[str],
-    ) -> Iterator[PreferencePair]:
-        """Stream all responses by: count them in ``tally``, and yield the pairs of the selected prompts.
-
-        ``rewards`` gets the usable rewards of the paired prompts, ``dropped`` the reasons of the others.
-        """
-        sources = (by_prompt(store.shards.read_all(name)) for name in ("probe", "topup"))
-        for prompt_id, rows in merged(candidates, *sources):
-            tally.add(rows)
-            if prompt_id not in selected:
-                continue
-            pair, reason = pair_responses(
-                rows,
-                self.prompts[prompt_id],
-                self.rules.pairing,
-                samples_per_prompt=self.rules.samples_per_prompt,
-                iteration=iteration,
-                seed=self.rules.seed,
-            )
-            if pair is None:
-                dropped[str(reason)] += 1
-            else:
-                usable = (row.reward for row in rows if row.usable and row.reward is not None)
-                rewards[prompt_id] = array("d", usable)
-                yield pair
 
 
 def difficulty_after(

@@ -7,6 +7,7 @@ from typing import Any
 
 from sppo_lightning.batching import StepSampler, pairs_consumed, steps_taken
 from sppo_lightning.difficulty import Reestimation, StatisticsTable, empty_difficulty_table
+from sppo_lightning.integrity import check_trained, is_whole
 from sppo_lightning.iteration import IterationBuilder, difficulty_after
 from sppo_lightning.pairs import PairTable
 from sppo_lightning.rollouts import IterationStore, RunFolder
@@ -42,6 +43,7 @@ class IterationState:
         policy_fingerprint: str,
         builder: Callable[[], IterationBuilder],
         global_step: int,
+        ranks: Ranks,
     ) -> None:
         """Make the data of an iteration that no optimizer step has been taken in, as far as it is not stored.
 
@@ -51,6 +53,7 @@ class IterationState:
             policy_fingerprint: of the weights that enter the iteration.
             builder: called only where data is missing.
             global_step: optimizer steps of the run so far.
+            ranks: the processes that share the run.
 
         Raises:
             UserError: if another policy's data is stored.
@@ -65,7 +68,7 @@ class IterationState:
                 f"{store.folder} was sampled from another policy than the one that enters iteration {iteration}: "
                 "delete the run folder to start anew, or continue from its checkpoints/last.ckpt"
             )
-        if not store.complete:
+        if not is_whole(store, ranks):
             builder().build(
                 store,
                 iteration=iteration,
@@ -87,11 +90,7 @@ class IterationState:
         if self.pairs:
             return
         store = folder.iteration(self.current)
-        if not store.complete:
-            raise UserError(
-                f"{store.folder} is gone or incomplete although the checkpoint was trained on it: restore it, or "
-                "start anew in another trainer.default_root_dir"
-            )
+        check_trained(store)
         if _made_from(store) != self._made_from:
             raise UserError(
                 f"{store.folder} was made from other weights than the data that the checkpoint was trained on: restore "
@@ -176,7 +175,10 @@ class IterationState:
         manifest = store.read_manifest()
         assert manifest is not None
         return difficulty_after(
-            store.shards.rewards(), self.known, iteration=iteration, smoothing=float(manifest["smoothing"])
+            store.kept_shards().rewards(),
+            self.known,
+            iteration=iteration,
+            smoothing=float(manifest["smoothing"]),
         )
 
     def metrics(self, folder: RunFolder) -> dict[str, float]:

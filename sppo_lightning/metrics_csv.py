@@ -14,7 +14,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from sppo_lightning.rollouts import write_atomically
+from sppo_lightning.durable import write_atomically
 
 
 class MetricsCSV(Logger):

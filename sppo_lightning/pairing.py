@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sppo_lightning.difficulty import StatisticsTable, reward_statistics
 from sppo_lightning.seeding import derive_seed
-from sppo_lightning.types import EncodedPrompt, PreferencePair, Rollout
+from sppo_lightning.types import EncodedPrompt, PreferencePair, ScoredRollout
 
 PAIR_COLUMNS = (
     "difficulty",
@@ -78,7 +78,7 @@ class Outcome(NamedTuple):
 
 
 def pair_responses(
-    rows: Sequence[Rollout],
+    rows: Sequence[ScoredRollout],
     prompt: EncodedPrompt,
     pairing: Pairing,
     *,
@@ -128,7 +128,7 @@ def pair_responses(
     return Outcome(pair, None)
 
 
-def main_drop_reason(rows: Sequence[Rollout]) -> str:
+def main_drop_reason(rows: Sequence[ScoredRollout]) -> str:
     """Return the reason that most of a prompt's unusable responses have."""
     reasons = Counter(row.drop_reason or "non_finite_reward" for row in rows if not row.usable)
     return reasons.most_common(1)[0][0] if reasons else "non_finite_reward"

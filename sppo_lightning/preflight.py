@@ -25,7 +25,6 @@ from sppo_lightning.selection import Curriculum, EasyToHard, HardToEasy
 from sppo_lightning.trainer import is_dev_run
 from sppo_lightning.types import EncodedPrompt, Ranks, UserError, first_line
 
-
 PROMPTS_OF = {"validate": "eval_prompts", "test": "test_prompts", "predict": "predict_prompts"}
 
 

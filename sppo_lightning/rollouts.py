@@ -1,28 +1,33 @@
-"""The Parquet store of a run: rollout shards, difficulty, pairs and the manifest of each iteration.
-
-Files are written to a temporary name, fsynced and renamed, so that a reader never sees half a file.
-"""
+"""The Parquet store of a run: rollout shards, difficulty, pairs and the manifest of each iteration."""
 
 from __future__ import annotations
 
-import json
-import os
 from abc import ABCMeta
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
 from sppo_lightning.difficulty import DIFFICULTY_COLUMNS, StatisticsTable
+from sppo_lightning.durable import disk_error, replacing, sealed, unsealed, write_atomically
 from sppo_lightning.pairs import PAIR_SCHEMA, PairTable
-from sppo_lightning.types import Rollout, UserError, first_line
+from sppo_lightning.stored_rollouts import (
+    STORED_COLUMNS,
+    StoredRollout,
+    TokenColumn,
+    parts_of,
+    stored_rollouts,
+    usable_rows,
+)
+from sppo_lightning.types import Rollout, ScoredRollout, UserError, first_line
+
+Row = TypeVar("Row", bound=ScoredRollout)
 
 ROLLOUT_SCHEMA = pa.schema(
     [
@@ -45,6 +50,7 @@ FREE_SETTINGS = {
 _KEY_SCHEMA = pa.schema(
     [ROLLOUT_SCHEMA.field(name) for name in ("prompt_id", "sample_index", "reward", "drop_reason")]
 )
+_STORED_SCHEMA = pa.schema([ROLLOUT_SCHEMA.field(name) for name in STORED_COLUMNS])
 _REWARD_SCHEMA = pa.schema([ROLLOUT_SCHEMA.field(name) for name in ("prompt_id", "reward", "drop_reason")])
 _COUNTS = ("estimated_iteration", "samples")
 ROWS_IN_WRITING = 1024  # of a table, held a second time, encoded
@@ -55,33 +61,20 @@ DIFFICULTY_SCHEMA = pa.schema(
 )
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is either whole or absent, also after a crash."""
-    with _replacing(path) as file:
-        file.write(content)
-
-
 def _write_table(path: Path, table: pa.Table) -> None:
-    with _replacing(path) as file:
+    with replacing(path) as file:
         pq.write_table(
             table, file, compression="zstd", write_page_checksum=True, row_group_size=ROWS_IN_WRITING
         )
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes its name once it is whole and on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """Return the columns of ``schema``."""
+    """Return the columns of ``schema``.
+
+    Raises:
+        UserError: if the file is damaged.
+        OSError: if the disk does not let it be read, which says nothing about the file.
+    """
     try:
         table = pq.read_table(
             path,
@@ -92,7 +85,20 @@ def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
         )
         return table.select(schema.names).cast(schema)
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({first_line(error)}): delete it and run again") from error
+        if disk_error(error, path) is not None:
+            raise
+        what = "gone" if isinstance(error, FileNotFoundError) else f"damaged ({first_line(error)})"
+        raise UserError(
+            f"{path} is {what}: restore it from a copy, or give the same command again, which "
+            "keeps it aside and makes it anew if its iteration has not been trained on"
+        ) from error
+
+
+def _row_count(path: Path) -> int:
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (pa.ArrowException, OSError):
+        return 0  # damaged: as good as gone
 
 
 class ShardStore:
@@ -114,6 +120,23 @@ class ShardStore:
         path = self.path(name, number)
         return read_rollouts(path) if path.exists() else None
 
+    def check(self, name: str, number: int) -> None:
+        """Read all of a shard, as its parts are not where only some columns are asked for.
+
+        Raises:
+            UserError: if it is damaged.
+        """
+        _read_table(self.path(name, number), ROLLOUT_SCHEMA)
+
+    def check_all(self) -> None:
+        """Read all of all shards.
+
+        Raises:
+            UserError: if one is damaged.
+        """
+        for path in self._paths("*"):
+            _read_table(path, ROLLOUT_SCHEMA)
+
     def key(self, name: str, number: int) -> ShardKey | None:
         """Return what a shard holds, without its texts and tokens; ``None`` if it has not been written."""
         path = self.path(name, number)
@@ -124,18 +147,26 @@ class ShardStore:
         reasons = table["drop_reason"].drop_null().to_pylist()
         return ShardKey(list(zip(*columns, strict=True)), table["reward"].null_count == 0, reasons)
 
+    def count(self, name: str = "*") -> int:
+        """Return the rows of all shards of ``name``, whatever is in them."""
+        return sum(_row_count(path) for path in self._paths(name))
+
     def read_all(self, name: str = "*") -> Iterator[Rollout]:
         """Yield the rows of all shards of ``name``, shard by shard."""
         for path in self._paths(name):
             yield from read_rollouts(path)
+
+    def stream(self, name: str = "*") -> Iterator[StoredRollout]:
+        """Yield the rows of all shards of ``name``, of which only what is looked at becomes objects."""
+        for path in self._paths(name):
+            yield from stored_rollouts(_read_table(path, _STORED_SCHEMA))
 
     def rewards(self, name: str = "*") -> dict[str, array[float]]:
         """Return the rewards of the usable responses, by prompt id, in the order of the shards."""
         found: dict[str, array[float]] = {}
         for path in self._paths(name):
             table = _read_table(path, _REWARD_SCHEMA)
-            usable = pc.and_(pc.is_null(table["drop_reason"]), pc.is_finite(table["reward"]))
-            table = table.filter(usable)
+            table = table.filter(usable_rows(table))
             for prompt_id, reward in zip(
                 table["prompt_id"].to_pylist(), table["reward"].to_pylist(), strict=True
             ):
@@ -162,22 +193,21 @@ def write_rollouts(path: Path, rows: Sequence[Rollout]) -> None:
 
 def read_rollouts(path: Path) -> list[Rollout]:
     """Return the rows of a rollout file."""
-    rows = _read_table(path, ROLLOUT_SCHEMA).to_pylist()
-    return [
-        Rollout(**{**row, "token_ids": tuple(row["token_ids"]), "reward_parts": dict(row["reward_parts"])})
-        for row in rows
-    ]
+    table = _read_table(path, ROLLOUT_SCHEMA)
+    special = {"token_ids": TokenColumn(table["token_ids"]), "reward_parts": parts_of(table)}
+    columns = [special[name] if name in special else table[name].to_pylist() for name in ROLLOUT_SCHEMA.names]
+    return [Rollout(*fields) for fields in zip(*columns, strict=True)]
 
 
-def by_prompt(rows: Iterable[Rollout]) -> Iterator[tuple[str, list[Rollout]]]:
+def by_prompt(rows: Iterable[Row]) -> Iterator[tuple[str, list[Row]]]:
     """Yield each prompt with its rows, which must be neighbours."""
-    for prompt_id, group in groupby(rows, key=lambda row: row.prompt_id):
+    for prompt_id, group in groupby(rows, key=attrgetter("prompt_id")):
         yield prompt_id, list(group)
 
 
 def merged(
-    prompt_ids: Iterable[str], *sources: Iterator[tuple[str, list[Rollout]]]
-) -> Iterator[tuple[str, list[Rollout]]]:
+    prompt_ids: Iterable[str], *sources: Iterator[tuple[str, list[Row]]]
+) -> Iterator[tuple[str, list[Row]]]:
     """Yield each prompt with its rows from all ``sources``, of which one prompt is held at a time.
 
     Args:
@@ -186,7 +216,7 @@ def merged(
     """
     heads = [next(source, None) for source in sources]
     for prompt_id in prompt_ids:
-        rows: list[Rollout] = []
+        rows: list[Row] = []
         for number, source in enumerate(sources):
             head = heads[number]
             if head is not None and head[0] == prompt_id:
@@ -212,9 +242,7 @@ class IterationStore:
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Write what made the iteration."""
-        write_atomically(
-            self.folder / "manifest.json", json.dumps(manifest, indent=2, sort_keys=True).encode()
-        )
+        write_atomically(self.folder / "manifest.json", sealed(manifest))
 
     def read_manifest(self) -> dict[str, Any] | None:
         """Return the manifest, or ``None`` before the iteration began."""
@@ -222,10 +250,37 @@ class IterationStore:
         if not path.exists():
             return None
         try:
-            manifest: dict[str, Any] = json.loads(path.read_bytes())
+            return unsealed(path.read_bytes())
         except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}): delete {self.folder} and run again") from error
-        return manifest
+            raise UserError(
+                f"{path} is damaged ({error}), and nothing else says which policy gave these rollouts: restore it "
+                f"from a copy; if iteration {self.folder.name} has not been trained on, you can rename {self.folder} "
+                "and run again"
+            ) from error
+
+    @property
+    def pruned(self) -> bool:
+        """Whether the iteration's responses are gone, or about to be."""
+        manifest = self.read_manifest()
+        return manifest is not None and bool(manifest.get("pruned"))
+
+    def mark_pruned(self) -> None:
+        """Say in the manifest that the iteration's responses are not all there any more."""
+        if not self.pruned:
+            self.write_manifest({**(self.read_manifest() or {}), "pruned": True})
+
+    def kept_shards(self) -> ShardStore:
+        """Return the iteration's responses.
+
+        Raises:
+            UserError: if they were deleted.
+        """
+        if self.pruned:
+            raise UserError(
+                f"{self.shards.folder} was deleted to save space, but this run goes on from there: continue from the "
+                "run's own checkpoints/last.ckpt, or start anew with a larger data.keep_iterations"
+            )
+        return self.shards
 
     def write_difficulty(self, table: StatisticsTable, selected: set[str]) -> None:
         """Write one row a prompt."""

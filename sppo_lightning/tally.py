@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from sppo_lightning.types import Rollout
+from sppo_lightning.types import ScoredRollout
 
 
 class ResponseTally:
@@ -22,26 +22,30 @@ class ResponseTally:
         self._usable = 0
         self._scored_prompts = 0
         self._prompt_means = 0.0
-        self._parts: Counter[str] = Counter()
+        self._parts: defaultdict[str, float] = defaultdict(float)
         self._part_counts: Counter[str] = Counter()
 
-    def add(self, rows: Sequence[Rollout]) -> None:
+    def add(self, rows: Sequence[ScoredRollout]) -> None:
         """Count all responses to one prompt."""
         self._sampled += len(rows)
-        self._dropped.update(row.drop_reason or "non_finite_reward" for row in rows if not row.usable)
-        answered = [row for row in rows if row.finish_reason != "failed"]
-        self._answered += len(answered)
-        self._tokens += sum(len(row.token_ids) for row in answered)
-        self._cut += sum(row.finish_reason == "length" for row in answered)
-        usable = [row for row in rows if row.usable]
-        self._usable += len(usable)
-        if usable:
+        rewards: list[float] = []
+        for row in rows:
+            if row.finish_reason != "failed":
+                self._answered += 1
+                self._tokens += row.length
+                self._cut += row.finish_reason == "length"
+            if not row.usable:
+                self._dropped[row.drop_reason or "non_finite_reward"] += 1
+                continue
+            rewards.append(row.reward or 0.0)
+            for name, value in row.reward_parts.items():
+                if math.isfinite(value):
+                    self._parts[name] += value
+                    self._part_counts[name] += 1
+        if rewards:
+            self._usable += len(rewards)
             self._scored_prompts += 1
-            self._prompt_means += sum(row.reward or 0.0 for row in usable) / len(usable)
-        for row in usable:
-            parts = {name: value for name, value in row.reward_parts.items() if math.isfinite(value)}
-            self._parts.update(parts)
-            self._part_counts.update(parts.keys())
+            self._prompt_means += sum(rewards) / len(rewards)
 
     def counts(self) -> dict[str, Any]:
         """Return how many responses were sampled, are usable, and were dropped by reason."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeVar, cast
+import os
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from sppo_lightning.types import Ranks, UserError
+from sppo_lightning.rendezvous import FileRanks, open_session
+from sppo_lightning.types import UserError
 
-T = TypeVar("T")
 COMPUTE_DTYPES = {
     "32-true": torch.float32,
     "64-true": torch.float64,
@@ -49,29 +50,20 @@ def check_hardware(trainer: pl.Trainer) -> None:
         )
 
 
-class TrainerRanks(Ranks):
-    """Ranks of a Lightning Trainer."""
+def meet(trainer: pl.Trainer, root: Path) -> FileRanks:
+    """Let a Trainer's processes meet in the run's folder; a process that another one started ends with it.
 
-    def __init__(self, trainer: pl.Trainer) -> None:
-        self._trainer = trainer
-        self.rank = trainer.global_rank
-        self.world_size = trainer.world_size
-
-    def barrier(self, name: str) -> None:
-        """Return once every rank has called it."""
-        self._trainer.strategy.barrier(name)
-
-    def gather(self, values: list[Any]) -> list[list[Any]]:
-        """Return every rank's values, in rank order, on every rank."""
-        if self.world_size == 1:
-            return [values]
-        gathered: list[list[Any]] = [[] for _ in range(self.world_size)]
-        dist.all_gather_object(gathered, values)
-        return gathered
-
-    def same(self, value: T) -> T:
-        """Return rank zero's value on every rank."""
-        return self._trainer.strategy.broadcast(value)
+    Args:
+        trainer: its processes are there.
+        root: the run's folder.
+    """
+    return open_session(
+        root,
+        rank=trainer.global_rank,
+        world_size=trainer.world_size,
+        broadcast=trainer.strategy.broadcast,
+        parent=os.getppid() if trainer.local_rank > 0 else None,  # a node's first one may run under nohup
+    )
 
 
 class FitPosition(NamedTuple):

@@ -17,6 +17,10 @@ FinishReason = Literal["stop", "length", "failed"]
 Phase = Literal["evaluating", "probing", "generating", "predicting", "scoring", "reference"]
 """What a run is doing between two training phases."""
 
+ResumeMode = Literal["auto", "never", "must"]
+"""``auto``: go on with what a run folder holds; ``never``: refuse a folder that holds a run; ``must``: refuse one
+without a checkpoint."""
+
 
 class Stopped(BaseException):
     """A signal asked the run to stop, and all progress is on disk; like ``KeyboardInterrupt``, no error to handle.
@@ -26,7 +30,7 @@ class Stopped(BaseException):
     """
 
     def __init__(self, signal: Signals) -> None:
-        super().__init__(signal)
+        super().__init__(f"stopped by {signal.name}")
         self.signal = signal
 
 
@@ -94,6 +98,36 @@ class Rollout:
         """Whether the response takes part in difficulty and pairing."""
         return self.drop_reason is None and self.reward is not None and math.isfinite(self.reward)
 
+    @property
+    def length(self) -> int:
+        """Tokens of the response."""
+        return len(self.token_ids)
+
+
+class ScoredRollout(Protocol):
+    """What pairing and counting read of a response: a :class:`Rollout`, or one that still lies in its file."""
+
+    @property
+    def prompt_id(self) -> str: ...
+    @property
+    def sample_index(self) -> int: ...
+    @property
+    def response(self) -> str: ...
+    @property
+    def token_ids(self) -> tuple[int, ...]: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def finish_reason(self) -> FinishReason: ...
+    @property
+    def reward(self) -> float | None: ...
+    @property
+    def reward_parts(self) -> Mapping[str, float]: ...
+    @property
+    def drop_reason(self) -> str | None: ...
+    @property
+    def usable(self) -> bool: ...
+
 
 @dataclass(frozen=True)
 class PreferencePair:
@@ -142,3 +176,6 @@ class Ranks(Protocol):
 
     def same(self, value: T) -> T:
         """Return rank zero's value on every rank."""
+
+    def check(self) -> None:
+        """Return at once, unless another process failed or is gone: then raise a :class:`UserError`."""

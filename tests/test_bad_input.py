@@ -455,12 +455,14 @@ def test_damaged_run_folder(
     settings |= {"data__prompts": finished / "p.jsonl", "model__policy__pretrained": tiny_policy}
     checkpoint = copy / "checkpoints/last.ckpt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
-    assert "last.ckpt' is no checkpoint, or was cut short: name another, or delete it" in refused(
-        arguments(**settings)
+    assert (
+        "last.ckpt' is no checkpoint, or was cut short: restore it from a copy, or name another with"
+        in refused(arguments(**settings))
     )
     (copy / "config.yaml").write_text("")
-    assert "config.yaml is damaged: delete it to go on, or choose another folder" in refused(
-        arguments(**settings)
+    assert (
+        "config.yaml is damaged: restore it from a copy, or, if you are sure that this is the config"
+        in refused(arguments(**settings))
     )
 
 

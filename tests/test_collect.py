@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import byte_tokenizer
@@ -24,7 +26,7 @@ from sppo_lightning.generation import (
     SampleRequest,
 )
 from sppo_lightning.rewards import Reward
-from sppo_lightning.rollouts import ShardStore, by_prompt, merged
+from sppo_lightning.rollouts import ShardStore, by_prompt, merged, write_rollouts
 from sppo_lightning.seeding import derive_seed
 from sppo_lightning.types import (
     EncodedPrompt,
@@ -50,6 +52,8 @@ class Alone:
     def gather(self, values: list[Any]) -> list[list[Any]]:
         return [values]
 
+    def check(self) -> None: ...
+
 
 @dataclass
 class Threads:
@@ -64,6 +68,8 @@ class Threads:
 
     def gather(self, values: list[Any]) -> list[list[Any]]:
         raise NotImplementedError
+
+    def check(self) -> None: ...
 
 
 @dataclass
@@ -297,6 +303,58 @@ def test_a_hole_in_the_middle_is_filled(store: ShardStore) -> None:
     generator = Echo()
     assert same(collect(store, wanted_of(6), generator=generator), expected)
     assert [request.token_ids[0] for request in generator.asked] == [2, 3]
+
+
+def flipped(content: bytes, column: str, path: Path) -> bytes:
+    """One bit of a column's data changed."""
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    chunks = [group.column(number) for number in range(group.num_columns)]
+    chunk = next(chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
+    place = (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 2
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("scored", [True, False])
+@pytest.mark.parametrize("column", ["prompt_id", "token_ids", "response", "reward", None])
+def test_a_damaged_shard_is_kept_aside_and_made_again(
+    tmp_path: Path, store: ShardStore, column: str | None, scored: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whichever column it is, also one that is not read to see whether the shard is there; ``None``: cut short."""
+    expected = collect(ShardStore(tmp_path / "whole"), wanted_of(6))
+    collect(store, wanted_of(6))
+    path = store.path("probe", 1)
+    if not scored:
+        write_rollouts(path, [replace(row, reward=None) for row in expected[4:8]])
+    whole = path.read_bytes()
+    harmed = whole[:-9] if column is None else flipped(whole, column, path)
+    path.write_bytes(harmed)
+    generator, reward = Echo(), Digits()
+    assert same(collect(store, wanted_of(6), generator=generator, reward=reward), expected)
+    assert [request.token_ids[0] for request in generator.asked] == [2, 3]
+    assert reward.scored == 4
+    assert path.with_name("probe-00001.parquet.damaged").read_bytes() == harmed
+    assert len(files(store)) == 4
+    (message,) = [text for text in caplog.messages if "damaged" in text]
+    assert message == f"{path} is damaged: it is kept as probe-00001.parquet.damaged and made anew"
+    caplog.clear()
+    assert same(collect(store, wanted_of(6), generator=Echo(fail_at=0)), expected)
+    assert not caplog.messages
+
+
+def test_a_disk_that_refuses_to_be_read_is_no_damage(
+    store: ShardStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect(store, wanted_of(2))
+    before = files(store)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "read_table", refuse)
+        with pytest.raises(OSError, match="Input/output error"):
+            collect(store, wanted_of(2))
+    assert files(store) == before
 
 
 def test_a_reward_of_nan_is_a_score(store: ShardStore) -> None:

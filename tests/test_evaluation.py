@@ -25,6 +25,7 @@ from sppo_lightning.evaluation import (
     write_predictions,
 )
 from sppo_lightning.metrics import EvaluationBatch
+from sppo_lightning.results import held_out_results
 from sppo_lightning.rollouts import RunFolder
 from sppo_lightning.types import Rollout, UserError
 
@@ -158,7 +159,7 @@ def test_answers_are_stored_with_what_made_them(run: Run) -> None:
     place = run.root / "evaluations/002"
     assert sorted(path.name for path in place.iterdir()) == ["manifest.json", "rollouts.parquet"]
     manifest = json.loads((place / "manifest.json").read_text())
-    assert manifest.keys() == {"policy_fingerprint", "asked"}
+    assert manifest.keys() == {"policy_fingerprint", "asked", "digest"}
     assert manifest["policy_fingerprint"] == "abc"
     assert load_evaluation(place) == rows
     assert load_evaluation(run.root / "evaluations/003") is None
@@ -195,6 +196,55 @@ def test_another_policy_overwrites_nothing_unless_told(run: Run) -> None:
     ):
         run.held_out().measure(0)
     assert load_evaluation(run.root / "evaluations/000") == rows
+
+
+def harm(path: Path) -> bytes:
+    content = path.read_bytes()
+    harmed = content.replace(b"fingerprint", b"fingerprinu") if path.suffix == ".json" else content[:-9]
+    assert harmed != content
+    path.write_bytes(harmed)
+    return harmed
+
+
+@pytest.mark.parametrize("fitting", [True, False])
+@pytest.mark.parametrize("name", ["manifest.json", "rollouts.parquet"])
+def test_damaged_answers_are_kept_aside_and_given_again(
+    run: Run, name: str, fitting: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The present policy's by itself, the initial policy's by a stand-in; a win is against both as they were."""
+    run.replace_others = fitting
+    run.held_out().measure(0)
+    run.policy.level = 2
+    expected = run.held_out().measure(1)
+    for number in ("000", "001"):
+        path = run.root / "evaluations" / number / name
+        harmed = harm(path)
+        again = run.held_out().measure(1)
+        assert [column.tolist() for column in again] == [column.tolist() for column in expected]
+        assert path.with_name(f"{name}.damaged").read_bytes() == harmed
+        assert caplog.messages[-1] == f"{path} is damaged: it is kept as {name}.damaged and made anew"
+    calls = run.engine.calls
+    run.held_out().measure(1)
+    assert run.engine.calls == calls
+
+
+def test_another_policy_makes_no_damaged_answers_again_unless_told(run: Run) -> None:
+    run.held_out().answer(0, policy_fingerprint="abc")
+    path = run.root / "evaluations/000/rollouts.parquet"
+    path.unlink()
+    run.replace_others = False
+    with pytest.raises(UserError, match=r"000 holds the answers of another policy"):
+        run.held_out().answer(0, policy_fingerprint="def")
+    assert len(run.held_out().answer(0, policy_fingerprint="abc")) == 3
+
+
+def test_a_damaged_evaluation_is_left_out_of_a_summary(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    run.held_out().measure(0)
+    run.policy.level = 2
+    run.held_out().measure(1)
+    harm(run.root / "evaluations/001/rollouts.parquet")
+    assert [result.finished for result in held_out_results(RunFolder(run.root), 1)] == [0]
+    assert caplog.messages[-1].endswith("Its numbers are left out")
 
 
 def test_sets_of_prompts_do_not_share_a_folder(run: Run) -> None:

@@ -28,7 +28,6 @@ from sppo_lightning.rollouts import (
     ShardStore,
     describe,
     read_rollouts,
-    write_atomically,
     write_rollouts,
 )
 from sppo_lightning.types import PreferencePair, Rollout, UserError
@@ -239,22 +238,6 @@ def crash(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: monkeypatch.setattr(os, "fsync", fail)
 
 
-def test_a_crash_leaves_the_old_file_whole(tmp_path: Path, crash: Callable[[], None]) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-    crash()
-    with pytest.raises(CrashError):
-        write_atomically(path, b"new and longer")
-    assert path.read_bytes() == b"old"
-
-
-def test_a_crash_leaves_no_new_file(tmp_path: Path, crash: Callable[[], None]) -> None:
-    crash()
-    with pytest.raises(CrashError):
-        write_atomically(tmp_path / "new" / "file", b"half")
-    assert not (tmp_path / "new" / "file").exists()
-
-
 def test_a_reader_never_sees_a_shard_in_the_making(tmp_path: Path, crash: Callable[[], None]) -> None:
     store = IterationStore(tmp_path)
     store.shards.write("probe", 0, [rollout(0)])
@@ -273,33 +256,11 @@ def test_a_reader_never_sees_a_shard_in_the_making(tmp_path: Path, crash: Callab
     assert not store.complete
 
 
-def test_bytes_are_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, seen = tmp_path / "file", []
-
-    def record(descriptor: int) -> None:
-        seen.append((os.fstat(descriptor).st_size, path.exists()))
-
-    monkeypatch.setattr(os, "fsync", record)
-    write_atomically(path, b"12345")
-    assert seen == [(5, False)]
-    assert path.read_bytes() == b"12345"
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_write_after_a_crash_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            write_atomically(tmp_path / "file", b"long content of the first try")
-    write_atomically(tmp_path / "file", b"short")
-    assert (tmp_path / "file").read_bytes() == b"short"
-
-
 # ----------------------------------------------------------------- damaged files
 
 
 def damaged(path: Path) -> str:
-    return f"^{re.escape(str(path))} is damaged \\(.+\\): delete it and run again$"
+    return f"^{re.escape(str(path))} is damaged \\(.+\\): restore it from a copy, or give the same command again, "
 
 
 def cut(content: bytes) -> bytes:
@@ -369,8 +330,8 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, content: bytes) -> None:
     store = IterationStore(tmp_path)
     (tmp_path / "manifest.json").write_bytes(content)
     message = (
-        f"^{re.escape(str(tmp_path / 'manifest.json'))} is damaged \\(.+\\): "
-        f"delete {re.escape(str(tmp_path))} and run again$"
+        f"^{re.escape(str(tmp_path / 'manifest.json'))} is damaged \\(.+\\), and nothing else says which policy gave "
+        "these rollouts: restore it from a copy; if iteration "
     )
     with pytest.raises(UserError, match=message):
         store.read_manifest()

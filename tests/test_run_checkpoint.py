@@ -93,7 +93,9 @@ def send(*signals: signal.Signals, at: tuple[int, int]) -> Callable[[int, int], 
 
 @pytest.mark.parametrize("minutes", [0, -1, float("nan")])
 def test_minutes_between_checkpoints(minutes: float) -> None:
-    with pytest.raises(ValueError, match=rf"^RunCheckpoint\.every_n_minutes={minutes} must be greater than 0$"):
+    with pytest.raises(
+        ValueError, match=rf"^RunCheckpoint\.every_n_minutes={minutes} must be greater than 0$"
+    ):
         RunCheckpoint(every_n_minutes=minutes)
 
 
@@ -168,7 +170,9 @@ def test_random_generators_go_on(fit: Fit) -> None:
     Watching.begin(end)
     with pytest.raises(StoppedHereError):
         fit(minutes=1e-9)
-    first = Watching.draws[: [draw[0] for draw in whole].index(3) - 1]  # as far as the checkpoint behind step 2
+    first = Watching.draws[
+        : [draw[0] for draw in whole].index(3) - 1
+    ]  # as far as the checkpoint behind step 2
     Watching.begin()
     fit(minutes=1e-9)
     assert first + Watching.draws == whole

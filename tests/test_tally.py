@@ -50,6 +50,14 @@ def test_in_is_out_and_dropped(groups: list[list[Rollout]]) -> None:
     assert counts["dropped"] == named + Counter(non_finite_reward=len(silent))
 
 
+def test_parts_without_a_number_are_left_out() -> None:
+    """Of ``a`` 1 and 3 count; ``b`` is never a number."""
+    parts = [{"a": 1.0, "b": math.nan}, {"a": math.inf}, {"a": 3.0}]
+    rows = [Rollout("p", n, "", "", (5,), "stop", 1.0, part) for n, part in enumerate(parts)]
+    found = {name: value for name, value in tally_of(rows).metrics().items() if "/parts/" in name}
+    assert found == {"iteration/reward/parts/a": 2.0}
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(rollouts(), min_size=1, max_size=4), min_size=2, max_size=4), st.randoms())
 def test_the_order_of_prompts_changes_nothing(groups: list[list[Rollout]], random: object) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sppo_lightning import policy as policies
+from sppo_lightning.durable import write_atomically
 from sppo_lightning.export.run import FinishedRun
 from sppo_lightning.pretrained import hub_location
-from sppo_lightning.rollouts import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -1,0 +1,108 @@
+"""The lock of a run folder: one run at a time writes into it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+from types import TracebackType
+
+from sppo_lightning.types import UserError
+
+LOGGER = logging.getLogger(__name__)
+_TAKEN = {errno.EAGAIN, errno.EACCES}  # the second where a network file system makes flock of other locks
+_CANNOT_LOCK = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # in the order in which Lightning asks
+
+
+def is_first_process(environment: Mapping[str, str]) -> bool:
+    """Whether this process leads its run; the others are started by it, or beside it by a launcher.
+
+    Args:
+        environment: variables of the process, as launchers set them.
+    """
+    rank = next((environment[name] for name in _RANKS if name in environment), "0")
+    node = environment.get("NODE_RANK", environment.get("GROUP_RANK", "0"))
+    return int(rank) == 0 and int(node) == 0
+
+
+class RunLock(AbstractContextManager["RunLock"]):
+    """Holds a run folder against other runs, on this machine and on others that share it.
+
+    The kernel gives the lock back when its process ends, however it ends: what a killed run leaves is a file that
+    nobody holds. The file's content is for people.
+
+    Args:
+        root: the run folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._descriptor: int | None = None
+        # a forked child that outlives its parent would go on holding the lock
+        os.register_at_fork(after_in_child=self._forget)
+
+    @property
+    def held(self) -> bool:
+        """Whether other runs are kept out."""
+        return self._descriptor is not None
+
+    def acquire(self) -> None:
+        """Take the lock; where the file system knows no locks, warn and go on without.
+
+        Raises:
+            UserError: if another run holds it.
+        """
+        assert not self.held
+        self.root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            if error.errno in _CANNOT_LOCK:
+                LOGGER.warning(
+                    "%s lies on a file system without locks (%s): see to it that one run at a time writes there",
+                    self.root,
+                    error.strerror,
+                )
+                return
+            if error.errno not in _TAKEN:
+                raise
+            raise UserError(
+                f"{self.root} is in use by another run ({holder or 'which has just begun'}): wait until it has ended, "
+                "or use another trainer.default_root_dir"
+            ) from error
+        self._descriptor = descriptor
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        holder = f"process {os.getpid()} on {socket.gethostname()}, since {since}\n"
+        with suppress(OSError):  # a full disk: whoever writes what matters will say so
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, holder.encode(), 0)
+
+    def release(self) -> None:
+        """Give the lock back, if it is held."""
+        if self._descriptor is not None:
+            os.ftruncate(self._descriptor, 0)
+            self._forget()
+
+    def _forget(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> RunLock:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
