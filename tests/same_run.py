@@ -11,6 +11,7 @@ import torch
 
 OWN = ("metrics.csv", "checkpoints/last.ckpt")
 """Files that are compared by what they say."""
+LOCK = ".lock"  # names the process that holds it, and stays
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -39,8 +40,8 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def leftovers(root: Path) -> list[str]:
-    """Return the hidden files and folders of a run folder: a finished run has none."""
-    return sorted(str(path.relative_to(root)) for path in root.rglob(".*"))
+    """Return the hidden files and folders of a run folder: beside its lock, a finished run has none."""
+    return sorted({str(path.relative_to(root)) for path in root.rglob(".*")} - {LOCK})
 
 
 def metric_rows(root: Path) -> list[dict[str, str]]:
