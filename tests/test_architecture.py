@@ -13,7 +13,7 @@ LAYERS = {
     1: "losses logprobs difficulty selection pairing rules schedules seeding shards",
     2: """
         prompts prompt_files prompt_sets prompt_table ragged
-        rollouts stored_rollouts pruning pairs tally durable integrity
+        rollouts stored_rollouts reference_parts pruning pairs tally durable integrity
         policy_config pretrained adapters batching layouts metrics servers
         stop_signal heartbeat rendezvous
     """,
