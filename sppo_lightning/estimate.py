@@ -12,8 +12,8 @@ from sppo_lightning.batching import accumulation_steps
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.memory.advice import verdict
 from sppo_lightning.memory.estimate import GIB, Estimator, available_bytes
+from sppo_lightning.memory_check import workload_of
 from sppo_lightning.module import PreferenceModule
-from sppo_lightning.preflight import workload_of
 from sppo_lightning.trainer import check_spread_sizes, compute_dtype, strategy_refusal
 from sppo_lightning.types import UserError
 

@@ -17,9 +17,9 @@ from sppo_lightning.__main__ import main
 from sppo_lightning.estimate import Hardware, planned_hardware
 from sppo_lightning.generation import HFGenerator
 from sppo_lightning.memory.workload import Workload
+from sppo_lightning.memory_check import check_memory
 from sppo_lightning.pair_forward import AutoForward
 from sppo_lightning.policy_config import PolicyConfig
-from sppo_lightning.preflight import check_memory
 from sppo_lightning.rewards import FunctionReward
 from sppo_lightning.types import Ranks, UserError
 
@@ -97,7 +97,7 @@ def test_a_run_that_does_not_fit_is_refused_and_may_be_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Before any weight is read; what it proposes helps."""
-    monkeypatch.setattr("sppo_lightning.preflight.available_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr("sppo_lightning.memory_check.available_bytes", lambda device: 1 << 20)
     args = ["fit", *cli_arguments(tiny_policy, write_prompts(), tmp_path / "run", data__iterations=1)]
     with monkeypatch.context() as patch:
         patch.setattr("sppo_lightning.policy.load_policy", None)
@@ -226,7 +226,7 @@ def test_all_processes_decide_alike(tiny_policy: Path, monkeypatch: pytest.Monke
     first = TwoRanks(0)
     with pytest.raises(UserError, match="needs about") as refused:
         check_memory(load, first, otherwise="refuse")
-    monkeypatch.setattr("sppo_lightning.preflight.Estimator", None)  # the second asks nobody
+    monkeypatch.setattr("sppo_lightning.memory_check.Estimator", None)  # the second asks nobody
     with pytest.raises(UserError) as also:
         check_memory(load, TwoRanks(1, first.said), otherwise="refuse")
     assert str(also.value) == str(refused.value)
