@@ -258,10 +258,10 @@ def test_spread_weights_are_whole_only_where_they_are_sampled() -> None:
     everything = 4 * weight_count()
     for name, parts in spread.items():
         assert "DDP's buckets" not in parts
-        assert parts["policy"] == everything // 8, name
+        assert parts["policy"] == (everything + 64) // 8, name  # with rotary frequencies
     assert spread["training"]["gradients"] == everything // 8
     assert spread["training"]["optimizer"] == whole["training"]["optimizer"] // 8
-    assert spread["sampling"]["copy to sample from"] == everything // 2
+    assert spread["sampling"]["copy to sample from"] == everything // 2 + 64
     layer = sum(p.nbytes for p in AutoModelForCausalLM.from_config(CONFIG).model.layers[0].parameters())
     rest = everything - CONFIG.num_hidden_layers * layer
     assert spread["reference"]["gathered weights"] == max(2 * rest, rest + 3 * layer)
