@@ -137,11 +137,11 @@ class SelfPlayCLI(LightningCLI):
             self.run_config.pop(name, None)
         self._derive(config)
         self._check_optimizer(config.model.optimizer)
+        wanted = config.trainer  # a strategy that does not serve is refused before any process starts
+        self.hardware = planned_hardware(
+            wanted.accelerator, wanted.devices, wanted.num_nodes, wanted.strategy
+        )
         if self.subcommand == "estimate":
-            wanted = config.trainer
-            self.hardware = planned_hardware(
-                wanted.accelerator, wanted.devices, wanted.num_nodes, wanted.strategy
-            )
             wanted.accelerator, wanted.devices, wanted.num_nodes, wanted.strategy = "cpu", 1, 1, "auto"
         elif not config.trainer.fast_dev_run:
             check_writable(self.root)

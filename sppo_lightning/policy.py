@@ -162,16 +162,23 @@ def _zero_dropout_rates(holder: object) -> None:
 
 def write_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write model (an adapter in PEFT's layout and a README), tokenizer, chat template and generation config."""
-    config = cast(Any, model).config
+    config, inner = cast(Any, model).config, unwrapped(model)
     use_cache, config.use_cache = config.use_cache, True
+    # transformers 5.23 writes on the first process only, whichever is asked to
+    inner.should_save_on_this_rank = _always
     try:
         cast(Any, model).save_pretrained(folder, safe_serialization=True)
     finally:
         config.use_cache = use_cache
+        del inner.should_save_on_this_rank
     if hasattr(model, "peft_config"):  # PEFT leaves out the generation config, and writes a form to fill in
         unwrapped(model).generation_config.save_pretrained(folder)
         (folder / "README.md").write_text(adapter_readme(model))
     tokenizer.save_pretrained(folder)
+
+
+def _always(is_main_process: bool) -> bool:
+    return True
 
 
 @contextmanager

@@ -709,7 +709,17 @@ def test_some_non_finite_rewards_drop_their_prompts(tiny_policy: Path, tmp_path:
     [
         (
             {"trainer__strategy": '{"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}'},
-            "trainer.strategy=ModelParallelStrategy is not supported: use one device or ddp",
+            "ModelParallelStrategy with data_parallel_size=auto, tensor_parallel_size=auto for 1 processes",
+        ),
+        (
+            {"trainer__strategy": "fsdp"},
+            "strategy=fsdp is not supported: use one device or ddp; for a model larger than a device FSDP2: strategy: "
+            "{class_path: lightning.pytorch.strategies.ModelParallelStrategy, init_args: {data_parallel_size: 1, "
+            "tensor_parallel_size: 1}}",
+        ),
+        (
+            {"trainer__strategy": '{"class_path": "lightning.pytorch.strategies.DeepSpeedStrategy"}'},
+            "trainer.strategy=DeepSpeedStrategy is not supported: use one device or ddp",
         ),
         (
             {"model__optimizer": "torch.optim.AdamW", "model__optimizer__lr": 0.5},

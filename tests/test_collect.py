@@ -140,6 +140,13 @@ def wanted_of(count: int, samples: range = range(2)) -> list[Wanted]:
     return [Wanted(prompt, samples) for prompt in encoded(count)]
 
 
+class Unsampled:
+    """A policy that the engines of these tests do not ask."""
+
+    def publish(self, ranks: Ranks, *, wanted: bool) -> None:
+        pass
+
+
 def collector(
     generator: Generator | None = None,
     reward: Reward | None = None,
@@ -153,7 +160,7 @@ def collector(
     return Collector(
         generator=generator or Echo(),
         reward=reward or Digits(),
-        policy=policy,
+        policy=policy or Unsampled(),
         device=torch.device("cpu"),
         seed=seed,
         prompts_per_shard=prompts_per_shard,

@@ -40,11 +40,14 @@ from sppo_lightning.memory.advice import (
     Ladder,
     adapters,
     ladders,
+    paged_optimizer,
     quantization,
+    serving,
     shorter_prompts,
     smaller_batches,
     smaller_ranks,
     smaller_rewards,
+    spreading,
     verdict,
 )
 from sppo_lightning.memory.dry_run import PairShape
@@ -247,6 +250,41 @@ def test_several_micro_batches_and_processes_take_more() -> None:
     alone, after = phases(), phases(pairs_per_step=6)  # the same estimator tells them apart
     assert after["training"]["activations"] > alone["training"]["activations"]
     assert phases(pairs_per_step=6, processes=2)["training"]["DDP's buckets"] == 4 * weight_count()
+
+
+def test_spread_weights_are_whole_only_where_they_are_sampled() -> None:
+    """Everything that lies in parts is an eighth; a layer at a time is whole, and while sampling a bfloat16 copy."""
+    whole, spread = phases(processes=8), phases(processes=8, spread=True)
+    everything = 4 * weight_count()
+    for name, parts in spread.items():
+        assert "DDP's buckets" not in parts
+        assert parts["policy"] == (everything + 64) // 8, name  # with rotary frequencies
+    assert spread["training"]["gradients"] == everything // 8
+    assert spread["training"]["optimizer"] == whole["training"]["optimizer"] // 8
+    assert spread["sampling"]["copy to sample from"] == everything // 2 + 64
+    layer = sum(p.nbytes for p in AutoModelForCausalLM.from_config(CONFIG).model.layers[0].parameters())
+    rest = everything - CONFIG.num_hidden_layers * layer
+    assert spread["reference"]["gathered weights"] == max(2 * rest, rest + 3 * layer)
+    assert spread["training"]["gathered weights"] == max(2 * rest, rest + 3 * layer) + rest + 3 * layer
+    initial = phases(processes=8, spread=True, reference="initial")
+    assert initial["reference"]["initial weights"] == everything // 8
+
+
+def test_a_spread_adapter_is_sampled_on_a_whole_base() -> None:
+    found = phases(processes=8, spread=True, policy=PolicyConfig("x", lora=LORA))
+    assert found["sampling"]["copy to sample from"] == pytest.approx(8 * found["sampling"]["policy"], abs=8)
+
+
+def test_weights_that_fit_no_device_are_spread_and_then_served_elsewhere() -> None:
+    (spreading_them,) = spreading(workload(processes=8))
+    assert spreading_them.workload.spread
+    assert "init_args.data_parallel_size=8 and init_args.tensor_parallel_size=1" in spreading_them.setting
+    (elsewhere,) = serving(spreading_them.workload)
+    assert "OpenAIServerGenerator with a server, such as vLLM" in elsewhere.setting
+    parts = {p.name: p.parts for p in ESTIMATOR.estimate(elsewhere.workload).phases}["sampling"]
+    assert "copy to sample from" not in parts
+    assert [*spreading(elsewhere.workload), *serving(workload(processes=8)), *spreading(workload())] == []
+    assert list(paged_optimizer(spreading_them.workload)) == []
 
 
 @pytest.mark.parametrize(("device", "context"), [(CUDA, CONTEXT_BYTES), (CPU, 0)])
@@ -624,6 +662,8 @@ def test_every_setting_makes_a_run_smaller() -> None:
             "model.pair_forward=sppo_lightning.pair_forward.AutoForward with init_args.chunk=256"
         ],
         "data.reward.init_args.weights=5": ["data.reward.init_args.weights=5"],
+        "spreading": [],
+        "serving": [],
         "paged_optimizer": ["model.optimizer=bitsandbytes.optim.PagedAdamW8bit"],
         "adapters": [],
         "quantization": ["model.policy.quantization=nf4"],
