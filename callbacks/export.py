@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
@@ -47,9 +47,8 @@ class PolicyExport(pl.Callback):
             if self.keep_every_iteration:
                 self.export(policy, root / "policies" / f"{iteration:03d}", iteration=iteration)
 
-    @rank_zero_only
     def export(self, policy: LivePolicy, folder: Path, *, iteration: int) -> None:
-        """Write the policy into ``folder``, replacing what is there in one step.
+        """Write the policy into ``folder``, replacing what is there in one step; all processes call it together.
 
         Args:
             policy: to be written.
@@ -57,11 +56,14 @@ class PolicyExport(pl.Callback):
             iteration: self-play iteration that it comes out of.
         """
         fresh = folder.with_name(f".{folder.name}.new")
-        stale = _stale(folder)
-        for leftover in (fresh, stale):
-            shutil.rmtree(leftover, ignore_errors=True)
-        policy.export(fresh)
+        stale, first = _stale(folder), cast(Any, rank_zero_only).rank == 0
+        if first:
+            for leftover in (fresh, stale):
+                shutil.rmtree(leftover, ignore_errors=True)
+        policy.save(fresh, first=first)
         record = {"iteration": iteration, "fingerprint": policy.fingerprint()}
+        if not first:
+            return
         write_atomically(fresh / RECORD, json.dumps(record, indent=2).encode())
         if folder.exists():
             folder.rename(stale)

@@ -149,6 +149,7 @@ class Collector:
     ) -> None:
         missing = [number for number in self._mine(shards) if not _present(store, name, number, shards)]
         total = sum(len(shards[number]) for number in missing)
+        self.policy.publish(self.ranks, wanted=bool(missing))
         if missing:
             done = tokens = 0
             watch = FailureWatch(self.max_failed_share, total)

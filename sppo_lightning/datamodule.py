@@ -33,7 +33,7 @@ from sppo_lightning.rules import IterationRules
 from sppo_lightning.scoring import UnfinishedRule
 from sppo_lightning.selection import AllPairs, AllPrompts, Curriculum, RandomOrder, Schedule, Selection
 from sppo_lightning.stop_signal import StopSignal
-from sppo_lightning.trainer import fit_position, is_dev_run, meet, stand_before_epoch
+from sppo_lightning.trainer import fit_position, is_dev_run, keep_to_own_signals, meet, stand_before_epoch
 from sppo_lightning.types import PhaseObserver, ResumeMode, Stopped, UserError, first_line
 
 Sources = str | list[str]
@@ -170,6 +170,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         """Read and check the prompts, before any model loads."""
         assert self.trainer is not None
         self.folder = RunFolder(Path(self.trainer.default_root_dir))
+        keep_to_own_signals(self.trainer)
         self.ranks = meet(self.trainer, self.folder.root)
         if stage == "fit" and is_dev_run(self.trainer):
             read_stage_prompts(self.prompt_sets, stage)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -12,9 +12,9 @@ from sppo_lightning.batching import accumulation_steps
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.memory.advice import verdict
 from sppo_lightning.memory.estimate import GIB, Estimator, available_bytes
+from sppo_lightning.memory_check import workload_of
 from sppo_lightning.module import PreferenceModule
-from sppo_lightning.preflight import workload_of
-from sppo_lightning.trainer import compute_dtype
+from sppo_lightning.trainer import check_spread_sizes, compute_dtype, strategy_refusal
 from sppo_lightning.types import UserError
 
 
@@ -23,6 +23,7 @@ class Hardware(NamedTuple):
 
     device: torch.device
     processes: int
+    spread: bool = False  # whether the policy's weights are spread over the processes
 
 
 def planned_hardware(
@@ -37,10 +38,8 @@ def planned_hardware(
         strategy: as the Trainer takes it.
 
     Raises:
-        UserError: if the strategy is named and not supported.
+        UserError: if ``fit`` would refuse the strategy.
     """
-    if isinstance(strategy, str) and strategy != "auto" and not strategy.startswith("ddp"):
-        raise UserError(f"trainer.strategy={strategy} is not supported: use one device or ddp")
     has_cuda = torch.cuda.is_available()
     on_cuda = accelerator in ("gpu", "cuda") or (accelerator == "auto" and has_cuda)
     here = torch.cuda.device_count() if on_cuda and has_cuda else 1
@@ -49,7 +48,27 @@ def planned_hardware(
         count = int(devices) if devices.lstrip("-").isdigit() else here if devices == "auto" else len(listed)
     else:
         count = devices if isinstance(devices, int) else len(devices)
-    return Hardware(torch.device("cuda" if on_cuda else "cpu"), nodes * (here if count == -1 else count))
+    processes = nodes * (here if count == -1 else count)
+    spread = _spreads(strategy, processes)
+    return Hardware(torch.device("cuda" if on_cuda else "cpu"), processes, spread)
+
+
+def _spreads(strategy: Any, processes: int) -> bool:
+    """Whether a strategy, as the Trainer takes it, spreads weights over processes; refuse what ``fit`` refuses."""
+    name = (
+        strategy
+        if isinstance(strategy, str)
+        else str(getattr(strategy, "class_path", type(strategy).__name__))
+    )
+    name = name.rpartition(".")[2]
+    if name == "ModelParallelStrategy":
+        given = strategy.get("init_args") or {}
+        sizes = (given.get("data_parallel_size", "auto"), given.get("tensor_parallel_size", "auto"))
+        check_spread_sizes(*sizes, processes=processes)
+        return True
+    if name not in ("auto", "SingleDeviceStrategy", "DDPStrategy") and not name.startswith("ddp"):
+        raise UserError(strategy_refusal(name, processes))
+    return False
 
 
 class SelfPlayTrainer(pl.Trainer):
@@ -94,6 +113,7 @@ class SelfPlayTrainer(pl.Trainer):
             longest_trained_prompt=datamodule.prompt_sets.max_tokens,
             device=device,
             processes=hardware.processes,
+            spread=hardware.spread,
         )
         estimator = Estimator(available_bytes(device) if memory is None else int(memory * GIB))
         found = estimator.estimate(workload)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sppo_lightning.adapters import unwrapped
 from sppo_lightning.memory.device import ran_out
+from sppo_lightning.sharding import recover
 from sppo_lightning.shared_attention import window_of
 from sppo_lightning.types import first_line
 
@@ -48,6 +49,7 @@ def objection(forward: PairForward, model: nn.Module, trial: Trial) -> str | Non
         except Exception as error:
             if ran_out(error):
                 raise
+            recover(model)
             return f"{name} {forward.failing} ({first_line(error)})"
         finally:
             forward.release(model)

@@ -108,6 +108,7 @@ class IterationBuilder:
         pairs, reference = reference_pass(
             pairs,
             self.reference,
+            stored=store.reference_parts,
             layout=self.layout,
             batch_size=rules.batch_size,
             first_fingerprint=first_reference,

@@ -77,6 +77,8 @@ class IterationState:
                 policy_fingerprint=policy_fingerprint,
                 first_reference=None if first is None else first.get("reference_fingerprint"),
             )
+        if ranks.rank == 0:
+            store.reference_parts.remove()
         self.current, self._first_step = iteration, global_step
         self.pairs = store.read_pairs()
         self._made_from = _made_from(store)

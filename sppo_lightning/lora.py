@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from sppo_lightning.policy_config import KEY, LoRAConfig
+from sppo_lightning.sharding import is_sharded, local
 from sppo_lightning.types import UserError, first_line
 
 if TYPE_CHECKING:
@@ -55,9 +56,9 @@ def with_adapter(model: nn.Module, lora: LoRAConfig, *, pretrained: str) -> Peft
 
 
 def copied_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of the trainable weights, in host memory, by name."""
+    """Return a copy of what this process holds of the trainable weights, in host memory, by name."""
     trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained}
+    return {name: local(parameter.detach()).to("cpu", copy=True) for name, parameter in trained}
 
 
 @contextmanager
@@ -65,10 +66,14 @@ def replaced_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterato
     """Let a model have other trainable weights while the context lasts.
 
     Args:
-        model: keeps its own weights, untouched, for afterwards.
-        weights: by name, on any device.
+        model: has its own weights back afterwards.
+        weights: what this process holds of them, by name, on any device.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if name in weights}
+    if is_sharded(model):
+        with _overwritten(trained, weights):
+            yield
+        return
     own = {name: parameter.data for name, parameter in trained.items()}
     for name, parameter in trained.items():
         parameter.data = weights[name].to(parameter.device, parameter.dtype)
@@ -77,6 +82,19 @@ def replaced_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterato
     finally:
         for name, parameter in trained.items():
             parameter.data = own[name]
+
+
+@contextmanager
+def _overwritten(trained: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Write into the memory that spread weights are gathered from; another tensor in its place would go unseen."""
+    own = {name: local(parameter.detach()).clone() for name, parameter in trained.items()}
+    for name, parameter in trained.items():
+        local(parameter.detach()).copy_(weights[name])
+    try:
+        yield
+    finally:
+        for name, parameter in trained.items():
+            local(parameter.detach()).copy_(own[name])
 
 
 def _fresh_config(lora: LoRAConfig) -> LoraConfig:

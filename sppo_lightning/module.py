@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -27,6 +28,7 @@ from sppo_lightning.policy_config import PolicyConfig
 from sppo_lightning.reference_checks import check_reference_is_frozen, check_same_logps
 from sppo_lightning.schedules import LearningRateSchedule, Linear
 from sppo_lightning.seeding import derive_seed
+from sppo_lightning.sharding import load_rest, local
 from sppo_lightning.trainer import check_hardware, compute_dtype
 from sppo_lightning.types import UserError
 
@@ -69,7 +71,10 @@ class PreferenceModule(pl.LightningModule):
             raise ValueError(f"model.weight_decay={weight_decay} must be 0 or more")
         self.pair_forward = pair_forward or AutoForward()
         self.live = LivePolicy(
-            policy, steps=lambda: self.trainer.global_step, release=self.pair_forward.release
+            policy,
+            steps=lambda: self.trainer.global_step,
+            release=self.pair_forward.release,
+            workspace=lambda: Path(self.trainer.default_root_dir) / ".sampling",
         )
         self.loss = loss
         self.learning_rate = learning_rate
@@ -86,6 +91,7 @@ class PreferenceModule(pl.LightningModule):
         self.evaluation_metrics = EvaluationMetrics()
         self._pair_layout: PairLayout | None = None
         self._reference_model: nn.Module | None = None
+        self._optimizers: list[Optimizer] = []  # of spread weights, while those are loaded
         self._watched: tuple[nn.Parameter, Tensor] | None = None
 
     # ------------------------------------------------------------------ set-up
@@ -97,6 +103,7 @@ class PreferenceModule(pl.LightningModule):
     def teardown(self, stage: str) -> None:
         """Leave a policy that generates."""
         if self.policy is not None:
+            self.live.withdraw()
             self.pair_forward.release(self.policy)
 
     def check(self) -> None:
@@ -118,7 +125,8 @@ class PreferenceModule(pl.LightningModule):
         """Load the policy, once."""
         if self.policy is not None:
             return
-        self.policy = self.live.load(self.compute_dtype, self.trainer.strategy.root_device)
+        mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
+        self.policy = self.live.load(self.compute_dtype, self.trainer.strategy.root_device, mesh)
         policies.check_updates_survive(self._trainable(), self.learning_rate)
 
     def pair_layout(self, longest: int) -> PairLayout:
@@ -162,7 +170,8 @@ class PreferenceModule(pl.LightningModule):
 
     def _trained_names(self) -> set[str]:
         """Return the names that trained weights have in a checkpoint."""
-        assert self.policy is not None
+        if self.policy is None:
+            return set()
         return {f"policy.{name}" for name, p in self.policy.named_parameters() if p.requires_grad}
 
     def configure_optimizers(self) -> Optimizer:
@@ -183,17 +192,30 @@ class PreferenceModule(pl.LightningModule):
     ) -> None:
         """Clip the gradients of an optimizer step.
 
-        Lightning refuses fused optimizers under every mixed precision, though only float16's scaler is in the way.
+        Lightning refuses fused optimizers under every mixed precision, though only float16's scaler is in the way, and
+        clips values in a way that spread weights have not.
         """
-        if self.compute_dtype == torch.bfloat16 and gradient_clip_val is not None and gradient_clip_val > 0:
+        own = self.compute_dtype == torch.bfloat16 or self.live.is_sharded
+        if own and gradient_clip_val is not None and gradient_clip_val > 0:
             clip_gradients(self._trainable(), gradient_clip_val, algorithm=gradient_clip_algorithm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # ---------------------------------------------------------------- training
 
+    def on_fit_start(self) -> None:
+        """Keep the optimizer from Lightning while it loads spread weights: it cannot do without a stored state."""
+        if self.live.is_sharded:
+            strategy = self.trainer.strategy
+            self._optimizers, strategy.optimizers = strategy.optimizers, []
+
+    def _give_optimizers_back(self) -> None:
+        if self._optimizers:
+            self.trainer.strategy.optimizers, self._optimizers = self._optimizers, []
+
     def on_train_start(self) -> None:
         """Log the initial policy's evaluation, and start to watch some weights."""
+        self._give_optimizers_back()
         if self.trainer.global_step == 0:
             datamodule = cast(Any, self.trainer).datamodule
             batches = list(datamodule.val_dataloader())
@@ -201,12 +223,13 @@ class PreferenceModule(pl.LightningModule):
                 self.evaluation_metrics.update(move_data_to_device(batch, self.device))
             if batches:
                 self._log_now(self._evaluation_result("val"))
-            largest = max(self._trainable(), key=lambda parameter: parameter.numel())
-            self._watched = (largest, largest.detach().flatten()[:MOVED_SAMPLE].clone())
+            largest = max(self._trainable(), key=lambda parameter: local(parameter.detach()).numel())
+            self._watched = (largest, _sample(largest))
 
     def on_train_epoch_start(self) -> None:
         """Begin an epoch, and at an iteration's first one log its data."""
         assert self.policy is not None
+        self.live.withdraw()
         self.policy.train()
         datamodule = cast(Any, self.trainer).datamodule
         if datamodule.steps_taken == 0:
@@ -250,7 +273,7 @@ class PreferenceModule(pl.LightningModule):
                     forget(optimizer)  # before the next iteration samples, rather than when it trains
         if self._watched is not None and batch.slot.last_in_step:
             parameter, before = self._watched
-            moved = (parameter.detach().flatten()[:MOVED_SAMPLE] != before).float().mean()
+            moved = (_sample(parameter) != before).float().mean()
             if moved == 0 and self.compute_dtype == torch.float16:
                 return  # a gradient scaler skips steps until its scale fits
             self._watched = None
@@ -289,6 +312,11 @@ class PreferenceModule(pl.LightningModule):
     def reference_stays(self) -> bool:
         """Whether all iterations have the same reference."""
         return self.reference == "initial"
+
+    @property
+    def reads_together(self) -> bool:
+        """Whether all processes have to read equally many batches."""
+        return self.live.is_sharded
 
     def reference_fingerprint(self) -> str:
         """Return a digest of the reference that is held."""
@@ -348,23 +376,40 @@ class PreferenceModule(pl.LightningModule):
 
     # ------------------------------------------------------------- checkpoints
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the trained weights only: what checkpoints hold, and what is asked of them."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        kept = {f"{prefix}{name}" for name in self._trained_names()}
+        for name in [name for name in state if name not in kept]:
+            del state[name]
+        return state
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the trained weights only, and no optimizer state that has been forgotten."""
-        trained = self._trained_names()
-        checkpoint["state_dict"] = {
-            name: value for name, value in checkpoint["state_dict"].items() if name in trained
-        }
+        """Keep no optimizer state that has been forgotten."""
         if cast(Any, self.trainer).datamodule.iteration_is_trained and not self.carry_optimizer:
             for state in checkpoint.get("optimizer_states", ()):
                 state["state"] = {}  # a paged optimizer's is emptied only
+            for optimizer in self.trainer.optimizers:
+                forget(optimizer)  # of spread weights torch has just made one, to have something to save
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another policy."""
+        """Refuse a checkpoint of another policy; load the optimizer's state where weights are spread."""
+        self._give_optimizers_back()
         expected = self._trained_names()
-        found = set(checkpoint["state_dict"])
+        found = set(checkpoint.get("state_dict", ()))
+        if self.live.is_sharded:
+            assert self.trainer.ckpt_path is not None
+            path, fitting = Path(self.trainer.ckpt_path), self.trainer.state.fn == "fit"
+            found = load_rest(path, self, self.trainer.optimizers if fitting else [])
         if found != expected:
             some = sorted(expected ^ found)[0]
             raise UserError(
                 f"the checkpoint does not fit model.policy ({len(expected ^ found)} weights differ, e.g. {some}): "
                 "use the model.policy settings that it was trained with"
             )
+
+
+def _sample(parameter: nn.Parameter) -> Tensor:
+    """Return a copy of some of the weights that this process holds."""
+    return local(parameter.detach()).flatten()[:MOVED_SAMPLE].clone()

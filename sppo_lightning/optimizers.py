@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from sppo_lightning.sharding import local
 from sppo_lightning.types import UserError
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -32,7 +34,7 @@ def build_optimizer(
         clips_unscaled: gradients are scaled for float16 and clipped, which a fused optimizer cannot take.
 
     Raises:
-        UserError: if the factory's optimizer is fused all the same.
+        UserError: if the factory's optimizer is fused all the same, or cannot take weights spread over processes.
     """
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -42,6 +44,12 @@ def build_optimizer(
     optimizer = torch.optim.AdamW(groups, fused=not clips_unscaled) if factory is None else factory(groups)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+    spread = any(isinstance(parameter, DTensor) for parameter in parameters)
+    if spread and type(optimizer).__module__.startswith("bitsandbytes."):
+        raise UserError(
+            f"model.optimizer {type(optimizer).__name__} does not know weights that are spread over processes: leave "
+            "it out, or use strategy ddp"
+        )
     if clips_unscaled and optimizer.defaults.get("fused"):
         raise UserError(
             "trainer.gradient_clip_val and a fused optimizer do not go together under 16-mixed: leave out one "
@@ -58,8 +66,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, *, algorith
         limit: largest norm of all together, or largest value.
         algorithm: ``norm`` (also ``None``) or ``value``, as in Lightning.
     """
-    clip = nn.utils.clip_grad_value_ if algorithm == "value" else nn.utils.clip_grad_norm_
-    clip(parameters, limit)
+    if algorithm == "value":
+        for parameter in parameters:
+            if parameter.grad is not None:
+                local(parameter.grad).clamp_(-limit, limit)
+    else:
+        nn.utils.clip_grad_norm_(parameters, limit)
 
 
 def forget(optimizer: Optimizer) -> None:

@@ -18,6 +18,7 @@ from sppo_lightning.layouts import PairLayout, PairRows, PlainLayout, SharedLayo
 from sppo_lightning.logprobs import response_sums
 from sppo_lightning.losses import PairLogps
 from sppo_lightning.response_head import response_logps
+from sppo_lightning.sharding import as_forward
 from sppo_lightning.shared_attention import (
     CannotShareError,
     MaskedAttention,
@@ -175,13 +176,17 @@ class AutoForward(PairForward):
 
 def _token_logps(model: nn.Module, rows: PairRows, chunk: int | None, attention: dict[str, Any]) -> Tensor:
     """Run the decoder, and its head where response tokens are predicted."""
-    output = decoders(model)[0](
-        input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False, **attention
-    )
-    hidden: Tensor = output.last_hidden_state
-    return response_logps(
-        model, hidden.flatten(0, 1).index_select(0, rows.predicting), rows.targets, chunk=chunk
-    )
+
+    def read() -> Tensor:
+        output = decoders(model)[0](
+            input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False, **attention
+        )
+        hidden: Tensor = output.last_hidden_state
+        return response_logps(
+            model, hidden.flatten(0, 1).index_select(0, rows.predicting), rows.targets, chunk=chunk
+        )
+
+    return as_forward(model, read)
 
 
 def _shared_token_logps(

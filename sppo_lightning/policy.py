@@ -22,6 +22,7 @@ from sppo_lightning.pretrained import (
     quantization_options,
 )
 from sppo_lightning.quantized_layers import make_steady
+from sppo_lightning.sharding import from_first, is_first, whole
 from sppo_lightning.types import UserError, first_line
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ def check_updates_survive(parameters: Iterable[nn.Parameter], learning_rate: flo
     lost = total = 0
     for parameter in parameters:
         spacing = parameter.detach().abs().float() * torch.finfo(parameter.dtype).eps
-        lost += int((spacing > 2 * learning_rate).sum())
+        lost += int(whole((spacing > 2 * learning_rate).sum()))
         total += parameter.numel()
     if total and lost > total / 2:
         raise UserError(
@@ -230,15 +231,21 @@ def digest_of(pretrained: str) -> str:
 
 
 def fingerprint(model: nn.Module, pretrained: str) -> str:
-    """Return a digest of what decides a policy's outputs: its base and the exact trainable weights."""
+    """Return a digest of what decides a policy's outputs: its base and the exact trainable weights.
+
+    The same whether the weights are whole or spread over processes; then it is a collective, one weight at a time.
+    """
     digest = hashlib.sha256(
         pretrained.encode()
     )  # twice as fast as blake2b where the processor has instructions for it
-    for name, parameter in sorted(model.named_parameters()):
+    counts = is_first(model)
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
         if parameter.requires_grad:
-            digest.update(name.encode())
-            digest.update(parameter.detach().contiguous().view(torch.uint8).cpu().numpy().data)
-    return digest.hexdigest()[:32]
+            value = whole(parameter.detach())
+            if counts:
+                digest.update(name.encode())
+                digest.update(value.contiguous().view(torch.uint8).cpu().numpy().data)
+    return from_first(model, digest.hexdigest()[:32])
 
 
 def sampling_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sppo_lightning.live_policy import LivePolicy
 from sppo_lightning.lora import replaced_weights
 from sppo_lightning.losses import PairLogps
+from sppo_lightning.sharding import local, part_of
 
 # mean |log-ratio| per token at an iteration's start, where the reference equals the policy
 RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.02}
@@ -42,11 +43,16 @@ def check_reference_is_frozen(policy: LivePolicy, logps: Callable[[nn.Module], T
 
 
 def _moved(model: nn.Module) -> dict[str, Tensor]:
-    """Return other weights for all that is trained."""
+    """Return other weights for what this process holds of all that is trained."""
     generator = torch.Generator().manual_seed(0)
     trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
     return {
-        name: parameter.detach().cpu() + STEP * torch.randn(parameter.shape, generator=generator)
+        name: (
+            local(parameter.detach())
+            + part_of(STEP * torch.randn(parameter.shape, generator=generator), parameter).to(
+                parameter.device
+            )
+        )
         for name, parameter in trained
     }
 

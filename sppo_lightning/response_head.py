@@ -47,7 +47,8 @@ def response_logps(model: nn.Module, hidden: Tensor, targets: Tensor, *, chunk: 
 def _logits(model: nn.Module, hidden: Tensor) -> Tensor:
     """Return ``[N, V]``: head, scaling and soft cap are applied by the model's own forward, to given states."""
     with _decoder_returns(model, hidden[None]):
-        logits: Tensor = unwrapped(model)(inputs_embeds=hidden[None], use_cache=False).logits
+        # past its hooks: spread weights are gathered by the forward that this is a part of
+        logits: Tensor = unwrapped(model).forward(inputs_embeds=hidden[None], use_cache=False).logits
     return logits[0]
 
 

@@ -17,6 +17,7 @@ import torch
 from sppo_lightning.difficulty import DIFFICULTY_COLUMNS, StatisticsTable
 from sppo_lightning.durable import disk_error, replacing, sealed, unsealed, write_atomically
 from sppo_lightning.pairs import PAIR_SCHEMA, PairTable
+from sppo_lightning.reference_parts import ReferenceParts
 from sppo_lightning.stored_rollouts import (
     STORED_COLUMNS,
     StoredRollout,
@@ -233,6 +234,7 @@ class IterationStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.shards = ShardStore(folder / "rollouts")
+        self.reference_parts = ReferenceParts(folder / "reference")
 
     @property
     def complete(self) -> bool:

@@ -8,12 +8,17 @@ from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.accelerators import CUDAAccelerator
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from sppo_lightning.rendezvous import FileRanks, open_session
 from sppo_lightning.types import UserError
 
+SPREAD = (
+    "strategy: {{class_path: lightning.pytorch.strategies.ModelParallelStrategy, init_args: "
+    "{{data_parallel_size: {processes}, tensor_parallel_size: 1}}}}"
+)
 COMPUTE_DTYPES = {
     "32-true": torch.float32,
     "64-true": torch.float64,
@@ -39,15 +44,66 @@ def check_hardware(trainer: pl.Trainer) -> None:
             f"trainer.precision={precision} holds the trained weights in 16 bits, where small updates round to "
             "nothing: use bf16-mixed (float32 weights, bfloat16 products) or 32-true"
         )
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-        raise UserError(
-            f"trainer.strategy={type(trainer.strategy).__name__} is not supported: use one device or ddp"
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        strategy = trainer.strategy
+        check_spread_sizes(
+            strategy._data_parallel_size, strategy._tensor_parallel_size, processes=trainer.world_size
         )
+        if not strategy._save_distributed_checkpoint:
+            raise UserError(
+                "trainer.strategy=ModelParallelStrategy with save_distributed_checkpoint=false would gather the "
+                "optimizer's state in the host memory of one process: leave it out; each process then saves its part"
+            )
+    elif not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        raise UserError(strategy_refusal(type(trainer.strategy).__name__, trainer.world_size))
     if torch.are_deterministic_algorithms_enabled() and isinstance(trainer.accelerator, CUDAAccelerator):
         raise UserError(
             "trainer.deterministic=true: sampling sums in a way that CUDA cannot do deterministically: use "
             "deterministic: warn"
         )
+
+
+def strategy_refusal(given: str, processes: int) -> str:
+    """Return why a strategy is refused, and what to write instead.
+
+    Args:
+        given: its name.
+        processes: of the run.
+    """
+    return (
+        f"trainer.strategy={given} is not supported: use one device or ddp; for a model larger than a device FSDP2: "
+        f"{SPREAD.format(processes=processes)}"
+    )
+
+
+def check_spread_sizes(data: int | str, tensor: int | str, *, processes: int) -> None:
+    """Refuse tensor parallelism, and sizes that are left to Lightning, which takes it inside a machine.
+
+    Args:
+        data: ``data_parallel_size`` of a ``ModelParallelStrategy``.
+        tensor: its ``tensor_parallel_size``.
+        processes: of the run.
+
+    Raises:
+        UserError: with the setting to use.
+    """
+    if (data, tensor) != (processes, 1):
+        raise UserError(
+            f"trainer.strategy=ModelParallelStrategy with data_parallel_size={data}, tensor_parallel_size={tensor} for "
+            f"{processes} processes: weights are spread over all of them and no product is split, but auto, the "
+            f"default, splits products inside each machine; say both sizes: {SPREAD.format(processes=processes)}"
+        )
+
+
+def keep_to_own_signals(trainer: pl.Trainer) -> None:
+    """Have Lightning neither save nor requeue by itself on a signal of SLURM's: it would do so inside a step.
+
+    Args:
+        trainer: before it runs.
+    """
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment):
+        environment.auto_requeue = False
 
 
 def meet(trainer: pl.Trainer, root: Path) -> FileRanks:

@@ -13,7 +13,7 @@ LAYERS = {
     1: "losses logprobs difficulty selection pairing rules schedules seeding shards",
     2: """
         prompts prompt_files prompt_sets prompt_table ragged
-        rollouts stored_rollouts pruning pairs tally durable integrity
+        rollouts stored_rollouts reference_parts pruning pairs tally durable integrity
         policy_config pretrained adapters batching layouts metrics servers
         stop_signal heartbeat rendezvous
     """,
@@ -23,7 +23,7 @@ LAYERS = {
         generation rewards scoring collect evaluation results
         iteration iteration_state pairing_pass reference_pass reference_checks
     """,
-    4: "module datamodule preflight trainer checkpoint_files metrics_csv",
+    4: "module datamodule preflight memory_check trainer checkpoint_files metrics_csv",
     5: "callbacks estimate export",
     6: "cli parse_errors run_config run_lock __main__ __init__",
 }

@@ -88,7 +88,7 @@ def test_export_replaces_the_folder_as_a_whole(tmp_path: Path) -> None:
     policy, tokenizer = LlamaForCausalLM(tiny_config()), byte_tokenizer()
     policy.config.use_cache = False
     module = SimpleNamespace(
-        export=lambda folder: write_folder(policy, tokenizer, folder), fingerprint=lambda: "abc"
+        save=lambda folder, first: write_folder(policy, tokenizer, folder), fingerprint=lambda: "abc"
     )
     target = tmp_path / "policy"
     target.mkdir()

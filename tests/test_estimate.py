@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import byte_tokenizer, cli_arguments, letter_reward, tiny_config
+from jsonargparse import Namespace
 from transformers import LlamaConfig
 
 from sppo_lightning.__main__ import main
 from sppo_lightning.estimate import Hardware, planned_hardware
 from sppo_lightning.generation import HFGenerator
 from sppo_lightning.memory.workload import Workload
+from sppo_lightning.memory_check import check_memory
 from sppo_lightning.pair_forward import AutoForward
 from sppo_lightning.policy_config import PolicyConfig
-from sppo_lightning.preflight import check_memory
 from sppo_lightning.rewards import FunctionReward
 from sppo_lightning.types import Ranks, UserError
 
@@ -64,7 +65,7 @@ def estimated(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[dict[str,
         # embedding and head in bfloat16, the rest in 4 bits, an adapter of 64 in float32
         ("qlora-8b-1gpu", 24, 2 * 128256 * 4096 * 2 + 6.98e9 * 0.516 + 168e6 * 4, 12.2),
         pytest.param("lora-8b-1gpu", 80, 8.03e9 * 2 + 168e6 * 4, 32.3, marks=pytest.mark.slow),
-        pytest.param("full-8b-8gpu", 141, 8.03e9 * 4, 129.8, marks=pytest.mark.slow),
+        pytest.param("cluster/lora-8b-4nodes", 80, 8.03e9 * 2 + 168e6 * 4, 33.0, marks=pytest.mark.slow),
     ],
 )
 def test_the_configs_of_8b_need_what_they_say(
@@ -96,7 +97,7 @@ def test_a_run_that_does_not_fit_is_refused_and_may_be_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Before any weight is read; what it proposes helps."""
-    monkeypatch.setattr("sppo_lightning.preflight.available_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr("sppo_lightning.memory_check.available_bytes", lambda device: 1 << 20)
     args = ["fit", *cli_arguments(tiny_policy, write_prompts(), tmp_path / "run", data__iterations=1)]
     with monkeypatch.context() as patch:
         patch.setattr("sppo_lightning.policy.load_policy", None)
@@ -160,8 +161,28 @@ def test_hardware_of_a_trainer(
 
 
 def test_a_strategy_that_fit_refuses_is_refused() -> None:
-    with pytest.raises(UserError, match=r"trainer\.strategy=fsdp is not supported: use one device or ddp"):
-        planned_hardware("gpu", 8, 1, "fsdp")
+    for name in (
+        "fsdp",
+        "deepspeed_stage_3",
+        Namespace(class_path="lightning.pytorch.strategies.FSDPStrategy"),
+    ):
+        with pytest.raises(
+            UserError, match=r"is not supported: use one device or ddp; for a model larger than a"
+        ):
+            planned_hardware("gpu", 8, 1, name)
+
+
+def test_weights_may_be_spread_over_all_processes() -> None:
+    def strategy(**sizes: int) -> Namespace:
+        return Namespace(
+            class_path="lightning.pytorch.strategies.ModelParallelStrategy", init_args=Namespace(sizes)
+        )
+
+    found = planned_hardware("gpu", 8, 2, strategy(data_parallel_size=16, tensor_parallel_size=1))
+    assert found == Hardware(torch.device("cuda"), 16, spread=True)
+    given = r"data_parallel_size=8, tensor_parallel_size=auto for 16 processes: .* \{data_parallel_size: 16, tensor"
+    with pytest.raises(UserError, match=given):
+        planned_hardware("gpu", 8, 2, strategy(data_parallel_size=8))
 
 
 class TwoRanks(Ranks):
@@ -205,7 +226,7 @@ def test_all_processes_decide_alike(tiny_policy: Path, monkeypatch: pytest.Monke
     first = TwoRanks(0)
     with pytest.raises(UserError, match="needs about") as refused:
         check_memory(load, first, otherwise="refuse")
-    monkeypatch.setattr("sppo_lightning.preflight.Estimator", None)  # the second asks nobody
+    monkeypatch.setattr("sppo_lightning.memory_check.Estimator", None)  # the second asks nobody
     with pytest.raises(UserError) as also:
         check_memory(load, TwoRanks(1, first.said), otherwise="refuse")
     assert str(also.value) == str(refused.value)

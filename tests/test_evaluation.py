@@ -106,6 +106,9 @@ class Policy:
     level: int = 0
     asides: int = 0
 
+    def publish(self, ranks: Any, *, wanted: bool) -> None:
+        pass
+
     @contextmanager
     def initial(self) -> Iterator[None]:
         level, self.level = self.level, 0

@@ -19,10 +19,11 @@ from sppo_lightning.iteration import IterationBuilder
 from sppo_lightning.iteration_state import IterationState
 from sppo_lightning.pairing import BestWorst
 from sppo_lightning.pairs import PairTable
+from sppo_lightning.rendezvous import FileRanks
 from sppo_lightning.rollouts import IterationStore, RunFolder
 from sppo_lightning.rules import IterationRules
 from sppo_lightning.selection import AllPairs, AllPrompts, Easiest, RandomOrder
-from sppo_lightning.types import PreferencePair, Ranks, Rollout, UserError
+from sppo_lightning.types import PreferencePair, Rollout, UserError
 
 MANIFEST = {
     "policy_fingerprint": "first",
@@ -46,10 +47,7 @@ RULES = IterationRules(
 )
 
 
-class OneRank(Ranks):
-    """A process on its own."""
-
-    rank, world_size = 0, 1
+ALONE = FileRanks(Path(), rank=0, world_size=1)
 
 
 def rollout(prompt_id: str, index: int, reward: float) -> Rollout:
@@ -83,7 +81,14 @@ class Building:
         )
         store.write_difficulty(table, set(self.prompts))
         store.write_manifest(
-            {**MANIFEST, "policy_fingerprint": asked["policy_fingerprint"], "complete": True}
+            {
+                **MANIFEST,
+                "iteration": asked.get("iteration", 0),
+                "policy_fingerprint": asked["policy_fingerprint"],
+                "counts": {"pairs": len(self.prompts)},
+                "responses": {"sampled": len(rows)},
+                "complete": True,
+            }
         )
 
 
@@ -91,7 +96,7 @@ def test_an_iteration_is_made_once(tmp_path: Path) -> None:
     folder, build = RunFolder(tmp_path), Building()
     for state in (IterationState(), IterationState()):  # the second: started again before a checkpoint was
         assert (state.current, len(state.pairs)) == (-1, 0)
-        state.enter(0, folder=folder, policy_fingerprint="first", builder=build, global_step=0)
+        state.enter(0, folder=folder, policy_fingerprint="first", builder=build, global_step=0, ranks=ALONE)
         assert (state.current, state.pairs.prompt_ids) == (0, ["a"])
     assert len(build.asked) == 1
     assert build.asked[0]["previous"].prompt_ids == ()
@@ -101,9 +106,9 @@ def test_an_iteration_is_made_once(tmp_path: Path) -> None:
 def test_the_next_iteration_gets_what_is_known_and_due(tmp_path: Path) -> None:
     """Nothing was known of ``a``: its difficulty is the mean of 1 and 2. Then 0.25 * 1.5 + 0.75 * 1.5."""
     folder, build, state = RunFolder(tmp_path), Building(), IterationState()
-    state.enter(0, folder=folder, policy_fingerprint="first", builder=build, global_step=0)
+    state.enter(0, folder=folder, policy_fingerprint="first", builder=build, global_step=0, ranks=ALONE)
     state.due = Reestimation(("a",), 2, 0.25)
-    state.enter(1, folder=folder, policy_fingerprint="second", builder=build, global_step=0)
+    state.enter(1, folder=folder, policy_fingerprint="second", builder=build, global_step=0, ranks=ALONE)
     assert build.asked[1]["previous"]["difficulty"].tolist() == [1.5]
     assert build.asked[1]["reestimation"] == state.due
     assert state.difficulty_after(1, folder=folder)["estimated_iteration"].tolist() == [1.0]
@@ -112,18 +117,22 @@ def test_the_next_iteration_gets_what_is_known_and_due(tmp_path: Path) -> None:
 
 def test_another_policys_data_is_refused(tmp_path: Path) -> None:
     folder, build = RunFolder(tmp_path), Building()
-    IterationState().enter(0, folder=folder, policy_fingerprint="first", builder=build, global_step=0)
+    IterationState().enter(
+        0, folder=folder, policy_fingerprint="first", builder=build, global_step=0, ranks=ALONE
+    )
     state = IterationState()
     with pytest.raises(
         UserError, match="was sampled from another policy than the one that enters iteration 0"
     ):
-        state.enter(0, folder=folder, policy_fingerprint="other", builder=build, global_step=0)
+        state.enter(0, folder=folder, policy_fingerprint="other", builder=build, global_step=0, ranks=ALONE)
     assert (state.current, len(build.asked)) == (-1, 1)
 
 
 def test_an_iteration_that_was_trained_on_is_read_again_not_made(tmp_path: Path) -> None:
     folder, state = RunFolder(tmp_path), IterationState()
-    state.enter(0, folder=folder, policy_fingerprint="first", builder=Building("ab"), global_step=0)
+    state.enter(
+        0, folder=folder, policy_fingerprint="first", builder=Building("ab"), global_step=0, ranks=ALONE
+    )
     again = IterationState()
     again.load_state_dict(state.state_dict(finished=0, pairs_per_step=2, global_step=1))
     again.reopen(folder=folder)
@@ -135,7 +144,7 @@ def test_an_iteration_that_was_trained_on_is_read_again_not_made(tmp_path: Path)
 
 def test_an_iteration_that_was_trained_on_and_is_gone(tmp_path: Path) -> None:
     folder, state = RunFolder(tmp_path), IterationState()
-    state.enter(0, folder=folder, policy_fingerprint="first", builder=Building(), global_step=0)
+    state.enter(0, folder=folder, policy_fingerprint="first", builder=Building(), global_step=0, ranks=ALONE)
     again = IterationState()
     again.load_state_dict(state.state_dict(finished=0, pairs_per_step=2, global_step=1))
     with pytest.raises(
@@ -146,7 +155,7 @@ def test_an_iteration_that_was_trained_on_and_is_gone(tmp_path: Path) -> None:
 
 def test_an_iteration_that_was_trained_on_and_is_another_now(tmp_path: Path) -> None:
     folder, state = RunFolder(tmp_path), IterationState()
-    state.enter(0, folder=folder, policy_fingerprint="first", builder=Building(), global_step=0)
+    state.enter(0, folder=folder, policy_fingerprint="first", builder=Building(), global_step=0, ranks=ALONE)
     again = IterationState()
     again.load_state_dict(state.state_dict(finished=0, pairs_per_step=2, global_step=1))
     Building().build(folder.iteration(0), policy_fingerprint="other")
@@ -183,7 +192,14 @@ def trained(
     Five pairs, two a step, two epochs: three steps an epoch, of 2, 2 and 1 pairs.
     """
     state, again = IterationState(), IterationState()
-    state.enter(0, folder=folder, policy_fingerprint="first", builder=Building("abcde"), global_step=before)
+    state.enter(
+        0,
+        folder=folder,
+        policy_fingerprint="first",
+        builder=Building("abcde"),
+        global_step=before,
+        ranks=ALONE,
+    )
     again.load_state_dict(state.state_dict(finished=finished, pairs_per_step=2, global_step=before + steps))
     return again, again.epoch_to_go_on(folder=folder, rules=RULES, epochs=2, global_step=before + steps)
 
@@ -234,7 +250,7 @@ def test_what_is_left_of_an_epoch_is_the_rest_of_its_order(tmp_path: Path, steps
             folder=folder,
             rules=RULES,
             curriculum=RandomOrder(),
-            ranks=OneRank(),
+            ranks=ALONE,
             epoch=goes_on_in,
             epochs=2,
             taken=taken,

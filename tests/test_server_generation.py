@@ -37,7 +37,7 @@ from sppo_lightning.generation.weight_sync import (
     exported,
 )
 from sppo_lightning.policy import fingerprint
-from sppo_lightning.types import Response, UserError
+from sppo_lightning.types import Ranks, Response, UserError
 
 BOS, END, PAD = 0, 1, 2
 LONGEST = 12
@@ -57,6 +57,9 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase = field(default_factory=byte_tokenizer)
     end_token_ids: frozenset[int] = frozenset({END})
     exports: int = 0
+
+    def publish(self, ranks: Ranks, *, wanted: bool) -> None:
+        pass
 
     def sampling_model(self) -> torch.nn.Module:
         return self.model.eval()

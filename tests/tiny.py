@@ -34,7 +34,7 @@ from transformers import (
 
 from sppo_lightning.batching import PairBatch, StepSlot, collate
 from sppo_lightning.layouts import PairLayout
-from sppo_lightning.types import PreferencePair
+from sppo_lightning.types import PreferencePair, Ranks
 
 VOCABULARY = 259
 END = 1
@@ -184,6 +184,9 @@ class Source:
     model: torch.nn.Module
     end_token_ids: frozenset[int] = frozenset({END})
     tokenizer: PreTrainedTokenizerBase = field(default_factory=byte_tokenizer)
+
+    def publish(self, ranks: Ranks, *, wanted: bool) -> None:
+        pass
 
     def sampling_model(self) -> torch.nn.Module:
         return self.model.eval()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
-from sppo_lightning.types import FinishReason, Response
+from sppo_lightning.types import FinishReason, Ranks, Response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +25,14 @@ class PolicySource(Protocol):
     @property
     def end_token_ids(self) -> frozenset[int]:
         """Token ids that end a response."""
+
+    def publish(self, ranks: Ranks, *, wanted: bool) -> None:
+        """Prepare the current policy to be sampled or exported; all processes call it together, before they begin.
+
+        Args:
+            ranks: the processes.
+            wanted: whether this one will sample.
+        """
 
     def sampling_model(self) -> torch.nn.Module:
         """Return the current policy, ready to sample from: compute dtype, eval mode, on its device."""

@@ -88,9 +88,33 @@ def _smaller_reward(setting: str, workload: Workload) -> Iterator[Remedy]:
         yield Remedy(f"data.reward.{setting}", replace(workload, reward=reward))
 
 
+def spreading(workload: Workload) -> Iterator[Remedy]:
+    """Spread the policy's weights over the processes that there are: the same numbers, more traffic between them."""
+    if workload.processes > 1 and not workload.spread and workload.policy.quantization == "none":
+        setting = (
+            "trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy with "
+            f"init_args.data_parallel_size={workload.processes} and init_args.tensor_parallel_size=1"
+        )
+        yield Remedy(setting, replace(workload, spread=True))
+
+
+def serving(workload: Workload) -> Iterator[Remedy]:
+    """Sample elsewhere where a process cannot hold the whole policy in the compute dtype."""
+    if workload.spread and not isinstance(workload.generator, OpenAIServerGenerator):
+        tokens, temperature = workload.generator.max_new_tokens, workload.generator.temperature
+        server = OpenAIServerGenerator(
+            "http://localhost:8000/v1", OffPolicy(), "policy", max_new_tokens=tokens, temperature=temperature
+        )
+        setting = (
+            "data.generator=sppo_lightning.generation.OpenAIServerGenerator with a server, such as vLLM, on devices of "
+            "its own"
+        )
+        yield Remedy(setting, replace(workload, generator=server))
+
+
 def paged_optimizer(workload: Workload) -> Iterator[Remedy]:
     """Keep Adam's states in 8 bits, and in host memory where the device is full."""
-    if find_spec("bitsandbytes") is not None:
+    if not workload.spread and find_spec("bitsandbytes") is not None:
         setting = "model.optimizer=bitsandbytes.optim.PagedAdamW8bit"
         yield Remedy(setting, replace(workload, optimizer=_paged_adamw))
 
@@ -105,7 +129,7 @@ def adapters(workload: Workload) -> Iterator[Remedy]:
 
 def quantization(workload: Workload) -> Iterator[Remedy]:
     """Hold the frozen base of an adapter in four bits."""
-    serves = _serves(workload.generator, adapter=False)
+    serves = _serves(workload.generator, adapter=False) and not workload.spread
     there = find_spec("bitsandbytes") is not None
     if there and workload.policy.lora is not None and workload.policy.quantization != "nf4" and serves:
         yield _with_policy(workload, "quantization=nf4", quantization="nf4")
@@ -147,6 +171,7 @@ def ladders(workload: Workload) -> list[Ladder]:
     return [
         *(smaller_batches, checkpointing, smaller_chunks),
         *smaller_rewards(workload),
+        *(spreading, serving),
         *(paged_optimizer, adapters, quantization, smaller_ranks),
         *(shorter_responses, shorter_prompts),
     ]

@@ -12,7 +12,7 @@ import torch
 from sppo_lightning.generation.hf import cache_bytes_of_layers
 from sppo_lightning.memory.device import free_bytes
 from sppo_lightning.memory.dry_run import OptimizerMemory, optimizer_memory
-from sppo_lightning.memory.footprint import CannotEstimateError, Footprint, layer_count
+from sppo_lightning.memory.footprint import CannotEstimateError, Footprint, Gathered, layer_count
 from sppo_lightning.memory.workload import Passes, PassMeter, Workload, vocabulary_of
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rewards.protocol import RewardMemory
@@ -123,7 +123,11 @@ class Estimator:
             UserError: if the policy's settings do not fit its model.
         """
         weights, passes = self._meter.weights(workload), self._meter.passes(workload)
-        return _Sum(workload, weights, passes, self._reward(workload), self.available).estimate()
+        return self._sum(workload, weights, passes).estimate()
+
+    def _sum(self, workload: Workload, weights: Footprint, passes: Passes) -> _Sum:
+        parts = self._meter.gathered(workload) if workload.spread else None
+        return _Sum(workload, weights, passes, self._reward(workload), self.available, parts)
 
     def bound(self, workload: Workload) -> MemoryEstimate | None:
         """Return what each phase takes at most, by a generous rule of thumb: at once, where :meth:`estimate` computes.
@@ -137,13 +141,13 @@ class Estimator:
             weights, passes = self._meter.weights(workload), self._meter.passes_at_most(workload)
             if passes is None:
                 return None
-            return _Sum(workload, weights, passes, self._reward(workload), self.available).estimate()
+            return self._sum(workload, weights, passes).estimate()
         except CannotEstimateError:
             return None
 
     def fits(self, workload: Workload) -> bool:
         """Whether a run fits; no pass is run where its weights alone do not."""
-        if self._meter.weights(workload).weights > self.available:
+        if self._meter.weights(workload).weights // workload.shards > self.available:
             return False
         return self.estimate(workload).fits
 
@@ -165,6 +169,7 @@ class _Sum:
     passes: Passes
     reward: RewardMemory
     available: int
+    gathered: Gathered | None  # where weights are spread
 
     def estimate(self) -> MemoryEstimate:
         sampling, rows = self._sampling()
@@ -185,9 +190,9 @@ class _Sum:
 
     def _phase(self, name: PhaseName, parts: dict[str, int], waiting: int | None = None) -> PhaseNeed:
         """Add what every phase has, and leave out what takes nothing."""
-        held = {"policy": self.weights.weights, **parts}
+        held = {"policy": self.weights.weights // self.workload.shards, **parts}
         held["waiting reward model"] = self.reward.waiting if waiting is None else waiting
-        if self.workload.processes > 1:
+        if self.workload.processes > 1 and not self.workload.spread:
             held["DDP's buckets"] = self.weights.trained  # made with its wrapper, before the first sample
         if self.workload.carry_optimizer and name != "training":
             held["optimizer"] = self._optimizer_state
@@ -202,14 +207,14 @@ class _Sum:
 
     @property
     def _optimizer_state(self) -> int:
-        return int(self.optimizer.state * self.weights.trained_count)
+        return int(self.optimizer.state * self.weights.trained_count) // self.workload.shards
 
     def _sampling(self) -> tuple[dict[str, int], int]:
         from sppo_lightning.generation.cache import RESERVE
 
         workload = self.workload
         dtype, config = workload.compute_dtype, workload.model_config
-        copy = self.weights.trained_count * dtype.itemsize if workload.samples_a_copy else 0
+        copy = self._copy
         row = cache_bytes(config, workload.longest_sequence + RESERVE, dtype)
         free = self.available - self._phase("sampling", {"copy": copy}).total
         engine = workload.generator.memory(
@@ -224,6 +229,16 @@ class _Sum:
         }
         return parts, engine.rows
 
+    @property
+    def _copy(self) -> int:
+        """Bytes of the policy that responses are sampled from, beside the one that is trained."""
+        workload, weights = self.workload, self.weights
+        as_trained = workload.policy.lora is not None or not workload.samples_a_copy
+        trained = weights.trained if as_trained else weights.trained_count * workload.compute_dtype.itemsize
+        if workload.spread:
+            return weights.frozen + trained  # a whole one
+        return trained if workload.samples_a_copy else 0
+
     def _scoring(self) -> dict[str, int]:
         return {"reward model": self.reward.weights, "one conversation": self.reward.conversation}
 
@@ -231,18 +246,20 @@ class _Sum:
         again = 0
         policy = self.workload.policy
         if self.workload.reference == "initial" and (policy.lora is None or policy.lora.adapter is not None):
-            again = self.weights.trained
-        return {"initial weights": again, "activations": self.passes.reference + self.weights.widest}
+            again = self.weights.trained // self.workload.shards
+        parts = {"initial weights": again, "activations": self.passes.reference + self.weights.widest}
+        return parts if self.gathered is None else {**parts, "gathered weights": self.gathered.reading}
 
     def _training(self) -> dict[str, int]:
         weights = self.weights
-        step = int(self.optimizer.step * weights.trained_count)
-        return {
-            "gradients": weights.trained,
+        step = int(self.optimizer.step * weights.trained_count) // self.workload.shards
+        parts = {
+            "gradients": weights.trained // self.workload.shards,
             "optimizer": self._optimizer_state,
             # backward and the optimizer's step follow each other
             "activations": max(self.passes.training - weights.trained + weights.widest, step),
         }
+        return parts if self.gathered is None else {**parts, "gathered weights": self.gathered.training}
 
 
 def cache_bytes(model_config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> int:

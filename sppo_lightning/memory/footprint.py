@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 from torch import Tensor, nn
 
 from sppo_lightning.adapters import unwrapped
+from sppo_lightning.sharding import spread_layers
 from sppo_lightning.types import UserError
 
 if TYPE_CHECKING:
@@ -38,6 +39,48 @@ class Footprint(NamedTuple):
     def weights(self) -> int:
         """Bytes of all weights."""
         return self.frozen + self.trained
+
+
+class Gathered(NamedTuple):
+    """What is gathered on each device, a part at a time, where weights are spread over processes."""
+
+    layer: int  # bytes of the largest layer
+    layer_trained: int  # of which trained
+    rest: int  # bytes of what lies in no layer: embedding, head, last norm
+    rest_trained: int  # of which trained
+
+    @property
+    def reading(self) -> int:
+        """Bytes in a forward pass: a layer, the next one, and either's way from one block to its weights."""
+        return max(2 * self.rest, self.rest + 3 * self.layer)
+
+    @property
+    def training(self) -> int:
+        """Bytes in a backward pass: the gradients as well, and a copy of a layer's while they are summed up."""
+        return self.reading + self.rest_trained + 3 * self.layer_trained
+
+
+def gathered(model: nn.Module) -> Gathered:
+    """Return how large the parts are that a model is spread in.
+
+    Args:
+        model: a transformers model, PEFT's wrapper around it or not, on any device.
+    """
+    everything = sum(parameter.nbytes for parameter in model.parameters())
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    layers = [
+        (
+            sum(parameter.nbytes for parameter in layer.parameters()),
+            sum(parameter.nbytes for parameter in layer.parameters() if parameter.requires_grad),
+        )
+        for layer in spread_layers(model)
+    ]
+    return Gathered(
+        layer=max((size for size, _ in layers), default=0),
+        layer_trained=max((size for _, size in layers), default=0),
+        rest=everything - sum(size for size, _ in layers),
+        rest_trained=trained - sum(size for _, size in layers),
+    )
 
 
 def loaded_footprint(

@@ -10,7 +10,15 @@ import torch
 from sppo_lightning import policy as policies
 from sppo_lightning.generation import Generator
 from sppo_lightning.memory.dry_run import DryRun, PairShape, stand_ins
-from sppo_lightning.memory.footprint import Footprint, largest, layer_count, loaded_footprint, required
+from sppo_lightning.memory.footprint import (
+    Footprint,
+    Gathered,
+    gathered,
+    largest,
+    layer_count,
+    loaded_footprint,
+    required,
+)
 from sppo_lightning.optimizers import OptimizerFactory
 from sppo_lightning.pair_forward import PairForward
 from sppo_lightning.policy_config import PolicyConfig
@@ -47,6 +55,7 @@ class Workload:
         longest_trained_prompt: tokens of the longest prompt that may be trained on; at most ``longest_prompt``.
         device: of the first process.
         processes: that share the run, a device each.
+        spread: whether its weights are spread over them (FSDP2), instead of whole on each.
     """
 
     policy: PolicyConfig
@@ -64,6 +73,12 @@ class Workload:
     longest_trained_prompt: int
     device: torch.device
     processes: int = 1
+    spread: bool = False
+
+    @property
+    def shards(self) -> int:
+        """Parts that the weights lie in."""
+        return self.processes if self.spread else 1
 
     @property
     def shape(self) -> PairShape:
@@ -127,6 +142,10 @@ class PassMeter:
             policy.quantization,
             double=policy.double_quantization,
         )
+
+    def gathered(self, workload: Workload) -> Gathered:
+        """Return what of the policy's weights is whole at times, where they are spread."""
+        return gathered(self._model(workload).model)
 
     def passes(self, workload: Workload) -> Passes:
         """Run the passes on tensors without data; where a model does not run on those, go by a rule of thumb.
