@@ -80,8 +80,7 @@ class RunCheckpoint(Checkpoint):
             datamodule.stop.hold()
             self._saved_step = -1  # its end is new, even where its steps are not
             self._save_or_stop(trainer, True)
-            if datamodule.keep_iterations is not None and trainer.is_global_zero and not is_dev_run(trainer):
-                prune(datamodule.folder, datamodule.current_iteration + 1, datamodule.keep_iterations)
+            self._prune(trainer, datamodule.current_iteration + 1)
             datamodule.stop.release()
 
     def _save_or_stop(self, trainer: pl.Trainer, due: bool) -> None:
@@ -108,6 +107,11 @@ class RunCheckpoint(Checkpoint):
             trainer.save_checkpoint(last, weights_only=False)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
+    def _prune(self, trainer: pl.Trainer, finished: int) -> None:
+        datamodule = self_play_data(trainer)
+        if datamodule.keep_iterations is not None and trainer.is_global_zero and not is_dev_run(trainer):
+            prune(datamodule.folder, finished, datamodule.keep_iterations)
+
     # ------------------------------------------------------------------ state
 
     def on_save_checkpoint(
@@ -124,6 +128,8 @@ class RunCheckpoint(Checkpoint):
         self._rows = checkpoint[KEY]["rows"]
         if trainer.is_global_zero:
             _restore_random_state(checkpoint[KEY]["random"])
+        if trainer.state.fn == "fit":  # a run that was killed behind its last checkpoint
+            self._prune(trainer, checkpoint[type(self_play_data(trainer)).__qualname__]["finished"])
 
 
 def _random_state() -> dict[str, Any]:

@@ -37,7 +37,7 @@ PHASES = {  # what a point's path begins with, and where the run stands there
     r"iterations/\d+/rollouts(/probe|$)": "probe",
     r"iterations/\d+/rollouts/topup": "generate",
     r"iterations/\d+/difficulty": "select",
-    r"iterations/\d+/(pairs|manifest)": "reference",
+    r"iterations/\d+/(pairs|manifest|reference)": "reference",
     r"iterations": "between iterations",
     r"checkpoints": "checkpoint",
     r"(\.?polic(y|ies)|samples\.md)": "export",

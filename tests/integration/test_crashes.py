@@ -6,103 +6,18 @@ written as often, and an optimizer step is repeated only if no checkpoint stands
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 import signal
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from conftest import cli_arguments
-from crashing import Change, Outcome, RunServer
-from same_run import differences, leftovers
+from crash_runs import Crashes
+from crashing import Change, Outcome
+from same_run import leftovers
 
-EVERY_STEP = 1e-9  # minutes between two checkpoints
-LORA = {"model__policy__lora__rank": 4, "model__policy__lora__alpha": 8, "model__policy__lora__dropout": 0.3}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "one checkpoint an iteration": {"minutes": 10},
-    "two epochs": {"data__epochs_per_iteration": 2},
-    "initial reference": {"model__reference": "initial"},
-    "adapter with dropout": LORA,
-    "adapter with dropout, two epochs, initial reference": {
-        **LORA,
-        "data__epochs_per_iteration": 2,
-        "model__reference": "initial",
-    },
-    "optimizer carried on": {"model__carry_optimizer": "true"},
-    "nothing held out": {"data__eval_prompts": None},
-}
 Point = tuple[str, int]  # a change, "what path" by a regular expression, and which of those: 0 is the first
 slow = pytest.mark.slow
-
-
-class Crashes:
-    """Runs of a few variants: whole, ended by signals, and gone on."""
-
-    def __init__(self, policy: Path, folder: Path) -> None:
-        self.root = folder / "run"  # of all runs in turn, so that no path in a file tells them apart
-        self._policy = policy
-        self._folder = folder
-        self._whole: dict[str, tuple[Path, Outcome]] = {}
-        self.server = RunServer(folder / "output")
-        for name, start, count in (("train", 0, 14), ("eval", 50, 6)):
-            records = [{"id": f"{name}{n}", "prompt": f"Count to {start + n}"} for n in range(count)]
-            lines = "".join(json.dumps(record) + "\n" for record in records)
-            (folder / f"{name}.jsonl").write_text(lines)
-
-    def whole(self, variant: str) -> tuple[Path, Outcome]:
-        """Return the uninterrupted run."""
-        if variant not in self._whole:
-            outcome = self.run(variant)
-            assert outcome.status == 0, outcome.output
-            assert leftovers(self.root) == []
-            kept = self._folder / f"whole-{len(self._whole)}"
-            self.root.rename(kept)
-            self._whole[variant] = kept, outcome
-        return self._whole[variant]
-
-    def run(self, variant: str, **end: Any) -> Outcome:
-        """Give the command."""
-        changes = dict(VARIANTS[variant])
-        callbacks = [
-            {"class_path": "sppo_lightning.callbacks.DifficultyReestimation"},
-            {
-                "class_path": "sppo_lightning.callbacks.RunCheckpoint",
-                "init_args": {"every_n_minutes": changes.pop("minutes", EVERY_STEP)},
-            },
-            {"class_path": "crashing.Marks"},
-        ]
-        settings = {
-            "data__eval_prompts": self._folder / "eval.jsonl",
-            "trainer__callbacks": json.dumps(callbacks),
-            **changes,
-        }
-        prompts = self._folder / "train.jsonl"
-        return self.server.run(
-            ["fit", *cli_arguments(self._policy, prompts, self.root, **settings)], self.root, **end
-        )
-
-    def saved_step(self) -> int:
-        """Return how many optimizer steps are behind the checkpoint, 0 without one."""
-        last = self.root / "checkpoints" / "last.ckpt"
-        return int(torch.load(last, weights_only=True)["global_step"]) if last.exists() else 0
-
-    def go_on(self, variant: str, ended: Sequence[Outcome]) -> None:
-        """Give the command again, and compare everything with the uninterrupted run."""
-        kept, whole = self.whole(variant)
-        step = self.saved_step()
-        last = self.run(variant)
-        assert last.status == 0, last.output
-        assert differences(kept, self.root) == []
-        assert leftovers(self.root) == []
-        shards = Counter(path for outcome in (*ended, last) for path in outcome.shards)
-        assert shards == Counter(whole.shards)
-        assert last.steps == whole.steps[step:]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +30,17 @@ def crashes(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture(autouse=True)
 def fresh(crashes: Crashes) -> Iterator[None]:
     yield
-    shutil.rmtree(crashes.root, ignore_errors=True)
+    crashes.clear()
+
+
+def check_going_on(crashes: Crashes, variant: str, ended: Sequence[Outcome]) -> None:
+    """Give the command again, and find the uninterrupted run, with nothing made twice but what was in flight."""
+    steps = sum(len(outcome.steps) for outcome in ended)
+    ahead = steps - crashes.saved_step()
+    gone_on = crashes.go_on(variant, ended)
+    assert gone_on.differences == []
+    assert gone_on.shards_twice == []
+    assert len(gone_on.steps_twice) == ahead
 
 
 def place(changes: Sequence[Change], point: Point) -> int:
@@ -142,8 +67,10 @@ MORE_KILLS: dict[str, Point] = {
     "scoring": ("rename iterations/001/rollouts/probe-00001.parquet", 1),
     "selection": ("rename iterations/001/difficulty.parquet", 0),
     "reference": ("reach reference/4", 1),
+    "referenced": ("open iterations/001/pairs.parquet", 0),
     "pairs": ("rename iterations/000/pairs.parquet", 0),
     "manifest": ("rename iterations/001/manifest.json", 1),
+    "complete": ("remove iterations/001/reference/.*", 0),
     "first step": ("reach step/0", 0),
     "metrics": ("open metrics.csv", 4),
     "trained": ("reach evaluating/0", 1),
@@ -165,7 +92,7 @@ def test_killed_and_gone_on_is_uninterrupted(crashes: Crashes, point: Point) -> 
     killed = crashes.run("plain", at=place(whole.changes, point))
     assert killed.status == -signal.SIGKILL
     assert len(killed.steps) - crashes.saved_step() in (0, 1)  # steps that are to be taken again
-    crashes.go_on("plain", [killed])
+    check_going_on(crashes, "plain", [killed])
 
 
 COMBINED = "adapter with dropout, two epochs, initial reference"
@@ -182,13 +109,16 @@ COMBINED = "adapter with dropout, two epochs, initial reference"
         pytest.param("initial reference", ("reach reference/6", 1), marks=slow),
         pytest.param("optimizer carried on", ("reach training/4", 1), marks=slow),
         pytest.param("nothing held out", ("rename checkpoints/last.ckpt", 2), marks=slow),
+        pytest.param("old iterations pruned", ("rename iterations/000/manifest.json", 2), marks=slow),
+        pytest.param("old iterations pruned", ("remove iterations/000/rollouts/.*", 2), marks=slow),
+        pytest.param("old iterations pruned", ("remove iterations/001/rollouts/.*", 4), marks=slow),
     ],
 )
 def test_killed_with_other_settings(crashes: Crashes, variant: str, point: Point) -> None:
     _, whole = crashes.whole(variant)
     killed = crashes.run(variant, at=place(whole.changes, point))
     assert killed.status == -signal.SIGKILL
-    crashes.go_on(variant, [killed])
+    check_going_on(crashes, variant, [killed])
 
 
 @slow
@@ -197,7 +127,7 @@ def test_without_a_checkpoint_inside_the_iteration_its_steps_are_taken_again(cra
     _, whole = crashes.whole(variant)
     killed = crashes.run(variant, at=place(whole.changes, ("reach training/5", 1)))
     assert crashes.saved_step() == whole.steps.index(killed.steps[-1]) - 1 == 3
-    crashes.go_on(variant, [killed])
+    check_going_on(crashes, variant, [killed])
 
 
 @slow
@@ -207,7 +137,7 @@ def test_killed_twice(crashes: Crashes) -> None:
     second = crashes.run("plain", at=place(first.changes, ("reach scoring/5", 0)))
     third = crashes.run("plain", at=20)
     assert {first.status, second.status, third.status} == {-signal.SIGKILL}
-    crashes.go_on("plain", [first, second, third])
+    check_going_on(crashes, "plain", [first, second, third])
 
 
 @slow
@@ -219,7 +149,7 @@ def test_killed_after_a_while(crashes: Crashes, share: float) -> None:
     if killed.status == 0:
         pytest.skip("the run was over before")
     assert killed.status == -signal.SIGKILL
-    crashes.go_on("plain", [killed])
+    check_going_on(crashes, "plain", [killed])
 
 
 # ------------------------------------------------------------------ asked to stop
@@ -259,4 +189,4 @@ def test_stopped_and_gone_on_is_uninterrupted(crashes: Crashes, point: Point, by
     assert "Traceback" not in stopped.output
     assert crashes.saved_step() == len(stopped.steps)  # with the step that was under way
     assert leftovers(crashes.root) in ([], [".policy.new", ".policy.old"])
-    crashes.go_on("plain", [stopped])
+    check_going_on(crashes, "plain", [stopped])
