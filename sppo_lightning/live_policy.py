@@ -228,8 +228,8 @@ class LivePolicy:
         ranks.barrier("policy published")
 
     def withdraw(self) -> None:
-        """Remove what :meth:`publish` wrote, once no process samples any more."""
-        if self.is_sharded and self._published is not None and sharding.is_first(self.model):
+        """Remove what :meth:`publish` or a killed run wrote, once no process samples any more."""
+        if self.is_sharded and sharding.is_first(self.model):
             shutil.rmtree(self._workspace(), ignore_errors=True)
         self._published = None
 

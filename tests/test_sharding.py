@@ -162,6 +162,7 @@ def go_on_after_a_failure(mesh: DeviceMesh) -> None:
         PlainForward().logps(model, rows)
     layer.mlp.forward = own
     sharding.recover(model)
+    assert all(isinstance(p, sharding.DTensor) for p in model.parameters())  # none is left whole
     found = torch.cat(PlainForward().logps(model, rows))
     assert torch.equal(found, expected)
     found.sum().backward()
