@@ -153,6 +153,7 @@ class StoredPairs(pl.LightningDataModule):
 
     epochs_per_iteration = 1
     iteration_metrics: ClassVar[dict[str, float]] = {}
+    steps_taken = 0
     rules = SimpleNamespace(seed=0)
 
     def __init__(self, pairs: list[PreferencePair], layout: PairLayout, sampler: StepSampler) -> None:

@@ -19,7 +19,7 @@ from sppo_lightning.generation import Generator, PolicySource, PromptResponses, 
 from sppo_lightning.rewards import FunctionReward
 from sppo_lightning.rollouts import ShardStore, read_rollouts
 from sppo_lightning.shards import prompts_per_shard
-from sppo_lightning.types import EncodedPrompt, Prompt, Response, T, UserError
+from sppo_lightning.types import EncodedPrompt, Prompt, Ranks, Response, T, UserError
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,14 @@ class Process:
     def same(self, value: T) -> T:
         return value
 
+    def check(self) -> None: ...
+
+
+class Policy:
+    """Whole weights, of which nothing is asked."""
+
+    def publish(self, ranks: Ranks, *, wanted: bool) -> None: ...
+
 
 def test_the_number_of_processes_changes_no_border(tmp_path: Path) -> None:
     """2,100 responses: 128 a shard, which are 42 prompts of 3; a start with one process goes on with two."""
@@ -89,7 +97,7 @@ def test_the_number_of_processes_changes_no_border(tmp_path: Path) -> None:
             collector = Collector(
                 generator=Instant(),
                 reward=FunctionReward(lambda prompts, responses, metadata: [1.0] * len(responses)),
-                policy=cast(PolicySource, None),
+                policy=cast(PolicySource, Policy()),
                 device=torch.device("cpu"),
                 seed=0,
                 prompts_per_shard=None,
