@@ -34,7 +34,7 @@ from sppo_lightning.scoring import UnfinishedRule
 from sppo_lightning.selection import AllPairs, AllPrompts, Curriculum, RandomOrder, Schedule, Selection
 from sppo_lightning.stop_signal import StopSignal
 from sppo_lightning.trainer import fit_position, is_dev_run, keep_to_own_signals, meet, stand_before_epoch
-from sppo_lightning.types import PhaseObserver, ResumeMode, Stopped, UserError, first_line
+from sppo_lightning.types import PhaseObserver, ResumeMode, UserError, first_line
 
 Sources = str | list[str]
 
@@ -200,12 +200,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
             shutil.rmtree(self.folder.root, ignore_errors=True)
 
     def on_exception(self, exception: BaseException) -> None:
-        """Tell the other processes that this one ends, and why.
-
-        Where a signal ended the run, another may still end its tear-down.
-        """
-        if not isinstance(exception, Stopped):
-            self.stop.ignore()
+        """Listen to signals no longer, and tell the other processes that this one ends, and why."""
+        self.stop.ignore()
         self.ranks.fail(first_line(exception))
         self.ranks.close()
 

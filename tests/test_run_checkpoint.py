@@ -18,6 +18,9 @@ from conftest import cli_arguments
 
 from sppo_lightning.__main__ import main
 from sppo_lightning.callbacks import RunCheckpoint
+from sppo_lightning.datamodule import self_play_data
+from sppo_lightning.stop_signal import StopSignal
+from sppo_lightning.types import Stopped
 
 WritePrompts = Callable[..., Path]
 Fit = Callable[..., Path]
@@ -30,6 +33,7 @@ class Watching(pl.Callback):
     saved: list[int]
     draws: list[tuple[int, float, float, float]]
     act: Callable[[int, int], None]
+    stop: StopSignal
 
     @classmethod
     def begin(cls, act: Callable[[int, int], None] = lambda step, batch: None) -> None:
@@ -38,6 +42,7 @@ class Watching(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        Watching.stop = self_play_data(trainer).stop
         if batch is not None:
             drawn = random.random(), float(np.random.random()), float(torch.rand(()))
             Watching.draws.append((trainer.global_step, *drawn))
@@ -179,17 +184,29 @@ def test_random_generators_go_on(fit: Fit) -> None:
     assert len({draw[1] for draw in whole}) == len(whole)
 
 
-def test_a_run_that_fails_gives_the_signals_back(fit: Fit) -> None:
+@pytest.mark.parametrize("ends_by", [StoppedHereError, signal.SIGTERM])
+def test_a_run_that_ends_early_gives_the_signals_back(fit: Fit, ends_by: Any) -> None:
+    """And takes them once more when its data module is used again, neither held back nor obeyed for the old one."""
     before = [signal.getsignal(number) for number in SIGNALS]
 
     def end(step: int, batch: int) -> None:
         assert [signal.getsignal(number) for number in SIGNALS] != before
-        raise StoppedHereError
+        if ends_by is not StoppedHereError:
+            os.kill(os.getpid(), ends_by)
+        elif step == 1:
+            raise StoppedHereError
 
     Watching.begin(end)
-    with pytest.raises(StoppedHereError):
+    with pytest.raises((StoppedHereError, SystemExit)):
         fit()
     assert [signal.getsignal(number) for number in SIGNALS] == before
+    stop = Watching.stop
+    stop.listen()
+    assert [signal.getsignal(number) for number in SIGNALS] != before
+    assert not stop.received
+    with pytest.raises(Stopped):
+        os.kill(os.getpid(), signal.SIGTERM)
+    stop.ignore()
 
 
 # -------------------------------------------------------------------- signals
