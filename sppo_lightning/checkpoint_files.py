@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from sppo_lightning.durable import record_sizes, replacing, sync_folder
+from sppo_lightning.types import UserError
 
 PART = "step-"  # begins the names of sharded checkpoints
 
@@ -36,6 +37,24 @@ class DurableCheckpointIO(TorchCheckpointIO):
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from error
                 raise
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        map_location: Any = lambda storage, _: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a checkpoint's file.
+
+        Raises:
+            UserError: if it is a folder of parts, which only processes that share the weights can read.
+        """
+        if Path(path).is_dir():
+            raise UserError(
+                f"{path} holds weights that were spread over processes: continue with trainer.strategy "
+                "ModelParallelStrategy, on any number of processes"
+            )
+        return super().load_checkpoint(path, map_location, weights_only)
 
 
 def sharded_path(folder: Path, step: int) -> Path:

@@ -201,6 +201,12 @@ class LivePolicy:
             policies.disable_dropout(model)
             yield cast(nn.Module, model).to(next(self.model.parameters()).dtype)  # doubled under 64-true
 
+    @property
+    def quantized(self) -> bool:
+        """Whether its base is held in fewer bits than a folder of it would be."""
+        own = getattr(self.model_config, "quantization_config", None)
+        return own is not None or self.config.quantization != "none"
+
     def publish(self, ranks: Ranks, *, wanted: bool) -> None:
         """Let every process have a whole policy to sample from, a collective; nothing to do where it is whole.
 

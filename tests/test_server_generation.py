@@ -57,6 +57,7 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase = field(default_factory=byte_tokenizer)
     end_token_ids: frozenset[int] = frozenset({END})
     exports: int = 0
+    quantized: bool = False
 
     def publish(self, ranks: Ranks, *, wanted: bool) -> None:
         pass

@@ -184,6 +184,7 @@ class Source:
     model: torch.nn.Module
     end_token_ids: frozenset[int] = frozenset({END})
     tokenizer: PreTrainedTokenizerBase = field(default_factory=byte_tokenizer)
+    quantized: bool = False
 
     def publish(self, ranks: Ranks, *, wanted: bool) -> None:
         pass

@@ -26,6 +26,10 @@ class PolicySource(Protocol):
     def end_token_ids(self) -> frozenset[int]:
         """Token ids that end a response."""
 
+    @property
+    def quantized(self) -> bool:
+        """Whether its base is held in fewer bits than a folder of it would be."""
+
     def publish(self, ranks: Ranks, *, wanted: bool) -> None:
         """Prepare the current policy to be sampled or exported; all processes call it together, before they begin.
 

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 from uuid import uuid4
 
 from sppo_lightning.generation.protocol import PolicySource
@@ -95,7 +95,7 @@ class VLLMAdapter(WeightSync):
 
     def hand_over(self, policy: PolicySource, *, client: ServerClient, model: str | None) -> str:
         """Load the adapter under a new name and return it."""
-        if getattr(cast(Any, policy.sampling_model()).config, "quantization_config", None) is not None:
+        if policy.quantized:
             raise UserError(
                 f"{KEY} VLLMAdapter: the policy's base is quantised and the server's is not, so that samples would "
                 "come from another model: set model.policy.quantization: none, or use HFGenerator"
