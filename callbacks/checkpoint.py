@@ -39,7 +39,6 @@ class RunCheckpoint(Checkpoint):
         if not every_n_minutes > 0:
             raise ValueError(f"RunCheckpoint.every_n_minutes={every_n_minutes} must be greater than 0")
         self.every_n_minutes = every_n_minutes
-        self._rows = 0  # of metrics.csv, behind the checkpoint that the run goes on from
         self._saved_at = 0.0  # seconds, of the monotonic clock
         self._saved_step = 0  # optimizer steps behind the last checkpoint
 
@@ -49,11 +48,8 @@ class RunCheckpoint(Checkpoint):
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let ``metrics.csv`` go on where the checkpoint stood."""
+        """Begin to count minutes and steps."""
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
-        for logger in trainer.loggers:
-            if isinstance(logger, MetricsCSV):
-                logger.go_on_after(self._rows)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hold signals back from here on."""
@@ -98,7 +94,9 @@ class RunCheckpoint(Checkpoint):
     def _save(self, trainer: pl.Trainer) -> None:
         last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         if getattr(trainer.strategy, "_save_distributed_checkpoint", False):
-            shards = Path(trainer.strategy.broadcast(str(sharded_path(last.parent, trainer.global_step))))
+            # by one process: another may see an older link, and take the good one for what a kill has left
+            own = str(sharded_path(last.parent, trainer.global_step)) if trainer.is_global_zero else ""
+            shards = Path(trainer.strategy.broadcast(own))
             trainer.save_checkpoint(shards, weights_only=False)
             if trainer.is_global_zero:
                 switch_to_sharded(last, shards)
@@ -124,8 +122,12 @@ class RunCheckpoint(Checkpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take up what :meth:`on_save_checkpoint` added."""
-        self._rows = checkpoint[KEY]["rows"]
+        """Take up what :meth:`on_save_checkpoint` added, and let ``metrics.csv`` go on where the checkpoint stood."""
+        if trainer.state.fn != "fit" or KEY not in checkpoint:  # saved by a run without this callback
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.go_on_after(checkpoint[KEY]["rows"])
         if trainer.is_global_zero:
             _restore_random_state(checkpoint[KEY]["random"])
         if trainer.state.fn == "fit":  # a run that was killed behind its last checkpoint

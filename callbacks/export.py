@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
 from sppo_lightning.datamodule import self_play_data
-from sppo_lightning.durable import write_atomically
+from sppo_lightning.durable import sync_folder, sync_tree, write_atomically
 from sppo_lightning.export.run import RECORD
 from sppo_lightning.live_policy import LivePolicy
 from sppo_lightning.module import PreferenceModule
@@ -65,9 +65,11 @@ class PolicyExport(pl.Callback):
         if not first:
             return
         write_atomically(fresh / RECORD, json.dumps(record, indent=2).encode())
+        sync_tree(fresh)
         if folder.exists():
             folder.rename(stale)
         fresh.rename(folder)
+        sync_folder(folder.parent)
         shutil.rmtree(stale, ignore_errors=True)
 
 

@@ -27,6 +27,9 @@ class DurableCheckpointIO(TorchCheckpointIO):
         Raises:
             UserError: if the disk is full or cannot be written; the one that was there stays.
         """
+        if "://" in str(path):  # of a user's own callback, on a file system that is none of ours
+            super().save_checkpoint(checkpoint, str(path), storage_options)
+            return
         assert storage_options is None
         with replacing(Path(path)) as file:
             try:
@@ -54,7 +57,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
                 f"{path} holds weights that were spread over processes: continue with trainer.strategy "
                 "ModelParallelStrategy, on any number of processes"
             )
-        return super().load_checkpoint(path, map_location, weights_only)
+        return super().load_checkpoint(str(path), map_location, weights_only)
 
 
 def sharded_path(folder: Path, step: int) -> Path:

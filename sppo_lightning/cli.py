@@ -43,7 +43,7 @@ from sppo_lightning.types import UserError
 
 # Trainer flags that the loop sets by itself: the value they must keep, and what to do instead
 FIXED_FLAGS: dict[str, tuple[Any, str]] = {
-    "max_time": (None, "stop the run by a signal instead: it goes on from its last iteration"),
+    "max_time": (None, "stop the run by a signal instead: it goes on from its last optimizer step"),
     "max_steps": (-1, "set data.iterations and data.epochs_per_iteration instead"),
     "min_epochs": (None, "set data.iterations and data.epochs_per_iteration instead"),
     "min_steps": (None, "set data.iterations and data.epochs_per_iteration instead"),
@@ -237,6 +237,11 @@ class SelfPlayCLI(LightningCLI):
         if given is not None:
             check_checkpoint(Path(given), "ckpt_path")
         elif self.start is not None:
+            if self.config[subcommand].trainer.enable_checkpointing is False:
+                raise UserError(
+                    f"trainer.enable_checkpointing=false: the run in {self.root} goes on from its checkpoint, and must "
+                    "go on writing it: leave it out"
+                )
             print(f"Continuing the run in {self.root} from {self.start}", file=sys.stderr)
             kwargs["ckpt_path"] = str(self.start)
         if kwargs.get("ckpt_path") is not None and is_first_process(os.environ):

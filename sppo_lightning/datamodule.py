@@ -170,6 +170,12 @@ class SelfPlayDataModule(pl.LightningDataModule):
         """Read and check the prompts, before any model loads."""
         assert self.trainer is not None
         self.folder = RunFolder(Path(self.trainer.default_root_dir))
+        self._state = IterationState()
+        if self.keep_iterations is not None and stage == "fit" and not self.trainer.checkpoint_callbacks:
+            raise UserError(
+                f"data.keep_iterations={self.keep_iterations} deletes what a checkpoint has finished, but "
+                "trainer.enable_checkpointing=false writes none: leave out one of them"
+            )
         keep_to_own_signals(self.trainer)
         self.ranks = meet(self.trainer, self.folder.root)
         if stage == "fit" and is_dev_run(self.trainer):
@@ -313,6 +319,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
     def iteration_is_trained(self) -> bool:
         """Whether all optimizer steps of the current iteration have been taken."""
         pairs = len(self.pairs)
+        if not pairs:
+            return False
         steps = steps_taken(
             pairs * self.epochs_per_iteration, pairs=pairs, pairs_per_step=self.rules.pairs_per_step
         )
@@ -369,6 +377,13 @@ class SelfPlayDataModule(pl.LightningDataModule):
         )
 
     def _evaluation_loader(self, key: str) -> EvaluationLoader:
+        assert self.trainer is not None
+        self._listen()
+        if self.trainer.state.fn != "fit" and self._state.ends_inside:
+            raise UserError(
+                "the checkpoint was saved inside an iteration: only the policy at an iteration's end is compared with "
+                "others; let fit go on to that end first"
+            )
         held_out = self._held_out(key)
         return EvaluationLoader(
             lambda: held_out.measure(self._finished_iterations()), len(held_out.prompts), self.ranks
@@ -390,6 +405,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Answer ``predict_prompts`` greedily into ``predictions.jsonl``."""
+        self._listen()
         lines = write_predictions(self.folder.root, self._encoded("predict_prompts"), self._collector())
         rank_zero_info(f"{len(lines)} answers written to {self.folder.root / 'predictions.jsonl'}")
         return DataLoader(cast(Any, lines), batch_size=None)

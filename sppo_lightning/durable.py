@@ -75,6 +75,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Put all files below a folder on disk, and their names."""
+    for place in (folder, *folder.rglob("*")):
+        if place.is_dir():
+            sync_folder(place)
+        else:
+            with place.open("rb") as content:
+                os.fsync(content.fileno())
+
+
 def _make_folder(folder: Path) -> None:
     fresh = list(takewhile(lambda place: not place.exists(), (folder, *folder.parents)))
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,6 +137,7 @@ def remove_leftovers(root: Path) -> list[Path]:
     places += [folder for name in ("iterations", "evaluations") for folder in root.glob(f"{name}/*")]
     places += [folder for name in ("iterations", "evaluations") for folder in root.glob(f"{name}/*/*/")]
     found = [path for place in places for path in place.glob(".*.tmp")]
+    found += [path for path in [root / ".sampling"] if path.exists()]  # a policy that was being sampled
     for path in found:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

@@ -58,8 +58,7 @@ class IterationState:
         Raises:
             UserError: if another policy's data is stored.
         """
-        if iteration > 0:
-            self.known = self.difficulty_after(iteration - 1, folder=folder)
+        known = self.difficulty_after(iteration - 1, folder=folder) if iteration > 0 else self.known
         first = folder.iteration(0).read_manifest() if iteration > 0 else None
         store = folder.iteration(iteration)
         manifest = store.read_manifest()
@@ -72,14 +71,15 @@ class IterationState:
             builder().build(
                 store,
                 iteration=iteration,
-                previous=self.known,
+                previous=known,
                 reestimation=self.due,
                 policy_fingerprint=policy_fingerprint,
                 first_reference=None if first is None else first.get("reference_fingerprint"),
             )
         if ranks.rank == 0:
             store.reference_parts.remove()
-        self.current, self._first_step = iteration, global_step
+        # only now: a checkpoint that an error saved before goes on with what was known then
+        self.known, self.current, self._first_step = known, iteration, global_step
         self.pairs = store.read_pairs()
         self._made_from = _made_from(store)
 
@@ -123,6 +123,11 @@ class IterationState:
         return first + min(
             consumed // len(self.pairs), epochs - 1
         )  # the last one's end may still have to come
+
+    @property
+    def ends_inside(self) -> bool:
+        """Whether the loaded checkpoint was saved before its iteration was over."""
+        return bool(self._consumed) and self.finished <= self.current
 
     def steps_taken(self, global_step: int) -> int:
         """Return the optimizer steps taken in the current iteration.
@@ -204,7 +209,7 @@ class IterationState:
                 self.steps_taken(global_step), pairs=len(self.pairs), pairs_per_step=pairs_per_step
             )
             if self.pairs
-            else 0
+            else self._consumed or 0
         )
         return {
             "iteration": self.current,

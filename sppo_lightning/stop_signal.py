@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 from sppo_lightning.types import Stopped
+
+SAME_SIGNAL_S = 3.0  # what comes within so many seconds is the same wish
 
 
 class StopSignal:
@@ -17,11 +20,12 @@ class StopSignal:
 
     A signal raises :class:`~sppo_lightning.types.Stopped` where the process stands. Between optimizer steps that
     loses no more than a kill: what is finished is on disk. While :meth:`hold` lasts it is only noted, for whoever
-    holds it to ask for; a second signal does not wait for that.
+    holds it to ask for; a second signal, seconds later, does not wait for that.
     """
 
     def __init__(self) -> None:
         self._received: signal.Signals | None = None
+        self._received_at = 0.0  # seconds, of the monotonic clock
         self._held = False
         self._before: dict[signal.Signals, Any] = {}
         self._forward: Callable[[int], None] = _forward_to_nobody
@@ -44,7 +48,8 @@ class StopSignal:
     def ignore(self) -> None:
         """Put back who took the signals before, and forget those that came."""
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._take:  # else somebody has done so already
+                signal.signal(number, handler)
         self._before = {}
         self._received, self._held = None, False
 
@@ -68,7 +73,11 @@ class StopSignal:
         raise Stopped(self._received or signal.SIGTERM)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        again, self._received = self.received, signal.Signals(number)
+        now = time.monotonic()
+        # a terminal signals all processes of a run, of which the first then passes it on to the others
+        again = self.received and now - self._received_at > SAME_SIGNAL_S
+        if not self.received:
+            self._received, self._received_at = signal.Signals(number), now
         self._forward(number)
         if again or not self._held:
             self.obey()

@@ -230,7 +230,8 @@ def test_a_signal_in_a_step_waits_for_its_end(
     )
 
 
-def test_a_second_signal_does_not_wait(fit: Fit) -> None:
+def test_a_second_signal_does_not_wait(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sppo_lightning.stop_signal.SAME_SIGNAL_S", 0.0)
     Watching.begin(send(signal.SIGTERM, signal.SIGTERM, at=(1, 2)))
     with pytest.raises(SystemExit):
         fit()

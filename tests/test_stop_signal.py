@@ -52,13 +52,24 @@ def test_a_release_without_a_signal_lets_the_run_go_on(stop: StopSignal) -> None
         send(signal.SIGINT)
 
 
-def test_a_second_signal_does_not_wait(stop: StopSignal) -> None:
+def test_a_second_signal_does_not_wait(stop: StopSignal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows within seconds comes from a terminal and from the first process, and is the same wish."""
     stop.listen()
     stop.hold()
     send(signal.SIGTERM)
+    send(signal.SIGINT)
+    monkeypatch.setattr("sppo_lightning.stop_signal.SAME_SIGNAL_S", 0.0)
     with pytest.raises(Stopped) as left:
         send(signal.SIGINT)
-    assert left.value.signal is signal.SIGINT
+    assert left.value.signal is signal.SIGTERM
+
+
+def test_who_took_the_signals_before_is_not_displaced_again(stop: StopSignal) -> None:
+    stop.listen()
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert before == stop._take
+    stop.ignore()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_another_process_may_have_got_the_signal(stop: StopSignal) -> None:

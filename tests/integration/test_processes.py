@@ -93,6 +93,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -184,6 +185,20 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(
     status, output = ended(start(arguments(root, **TWO)))
     assert status == 0, output[-3000:]
     assert_same_up_to_rounding(whole, root)
+
+
+def test_ctrl_c_reaches_all_processes_of_a_terminal_and_saves(arguments: Arguments, tmp_path: Path) -> None:
+    """Each worker gets it twice: from the terminal, and from the first process."""
+    root = tmp_path / "run"
+    process = start(arguments(root, **TWO, trainer__callbacks=None))
+    wait_for(
+        lambda: (root / "metrics.csv").exists() and "train/loss" in (root / "metrics.csv").read_text(),
+        process,
+    )
+    os.killpg(process.pid, signal.SIGINT)
+    status, output = ended(process)
+    assert status == 130, output[-3000:]
+    assert (root / "checkpoints/last.ckpt").exists()
 
 
 def test_a_signal_ends_all_processes_between_two_phases(arguments: Arguments, tmp_path: Path) -> None:
