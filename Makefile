@@ -30,6 +30,7 @@ bench: $(VENV)/bench.done $(MODEL)/config.json
 	$(BIN)/python benchmarks/rollout.py --model $(MODEL)
 	$(BIN)/python benchmarks/score.py --model $(MODEL)
 	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/crash.py
 	@mkdir -p runs/bench
 	$(BIN)/python benchmarks/train_step.py --model $(MODEL) --json runs/bench/train_step.json
 
