@@ -131,15 +131,12 @@ class FitPosition(NamedTuple):
 
     @property
     def epoch_is_over(self) -> bool:
-        """Whether the current epoch's batches are done: at its end, and when Lightning resumes from there."""
+        """Whether the current epoch's batches are done."""
         return self.trained > self.epoch
 
 
 def fit_position(trainer: pl.Trainer) -> FitPosition:
-    """Return where ``fit`` stands.
-
-    ``current_epoch`` alone does not say: after a resume at an epoch's end it still names the finished one.
-    """
+    """Return where ``fit`` stands."""
     progress = cast(Any, trainer.fit_loop.epoch_progress.current)
     return FitPosition(
         epoch=trainer.current_epoch,
