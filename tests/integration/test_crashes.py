@@ -141,7 +141,7 @@ def test_killed_twice(crashes: Crashes) -> None:
 
 
 @slow
-@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
 def test_killed_after_a_while(crashes: Crashes, share: float) -> None:
     """Also inside a write, which no change of the folder tells of."""
     _, whole = crashes.whole("plain")
