@@ -31,7 +31,8 @@ class MetricsCSV(Logger):
         super().__init__()
         self.path = path
         self._columns: list[str] = []
-        self._rows: int | None = None  # in the file; None: not known yet which of them stay
+        self._planned = 0  # rows that stay once something is logged
+        self._rows: int | None = None  # in the file; None: nothing has been logged yet
 
     @property
     def name(self) -> str:
@@ -57,8 +58,7 @@ class MetricsCSV(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append a row."""
         if self._rows is None:
-            self.go_on_after(0)
-        assert self._rows is not None
+            self._rows = self._cut(self._planned)
         row = {"step": str(step or 0), **{name: repr(float(value)) for name, value in metrics.items()}}
         fresh = [name for name in row if name not in self._columns]
         if fresh or not self.path.exists():
@@ -72,25 +72,26 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def go_on_after(self, rows: int) -> None:
-        """Keep the first ``rows`` rows of an interrupted run, and drop the others; before anything is logged.
+        """Have the first ``rows`` rows of an interrupted run stay, and the others give way to the first new one."""
+        self._planned = rows
 
-        Rows that the file has lost are missed with a warning.
-        """
+    def _cut(self, rows: int) -> int:
+        """Keep the first rows of the file, and return how many there are; those that it has lost are missed."""
         kept = self._read(rows)
         if len(kept) < rows:
             rank_zero_warn(f"{self.path} has only {len(kept)} of the {rows} rows behind the checkpoint.")
         used = {"step"}.union(*kept)
         before, self._columns = self._columns, [name for name in self._columns if name in used] or ["step"]
-        self._rows = len(kept)
         if self.path.exists() and (self._columns != before or len(self._read()) != len(kept)):
             write_atomically(self.path, self._text(kept, header=True))
+        return len(kept)
 
     def rows_on_disk(self) -> int:
         """Return how many rows there are, once all of them would outlive a loss of power."""
         if self.path.exists():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
-        return self._rows or 0
+        return self._planned if self._rows is None else self._rows
 
     def _read(self, limit: int | None = None) -> list[dict[str, str]]:
         """Return the file's first rows, and take up its columns."""

@@ -105,16 +105,18 @@ def test_a_resume_keeps_the_rows_behind_the_checkpoint(path: Path) -> None:
     ]
 
 
-def test_rows_give_way_before_anything_is_logged(path: Path) -> None:
+def test_rows_give_way_to_the_first_that_is_logged(path: Path) -> None:
+    """A run that is refused after its checkpoint was read leaves the file as it was."""
     log(path, [(1, {"loss": 1}), (2, {"loss": 2, "win": 1})])
+    before = path.read_bytes()
     go_on(path, 1, [])
-    assert path.read_text() == "step,loss\n1,1.0\n"
+    assert path.read_bytes() == before
+    go_on(path, 1, [(2, {"loss": 3})])
+    assert path.read_text() == "step,loss\n1,1.0\n2,3.0\n"
 
 
 def test_a_resume_behind_no_row(path: Path) -> None:
     log(path, [(1, {"loss": 1})])
-    go_on(path, 0, [])
-    assert path.read_text() == "step\n"
     go_on(path, 0, [(1, {"win": 1})])
     assert path.read_text() == "step,win\n1,1.0\n"
 
@@ -140,10 +142,8 @@ def test_a_row_that_was_half_written_gives_way(path: Path) -> None:
     for torn in ("3", "3,0.2", "3,0.25,0.1"):
         with path.open("a") as file:
             file.write(torn)
-        go_on(path, 2, [])
-        assert rows(path) == [(1, {"loss": 1, "win": 2}), (2, {"loss": 2, "win": 3})]
-    go_on(path, 2, [(3, {"loss": 5})])
-    assert rows(path)[-1] == (3, {"loss": 5})
+        go_on(path, 2, [(3, {"loss": 5})])
+        assert rows(path) == [(1, {"loss": 1, "win": 2}), (2, {"loss": 2, "win": 3}), (3, {"loss": 5})]
 
 
 def test_rows_that_are_lost_are_missed(path: Path) -> None:
