@@ -85,6 +85,8 @@ def switch_to_sharded(last: Path, shards: Path) -> None:
     link = last.with_name(f".{last.name}.new")
     link.unlink(missing_ok=True)
     link.symlink_to(shards.name, target_is_directory=True)
+    if last.is_dir() and not last.is_symlink():  # copied from elsewhere, its link followed
+        last.rename(last.with_name(f"{PART}copied"))
     link.replace(last)
     sync_folder(last.parent)
     for other in last.parent.glob(f"{PART}*"):
