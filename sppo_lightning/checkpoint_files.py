@@ -60,6 +60,11 @@ class DurableCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(str(path), map_location, weights_only)
 
 
+def state_file(path: Path) -> Path:
+    """Return the file that holds a checkpoint's state: all of it, or what is left beside the parts of a sharded one."""
+    return path / "meta.pt" if path.is_dir() else path
+
+
 def sharded_path(folder: Path, step: int) -> Path:
     """Return where a sharded checkpoint is to be written, free of what a killed run has left there.
 

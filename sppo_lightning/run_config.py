@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 
+from sppo_lightning.checkpoint_files import state_file
 from sppo_lightning.durable import changed_files, disk_error
 from sppo_lightning.integrity import check_iterations
 from sppo_lightning.rollouts import FREE_SETTINGS, RunFolder
@@ -84,12 +85,12 @@ def check_checkpoint(path: Path, name: str) -> None:
         raise UserError(
             f"{name}={str(path)!r}: no such file; check the path (it is relative to {Path.cwd()})"
         )
-    for part in _checkpoint_files(path):
-        if not (part.is_file() and zipfile.is_zipfile(part)):
-            raise UserError(
-                f"{name}={str(path)!r} is no checkpoint, or was cut short: restore it from a copy, or name another "
-                "with --ckpt_path"
-            )
+    file = state_file(path)
+    if not (file.is_file() and zipfile.is_zipfile(file)):
+        raise UserError(
+            f"{name}={str(path)!r} is no checkpoint, or was cut short: restore it from a copy, or name another "
+            "with --ckpt_path"
+        )
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -100,17 +101,11 @@ def verify_checkpoint(path: Path) -> None:
     Raises:
         UserError: naming the file that is damaged.
     """
-    for part in _checkpoint_files(path):
-        _verify_archive(part)
+    _verify_archive(state_file(path))
     if path.is_dir():
         why = changed_files(path)
         if why is not None:
             raise _damaged_checkpoint(path, why)
-
-
-def _checkpoint_files(path: Path) -> list[Path]:
-    """Return the files of a checkpoint that are zip archives."""
-    return [path / "meta.pt"] if path.is_dir() else [path]
 
 
 def _verify_archive(path: Path) -> None:

@@ -90,7 +90,8 @@ class RunLock(AbstractContextManager["RunLock"]):
     def release(self) -> None:
         """Give the lock back, if it is held."""
         if self._descriptor is not None:
-            os.ftruncate(self._descriptor, 0)
+            with suppress(OSError):  # the folder's disk may be gone; the lock goes with the descriptor
+                os.ftruncate(self._descriptor, 0)
             self._forget()
 
     def _forget(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+# a shell's background job ignores Ctrl-C, and so would each process that a test starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(
     1
 )  # threads that wait for each other on a busy machine make tiny models 20 times slower
@@ -81,6 +84,20 @@ def tiny_reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForSequenceClassification(tiny_config(num_labels=1)).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+class CrashError(Exception):
+    """The machine went down."""
+
+
+@pytest.fixture
+def crash(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Make the next write die before its bytes are known to be on disk."""
+
+    def fail(descriptor: int) -> None:
+        raise CrashError
+
+    return lambda: monkeypatch.setattr(os, "fsync", fail)
 
 
 WORDS = ["river", "stone", "cloud", "amber", "violet", "copper", "meadow", "falcon", "harbor", "lantern"]

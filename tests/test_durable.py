@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import CrashError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,20 +29,6 @@ from sppo_lightning.types import UserError
 
 NOBODY = 65534
 FULL = Path("/dev/full")
-
-
-class CrashError(Exception):
-    """The machine went down."""
-
-
-@pytest.fixture
-def crash(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Make the next write die before its bytes are known to be on disk."""
-
-    def fail(descriptor: int) -> None:
-        raise CrashError
-
-    return lambda: monkeypatch.setattr(os, "fsync", fail)
 
 
 def names(folder: Path) -> list[str]:

@@ -460,6 +460,10 @@ def test_a_policy_ahead_of_its_checkpoint_says_its_own_iteration(copied: Run, tm
     assert not (folder / "run.json").exists()
     (run / "policy/run.json").unlink()
     assert open_run(run).iteration == 0, "an older folder has but the checkpoint to tell"
+    state = last.rename(last.with_name("meta.pt"))
+    last.mkdir()
+    state.rename(last / "meta.pt")
+    assert open_run(run).iteration == 0, "a sharded one as well"
 
 
 def test_a_damaged_record_of_the_iteration(copied: Run) -> None:

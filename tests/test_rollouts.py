@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import CrashError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -222,20 +222,6 @@ def test_shards_are_read_in_order_and_by_name(tmp_path: Path) -> None:
 
 
 # -------------------------------------------------------------------- atomicity
-
-
-class CrashError(Exception):
-    """The machine went down."""
-
-
-@pytest.fixture
-def crash(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Make the next write die before its bytes are known to be on disk."""
-
-    def fail(descriptor: int) -> None:
-        raise CrashError
-
-    return lambda: monkeypatch.setattr(os, "fsync", fail)
 
 
 def test_a_reader_never_sees_a_shard_in_the_making(tmp_path: Path, crash: Callable[[], None]) -> None:

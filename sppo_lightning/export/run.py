@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 
+from sppo_lightning.checkpoint_files import state_file
 from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
 from sppo_lightning.pretrained import DTYPES, load_model_config
 from sppo_lightning.rollouts import RunFolder
@@ -189,7 +190,7 @@ def _last_finished(folder: RunFolder) -> int | None:
     last = folder.root / "checkpoints" / "last.ckpt"
     if last.exists():
         try:
-            checkpoint = torch.load(last, map_location="cpu", mmap=True, weights_only=True)
+            checkpoint = torch.load(state_file(last), map_location="cpu", mmap=True, weights_only=True)
             finished = int(checkpoint["SelfPlayDataModule"]["finished"])
         except (OSError, RuntimeError, KeyError, UnpicklingError) as error:
             raise UserError(f"{last} is damaged ({first_line(error)}): restore or delete it") from error
