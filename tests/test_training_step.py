@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,33 @@ def test_weights_are_loaded_once(
     main(["fit", *cli_arguments(tiny_policy, write_prompts(), tmp_path / "run", **changes)])
     assert (tmp_path / "run/iterations/001/pairs.parquet").exists()
     assert len(loaded) == loads
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_step_draws_depends_on_the_step_alone(
+    tiny_policy: Path, write_prompts: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout of a run is the same whatever else draws from torch's generator, before or between the steps."""
+    changes = {
+        "model__policy__lora": json.dumps({"rank": 4, "alpha": 8, "dropout": 0.3}),
+        "data__generator__max_new_tokens": 4,
+        "data__iterations": 1,
+        "data__pairs_per_step": 2,
+    }
+    prompts = write_prompts()
+    after = PreferenceModule.on_train_batch_end
+
+    def drawing(*given: Any) -> None:
+        torch.rand(3)
+        after(*given)
+
+    main(["fit", *cli_arguments(tiny_policy, prompts, tmp_path / "quiet", **changes)])
+    monkeypatch.setattr(PreferenceModule, "on_train_batch_end", drawing)
+    main(["fit", *cli_arguments(tiny_policy, prompts, tmp_path / "drawing", **changes)])
+    weights = [
+        (tmp_path / run / "policy/adapter_model.safetensors").read_bytes() for run in ("quiet", "drawing")
+    ]
+    assert weights[0] == weights[1]
 
 
 # ------------------------------------------------------------ waiting for the device
