@@ -100,6 +100,18 @@ def crash(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: monkeypatch.setattr(os, "fsync", fail)
 
 
+@pytest.fixture(scope="session")
+def counting_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``train.jsonl``, 14 prompts, and ``eval.jsonl``, 6 others."""
+    folder = tmp_path_factory.mktemp("prompts")
+    for name, start, count in (("train", 0, 14), ("eval", 50, 6)):
+        records = [
+            {"id": f"{name}{n}", "prompt": f"Count to {start + n}", "answer": f"{n}ab"} for n in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
 WORDS = ["river", "stone", "cloud", "amber", "violet", "copper", "meadow", "falcon", "harbor", "lantern"]
 
 

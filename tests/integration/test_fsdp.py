@@ -41,21 +41,17 @@ class KilledAt(pl.Callback):
 
 
 @pytest.fixture(scope="module")
-def arguments(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Arguments:
-    folder = tmp_path_factory.mktemp("prompts")
-    for name, start, count in (("train", 0, 14), ("eval", 50, 6)):
-        lines = [f'{{"id": "{name}{n}", "prompt": "Count to {start + n}"}}\n' for n in range(count)]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+def arguments(tiny_policy: Path, counting_prompts: Path) -> Arguments:
     callbacks = [{"class_path": "sppo_lightning.callbacks.DifficultyReestimation"}]
     callbacks += [{"class_path": f"{__name__}.KilledAt"}]
 
     def build(root: Path, **changes: Any) -> list[str]:
         settings = {
-            "data__eval_prompts": folder / "eval.jsonl",
+            "data__eval_prompts": counting_prompts / "eval.jsonl",
             "trainer__callbacks": json.dumps(callbacks),
             **changes,
         }
-        return ["fit", *cli_arguments(tiny_policy, folder / "train.jsonl", root, **settings)]
+        return ["fit", *cli_arguments(tiny_policy, counting_prompts / "train.jsonl", root, **settings)]
 
     return build
 

@@ -111,21 +111,16 @@ def wait_for(found: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def arguments(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Arguments:
-    folder = tmp_path_factory.mktemp("prompts")
-    for name, first, count in (("train", 0, 14), ("eval", 50, 6)):
-        lines = [json.dumps({"id": f"{name}{n}", "prompt": f"Count to {first + n}"}) for n in range(count)]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
-
+def arguments(tiny_policy: Path, counting_prompts: Path) -> Arguments:
     def build(root: Path, **changes: Any) -> list[str]:
         settings = {
-            "data__eval_prompts": folder / "eval.jsonl",
+            "data__eval_prompts": counting_prompts / "eval.jsonl",
             "data__prompts_per_shard": 4,
             "trainer__callbacks": '[{"class_path": "sppo_lightning.callbacks.RunCheckpoint", '
             '"init_args": {"every_n_minutes": 1e-6}}]',
             **changes,
         }
-        return ["fit", *cli_arguments(tiny_policy, folder / "train.jsonl", root, **settings)]
+        return ["fit", *cli_arguments(tiny_policy, counting_prompts / "train.jsonl", root, **settings)]
 
     return build
 

@@ -70,22 +70,14 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def arguments(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
-    folder = tmp_path_factory.mktemp("prompts")
-    for name, start, count in (("train", 0, 14), ("eval", 50, 6)):
-        lines = [
-            f'{{"id": "{name}{n}", "prompt": "Count to {start + n}", "answer": "{n}ab"}}\n'
-            for n in range(count)
-        ]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
-
+def arguments(tiny_policy: Path, counting_prompts: Path) -> Callable[..., list[str]]:
     def build(root: Path, **changes: Any) -> list[str]:
         settings = {
-            "data__eval_prompts": folder / "eval.jsonl",
+            "data__eval_prompts": counting_prompts / "eval.jsonl",
             "trainer__callbacks": '[{"class_path": "sppo_lightning.callbacks.DifficultyReestimation"}]',
             **changes,
         }
-        return ["fit", *cli_arguments(tiny_policy, folder / "train.jsonl", root, **settings)]
+        return ["fit", *cli_arguments(tiny_policy, counting_prompts / "train.jsonl", root, **settings)]
 
     return build
 
