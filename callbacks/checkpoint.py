@@ -130,8 +130,8 @@ class RunCheckpoint(Checkpoint):
                 logger.go_on_after(checkpoint[KEY]["rows"])
         if trainer.is_global_zero:
             _restore_random_state(checkpoint[KEY]["random"])
-        if trainer.state.fn == "fit":  # a run that was killed behind its last checkpoint
-            self._prune(trainer, checkpoint[type(self_play_data(trainer)).__qualname__]["finished"])
+        # of a run that was killed behind its last checkpoint
+        self._prune(trainer, checkpoint[type(self_play_data(trainer)).__qualname__]["finished"])
 
 
 def _random_state() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from sppo_lightning.durable import record_sizes, replacing, sync_folder
+from sppo_lightning.durable import record_sizes, replacing, sync_folder, sync_tree
 from sppo_lightning.types import UserError
 
 PART = "step-"  # begins the names of sharded checkpoints
@@ -83,9 +83,7 @@ def sharded_path(folder: Path, step: int) -> Path:
 
 def switch_to_sharded(last: Path, shards: Path) -> None:
     """Let ``last`` be a relative link to a folder of shards that has been written, and remove the folders before it."""
-    for file in shards.iterdir():
-        with file.open("rb") as content:
-            os.fsync(content.fileno())
+    sync_tree(shards)
     record_sizes(shards)
     link = last.with_name(f".{last.name}.new")
     link.unlink(missing_ok=True)

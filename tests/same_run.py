@@ -7,11 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 
 OWN = ("metrics.csv", "checkpoints/last.ckpt")
 """Files that are compared by what they say."""
 LOCK = ".lock"  # names the process that holds it, and stays
+
+
+def rows(run: Path, pattern: str) -> dict[str, list[dict[str, Any]]]:
+    """Return what the Parquet files of a run hold that match ``pattern``, of which there must be some."""
+    found = sorted(run.glob(pattern))
+    assert found
+    return {str(path.relative_to(run)): pq.read_table(path, partitioning=None).to_pylist() for path in found}
 
 
 def differences(one: Path, other: Path) -> list[str]:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import cli_arguments
 from safetensors.torch import load_file
+from same_run import rows
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from sppo_lightning.__main__ import main
@@ -71,12 +71,6 @@ def spread(arguments: list[str], processes: int, *, killed_at: int | None = None
         environment["KILLED_AT"] = str(killed_at)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == (0 if killed_at is None else STOP), done.stderr[-3000:]
-
-
-def rows(run: Path, pattern: str) -> dict[str, list[dict[str, Any]]]:
-    found = sorted(run.glob(pattern))
-    assert found
-    return {str(path.relative_to(run)): pq.read_table(path, partitioning=None).to_pylist() for path in found}
 
 
 def metrics(run: Path) -> list[dict[str, str]]:

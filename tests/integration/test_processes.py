@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import cli_arguments, letter_reward
+from same_run import rows
 
 from sppo_lightning.__main__ import main
 from sppo_lightning.generation import HFGenerator, PromptResponses, SampleRequest
@@ -49,12 +49,6 @@ def slow_reward(prompts: list[str], responses: list[str], metadata: list[Any]) -
     """Takes long enough for a signal to find it."""
     time.sleep(2.0)
     return letter_reward(prompts, responses, metadata)
-
-
-def rows(run: Path, pattern: str) -> dict[str, list[dict[str, Any]]]:
-    found = sorted(run.glob(pattern))
-    assert found
-    return {str(path.relative_to(run)): pq.read_table(path, partitioning=None).to_pylist() for path in found}
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
