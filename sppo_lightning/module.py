@@ -109,11 +109,6 @@ class PreferenceModule(pl.LightningModule):
     def check(self) -> None:
         """Raise :class:`~sppo_lightning.types.UserError` if the Trainer or the policy's settings do not fit."""
         check_hardware(self.trainer)
-        if self.pair_forward.compiled and self.live.config.gradient_checkpointing:
-            raise UserError(
-                "model.pair_forward.compiled=true would do nothing under model.policy.gradient_checkpointing=true: "
-                "torch runs checkpointed layers uncompiled; set one of them to false"
-            )
         self.live.check(compute_dtype=self.compute_dtype, device=self.trainer.strategy.root_device)
 
     @property

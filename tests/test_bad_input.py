@@ -214,14 +214,6 @@ def test_metric_reward_without_answers(arguments: Arguments, refused: Refused, t
             r"^model\.policy\.lora\.adapter='no/such/adapter' cannot be read as an adapter .*: give a folder with",
         ),
         (
-            {
-                "model__policy__gradient_checkpointing": True,
-                "model__pair_forward": "sppo_lightning.pair_forward.SharedForward",
-                "model__pair_forward__compiled": True,
-            },
-            r"^model\.pair_forward\.compiled=true would do nothing under .*checkpointing=true: .*set one of them",
-        ),
-        (
             {"model__policy__attn_implementation": "flash_attention_9"},
             r"^model\.policy\.attn_implementation=flash_attention_9 does not serve this model here .*: leave it out$",
         ),

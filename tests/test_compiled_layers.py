@@ -29,43 +29,61 @@ def trial() -> Trial:
     return Trial(40, torch.no_grad, bool)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("forward_class", [SharedForward, PlainForward])
-def test_compiled_layers_give_the_same(forward_class: type[PairForward]) -> None:
-    """For rows of any length, without compiling anew for each."""
+def test_compiled_layers_give_the_same(forward_class: type[PairForward], checkpointing: bool) -> None:
+    """For rows of any length, without compiling anew for each; recomputed in the backward pass or not."""
     model, pairs = new_model(), pairs_of(LENGTHS)
     expected = alone(model, pairs)
     expected_gradients = gradients(model, expected)
+    if checkpointing:
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch._dynamo.reset()
+    counters.clear()
     forward = forward_class(compiled=True)
     layout = forward.layout(2)
 
-    def tokens(lengths: list[tuple[int, int, int]]) -> Tensor:
+    def read(lengths: list[tuple[int, int, int]]) -> tuple[Tensor, dict[str, Tensor]]:
         rows = batch_of(pairs_of(lengths), layout).rows
         forward.logps(model, rows)
-        found = forward.token_logps(model, rows)
+        logps = forward.token_logps(model, rows)
+        found = logps.detach(), gradients(model, logps)
         forward.release(model)
         return found
 
-    found = tokens(LENGTHS)
+    found, found_gradients = read(LENGTHS)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
-    close_gradients(gradients(model, found), expected_gradients, tolerance=1e-5)
+    close_gradients(found_gradients, expected_gradients, tolerance=1e-5)
     graphs = []
     for shift in range(1, 5):
         lengths = [(p + shift, c + shift, r + 2 * shift) for p, c, r in LENGTHS]
         with torch.no_grad():
             expected = alone(model, pairs_of(lengths))
-        torch.testing.assert_close(tokens(lengths).double(), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(read(lengths)[0].double(), expected, rtol=0, atol=1e-5)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[1] == graphs[-1] > 0
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_compiled_layers_with_an_adapter_give_the_same(tmp_path: Path, quantization: Any) -> None:
-    LlamaForCausalLM(tiny_config(hidden_size=64, intermediate_size=128)).save_pretrained(tmp_path)
-    config = PolicyConfig(str(tmp_path), quantization=quantization, lora=LoRAConfig(rank=4, alpha=8))
+def test_compiled_layers_with_an_adapter_give_the_same(
+    tmp_path: Path, quantization: Any, checkpointing: bool
+) -> None:
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        tiny_config(hidden_size=64, intermediate_size=128, initializer_range=0.1)
+    ).save_pretrained(tmp_path)
+    config = PolicyConfig(
+        str(tmp_path),
+        quantization=quantization,
+        lora=LoRAConfig(rank=4, alpha=8),
+        gradient_checkpointing=checkpointing,
+    )
     model = load_policy(config, compute_dtype=torch.float32).train()
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.1
+            parameter.data += 0.02
     rows = batch_of(pairs_of(), SharedForward().layout(2)).rows
     found = []
     for compiled in (False, True):
@@ -74,8 +92,46 @@ def test_compiled_layers_with_an_adapter_give_the_same(tmp_path: Path, quantizat
         logps = forward.token_logps(model, rows)
         found.append((logps.detach(), gradients(model, logps)))
         forward.release(model)
-    torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=2e-5)
-    close_gradients(found[1][1], found[0][1], tolerance=5e-5)
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=1e-5)
+    close_gradients(found[1][1], found[0][1], tolerance=1e-5)
+
+
+def test_checkpointed_layers_keep_their_inputs_alone() -> None:
+    """What the backward pass finds stored is less than without checkpoints, as it is where nothing is compiled."""
+
+    def stored(*, compiled: bool, checkpointing: bool) -> int:
+        model = new_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        forward = SharedForward(compiled=compiled)
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logps = forward.token_logps(model, batch_of(pairs_of(LENGTHS), forward.layout(2)).rows)
+        forward.release(model)
+        assert logps.requires_grad
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        return sum(size for place, size in sizes.items() if place not in weights)
+
+    plain = stored(compiled=False, checkpointing=True)
+    assert stored(compiled=True, checkpointing=True) <= plain < stored(compiled=True, checkpointing=False) / 2
+
+
+def test_a_released_model_recomputes_its_layers_as_before() -> None:
+    model = new_model().train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    own = [layer._gradient_checkpointing_func for layer in model.model.layers]
+    forward = SharedForward(compiled=True)
+    for _ in range(2):
+        forward.logps(model, batch_of(pairs_of(), forward.layout(2)).rows)
+        assert all(layer._gradient_checkpointing_func not in own for layer in model.model.layers)
+        forward.release(model)
+        assert [layer._gradient_checkpointing_func for layer in model.model.layers] == own
+        forward.release(model)
 
 
 def test_a_released_model_runs_as_it_is_written() -> None:
