@@ -10,11 +10,11 @@ import shutil
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "lightning", "peft", "accelerate", "bitsandbytes", "trl")
-STATUS = {0: "passed", 124: "out of time", 137: "out of time"}
+STATUS = {0: "passed", 124: "out of time", 137: "killed, or out of time"}
 PHASES = ("evaluating", "probing", "generating", "scoring", "reference", "training", "other")
 
 
@@ -31,9 +31,16 @@ def machine() -> str:
         query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
         found = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
         device = "; ".join(found.splitlines()) or device
-    versions = {found.metadata["Name"]: found.version for found in distributions()}
-    packages = [f"{name} {versions.get(name, 'missing')}" for name in PACKAGES]
+    packages = [f"{name} {installed(name)}" for name in PACKAGES]
     return f"{device}; Python {platform.python_version()}, {', '.join(packages)}."
+
+
+def installed(name: str) -> str:
+    """Return the version of a package that would be imported."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "missing"
 
 
 def steps(folder: Path) -> list[list[str]]:

@@ -52,6 +52,7 @@ class StoredPairs(pl.LightningDataModule):
     """The pairs of a run without self-play; their reference log-probs are taken before the first step."""
 
     epochs_per_iteration = 1
+    steps_taken = 0
     iteration_metrics: ClassVar[dict[str, float]] = {}
     rules = SimpleNamespace(seed=0)
 
