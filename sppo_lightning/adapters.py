@@ -19,6 +19,12 @@ def unwrapped(model: nn.Module) -> Any:
     return inner() if inner else model
 
 
+def embedding_rows(model: nn.Module) -> int:
+    """Return how many token ids a causal language model has embeddings for, adapted ones or not."""
+    rows: int = unwrapped(model).get_input_embeddings().weight.shape[0]
+    return rows
+
+
 def adapter_readme(model: nn.Module) -> str:
     """Return the ``README.md`` of a model's adapter in PEFT's layout: its base, and how to load the two."""
     config = cast(Any, model).peft_config["default"]

@@ -32,7 +32,7 @@ from sppo_lightning.callbacks import (
 from sppo_lightning.callbacks.run_config import RunConfigFile
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.durable import remove_leftovers
-from sppo_lightning.estimate import SelfPlayTrainer, planned_hardware
+from sppo_lightning.estimate import SelfPlayTrainer, check_plannable, planned_hardware
 from sppo_lightning.metrics_csv import MetricsCSV
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.parse_errors import check_config_files, explain
@@ -139,10 +139,12 @@ class SelfPlayCLI(LightningCLI):
         self._check_optimizer(config.model.optimizer)
         wanted = config.trainer  # a strategy that does not serve is refused before any process starts
         self.hardware = planned_hardware(
-            wanted.accelerator, wanted.devices, wanted.num_nodes, wanted.strategy
+            wanted.accelerator, wanted.devices, wanted.num_nodes, wanted.strategy, wanted.precision
         )
         if self.subcommand == "estimate":
+            check_plannable(wanted.accelerator)
             wanted.accelerator, wanted.devices, wanted.num_nodes, wanted.strategy = "cpu", 1, 1, "auto"
+            wanted.precision = "32-true" if self.hardware.float16 else wanted.precision
         elif not config.trainer.fast_dev_run:
             check_writable(self.root)
             if is_first_process(os.environ):

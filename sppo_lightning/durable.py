@@ -75,6 +75,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_readable(folder: Path) -> None:
+    """Give a folder's files the mode of any new file; safetensors 0.8 lets their owner alone read them."""
+    masked = os.umask(0o077)
+    os.umask(masked)
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(0o666 & ~masked)
+
+
 def sync_tree(folder: Path) -> None:
     """Put all files below a folder on disk, and their names."""
     for place in (folder, *folder.rglob("*")):

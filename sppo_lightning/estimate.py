@@ -14,7 +14,7 @@ from sppo_lightning.memory.advice import verdict
 from sppo_lightning.memory.estimate import GIB, Estimator, available_bytes
 from sppo_lightning.memory_check import workload_of
 from sppo_lightning.module import PreferenceModule
-from sppo_lightning.trainer import check_spread_sizes, compute_dtype, strategy_refusal
+from sppo_lightning.trainer import check_precision, check_spread_sizes, compute_dtype, strategy_refusal
 from sppo_lightning.types import UserError
 
 
@@ -24,10 +24,17 @@ class Hardware(NamedTuple):
     device: torch.device
     processes: int
     spread: bool = False  # whether the policy's weights are spread over the processes
+    float16: bool = (
+        False  # whether products are in float16, for which a Trainer of this machine may take bfloat16
+    )
 
 
 def planned_hardware(
-    accelerator: object, devices: int | str | Sequence[int], nodes: int, strategy: object
+    accelerator: object,
+    devices: int | str | Sequence[int],
+    nodes: int,
+    strategy: object,
+    precision: object = None,
 ) -> Hardware:
     """Return what a Trainer's settings ask for.
 
@@ -36,6 +43,7 @@ def planned_hardware(
         devices: ``auto``: those of this machine.
         nodes: machines.
         strategy: as the Trainer takes it.
+        precision: as the Trainer takes it.
 
     Raises:
         UserError: if ``fit`` would refuse the strategy.
@@ -50,7 +58,8 @@ def planned_hardware(
         count = devices if isinstance(devices, int) else len(devices)
     processes = nodes * (here if count == -1 else count)
     spread = _spreads(strategy, processes)
-    return Hardware(torch.device("cuda" if on_cuda else "cpu"), processes, spread)
+    float16 = on_cuda and precision in (16, "16", "16-mixed")
+    return Hardware(torch.device("cuda" if on_cuda else "cpu"), processes, spread, float16)
 
 
 def _spreads(strategy: Any, processes: int) -> bool:
@@ -69,6 +78,22 @@ def _spreads(strategy: Any, processes: int) -> bool:
     if name not in ("auto", "SingleDeviceStrategy", "DDPStrategy") and not name.startswith("ddp"):
         raise UserError(strategy_refusal(name, processes))
     return False
+
+
+def check_plannable(accelerator: object) -> None:
+    """Refuse to estimate for a device whose memory this project does not know.
+
+    Args:
+        accelerator: as the Trainer takes it.
+
+    Raises:
+        UserError: naming those that it knows.
+    """
+    if accelerator not in ("auto", "cpu", "gpu", "cuda"):
+        raise UserError(
+            f"trainer.accelerator={accelerator}: only the memory of CPUs and CUDA GPUs can be estimated: give "
+            "--trainer.accelerator gpu to see what the run would take of a CUDA GPU"
+        )
 
 
 class SelfPlayTrainer(pl.Trainer):
@@ -90,18 +115,21 @@ class SelfPlayTrainer(pl.Trainer):
             memory: of each device, GiB; default: what is free on this machine's.
 
         Raises:
-            UserError: if the run does not fit.
+            UserError: if the run does not fit, or ``fit`` would refuse its settings.
         """
         device = hardware.device
+        if memory is not None and not memory > 0:
+            raise UserError(f"--memory {memory:g}: give the GiB of one device, e.g. --memory 24")
+        check_precision(self)
         if memory is None and device.type == "cuda" and not torch.cuda.is_available():
             raise UserError(
                 "this machine has no GPU to compare with: say how much memory the run's has, e.g. --memory 24"
             )
-        dtype, rules = compute_dtype(self), datamodule.rules
+        dtype = torch.float16 if hardware.float16 else compute_dtype(self)
+        rules = datamodule.rules
         accumulation_steps(
             pairs_per_step=rules.pairs_per_step, batch_size=rules.batch_size, world_size=hardware.processes
         )
-        datamodule.reward.check()
         model.live.check(compute_dtype=dtype, device=device)
         workload = workload_of(
             model,
@@ -109,6 +137,7 @@ class SelfPlayTrainer(pl.Trainer):
             datamodule.generator,
             datamodule.reward,
             compute_dtype=dtype,
+            clips=bool(self.gradient_clip_val),
             longest_prompt=datamodule.prompt_sets.max_tokens,
             longest_trained_prompt=datamodule.prompt_sets.max_tokens,
             device=device,

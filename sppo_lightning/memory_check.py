@@ -12,6 +12,7 @@ from sppo_lightning.memory.advice import verdict as objection
 from sppo_lightning.memory.estimate import GIB, Estimator, available_bytes
 from sppo_lightning.memory.workload import Workload
 from sppo_lightning.module import PreferenceModule
+from sppo_lightning.optimizers import clips_unscaled
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rules import IterationRules
 from sppo_lightning.types import Ranks, UserError, first_line
@@ -24,13 +25,14 @@ def workload_of(
     reward: Reward,
     *,
     compute_dtype: torch.dtype,
+    clips: bool,
     longest_prompt: int,
     longest_trained_prompt: int,
     device: torch.device,
     processes: int,
     spread: bool,
 ) -> Workload:
-    """Return what decides a run's memory; the module's and the reward's settings have been checked.
+    """Return what decides a run's memory; the module's settings have been checked.
 
     Args:
         module: the policy's settings and training's.
@@ -38,6 +40,7 @@ def workload_of(
         generator: answers prompts.
         reward: scores answers.
         compute_dtype: dtype of the matrix products.
+        clips: whether gradients are clipped.
         longest_prompt: tokens of the longest prompt that may come.
         longest_trained_prompt: of those that may be trained on.
         device: of the first process.
@@ -50,6 +53,7 @@ def workload_of(
         compute_dtype=compute_dtype,
         reference=module.reference,
         optimizer=module.optimizer_factory,
+        clips_unscaled=clips_unscaled(compute_dtype, clips=clips),
         carry_optimizer=module.carry_optimizer,
         pair_forward=module.pair_forward,
         generator=generator,

@@ -22,7 +22,13 @@ from sppo_lightning.layouts import PairLayout
 from sppo_lightning.live_policy import LivePolicy
 from sppo_lightning.losses import PairLogps, PreferenceLoss
 from sppo_lightning.metrics import EvaluationBatch, EvaluationMetrics, StepMetrics
-from sppo_lightning.optimizers import OptimizerFactory, build_optimizer, clip_gradients, forget
+from sppo_lightning.optimizers import (
+    OptimizerFactory,
+    build_optimizer,
+    clip_gradients,
+    clips_unscaled,
+    forget,
+)
 from sppo_lightning.pair_forward import AutoForward, PairForward
 from sppo_lightning.policy_config import PolicyConfig
 from sppo_lightning.reference_checks import check_reference_is_frozen, check_same_logps
@@ -176,7 +182,7 @@ class PreferenceModule(pl.LightningModule):
             self._trainable(),
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
-            clips_unscaled=self.compute_dtype == torch.float16 and bool(self.trainer.gradient_clip_val),
+            clips_unscaled=clips_unscaled(self.compute_dtype, clips=bool(self.trainer.gradient_clip_val)),
         )
 
     def configure_gradient_clipping(

@@ -16,6 +16,16 @@ from sppo_lightning.types import UserError
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
 
+def clips_unscaled(compute_dtype: torch.dtype, *, clips: bool) -> bool:
+    """Whether gradients are scaled for float16 and clipped, which a fused optimizer cannot take.
+
+    Args:
+        compute_dtype: dtype of the trainer's matrix products.
+        clips: whether gradients are clipped.
+    """
+    return clips and compute_dtype == torch.float16
+
+
 def build_optimizer(
     factory: OptimizerFactory | None,
     parameters: Sequence[nn.Parameter],
@@ -31,7 +41,7 @@ def build_optimizer(
         parameters: what is trained.
         learning_rate: peak rate.
         weight_decay: of matrices, per step and unit of rate.
-        clips_unscaled: gradients are scaled for float16 and clipped, which a fused optimizer cannot take.
+        clips_unscaled: what the function of that name says.
 
     Raises:
         UserError: if the factory's optimizer is fused all the same, or cannot take weights spread over processes.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sppo_lightning.adapters import adapter_readme, unwrapped
+from sppo_lightning.durable import make_readable
 from sppo_lightning.lora import with_adapter
 from sppo_lightning.policy_config import PolicyConfig
 from sppo_lightning.pretrained import (
@@ -175,6 +176,7 @@ def write_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
         unwrapped(model).generation_config.save_pretrained(folder)
         (folder / "README.md").write_text(adapter_readme(model))
     tokenizer.save_pretrained(folder)
+    make_readable(folder)
 
 
 def _always(is_main_process: bool) -> bool:

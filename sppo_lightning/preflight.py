@@ -104,6 +104,7 @@ class Preflight:
             self.generator,
             self.reward,
             compute_dtype=self.module.compute_dtype,
+            clips=bool(self.trainer.gradient_clip_val),
             longest_prompt=longest_prompt,
             longest_trained_prompt=longest_trained_prompt,
             device=self.trainer.strategy.root_device,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
+from sppo_lightning.adapters import embedding_rows
 from sppo_lightning.types import UserError, first_line
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any, *, key: str
     Raises:
         UserError: naming ``key``.
     """
-    rows, ids = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1
+    rows, ids = embedding_rows(model), max(tokenizer.get_vocab().values()) + 1
     if ids > rows:
         raise UserError(
             f"{key}: the tokenizer has {ids} tokens, the model's embedding {rows} rows: save the tokenizer that "

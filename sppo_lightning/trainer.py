@@ -32,11 +32,11 @@ def compute_dtype(trainer: pl.Trainer) -> torch.dtype:
     return COMPUTE_DTYPES[str(trainer.precision)]
 
 
-def check_hardware(trainer: pl.Trainer) -> None:
-    """Refuse a precision, strategy or mode in which the loop does not run.
+def check_precision(trainer: pl.Trainer) -> None:
+    """Refuse a precision whose updates vanish.
 
     Raises:
-        UserError: naming the setting to change.
+        UserError: naming those that serve.
     """
     precision = str(trainer.precision)
     if precision not in COMPUTE_DTYPES:
@@ -44,6 +44,15 @@ def check_hardware(trainer: pl.Trainer) -> None:
             f"trainer.precision={precision} holds the trained weights in 16 bits, where small updates round to "
             "nothing: use bf16-mixed (float32 weights, bfloat16 products) or 32-true"
         )
+
+
+def check_hardware(trainer: pl.Trainer) -> None:
+    """Refuse a precision, strategy or mode in which the loop does not run.
+
+    Raises:
+        UserError: naming the setting to change.
+    """
+    check_precision(trainer)
     if isinstance(trainer.strategy, ModelParallelStrategy):
         strategy = trainer.strategy
         check_spread_sizes(

@@ -141,6 +141,62 @@ def test_a_gpu_that_is_not_there_needs_its_size(
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"trainer.precision": "bf16-true"},
+            "trainer.precision=bf16-true holds the trained weights in 16 bits",
+        ),
+        ({"memory": 0}, "--memory 0: give the GiB of one device, e.g. --memory 24"),
+        ({"memory": "-1.5"}, "--memory -1.5: give the GiB of one device"),
+        ({"trainer.accelerator": "mps"}, "trainer.accelerator=mps: only the memory of CPUs and CUDA GPUs"),
+    ],
+)
+def test_what_cannot_be_estimated(
+    tiny_policy: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["estimate", *cli_arguments(tiny_policy, tmp_path / "none.jsonl", tmp_path / "run", **changes)])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_server_is_asked(tiny_policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reward = {
+        "data.reward": "sppo_lightning.rewards.ServerReward",
+        "data.reward.function": None,
+        "data.reward.base_url": "http://127.0.0.1:9",
+        "data.reward.format": "sppo_lightning.rewards.JSONRewards",
+    }
+    found, _ = estimated(capsys, *cli_arguments(tiny_policy, tmp_path / "x", tmp_path / "run", **reward))
+    assert "reward model" not in found
+
+
+def test_scaled_gradients_that_are_clipped_take_more(
+    tiny_policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """AdamW cannot be fused then, and a GPU updates all weights at once."""
+    args = cli_arguments(
+        tiny_policy,
+        tmp_path / "x",
+        tmp_path / "run",
+        trainer__accelerator="gpu",
+        trainer__precision="16-mixed",
+    )
+    seen: list[Workload] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sppo_lightning.estimate.verdict", lambda estimator, load, found: seen.append(load))
+        for clip in ([], ["--trainer.gradient_clip_val=1"]):
+            estimated(capsys, *args, "--memory=24", *clip)
+    assert [load.clips_unscaled for load in seen] == [False, True]
+    assert {load.compute_dtype for load in seen} == {torch.float16}
+
+
+@pytest.mark.parametrize(
     ("accelerator", "devices", "nodes", "expected"),
     [
         ("gpu", 8, 2, ("cuda", 16)),
@@ -213,6 +269,7 @@ def test_all_processes_decide_alike(tiny_policy: Path, monkeypatch: pytest.Monke
         compute_dtype=torch.float32,
         reference="initial",
         optimizer=None,
+        clips_unscaled=False,
         carry_optimizer=False,
         pair_forward=AutoForward(),
         generator=HFGenerator(max_new_tokens=8, temperature=1.0),

@@ -30,7 +30,7 @@ from sppo_lightning.export.check import (
     require,
     response_logps,
 )
-from sppo_lightning.export.command import export, main
+from sppo_lightning.export.command import Format, export, main
 from sppo_lightning.export.files import name_end_tokens
 from sppo_lightning.export.run import open_run
 from sppo_lightning.pretrained import quantization_options
@@ -288,6 +288,20 @@ def test_another_adapter_than_the_runs_is_noticed(
     monkeypatch.setattr(export_job, "write_adapter", spoil)
     with pytest.raises(UserError, match=r"the export and the run's adapter, on the same base differ by"):
         export(str(run_of("nf4")), "adapter", output=str(tmp_path / "out"))
+
+
+def test_what_training_moved_is_known_of_a_fresh_adapter_only(
+    run_of: Run, base: Path, tmp_path: Path
+) -> None:
+    """The adapter that a run started from had moved the log-probs already."""
+    moved = "training moved these log-probs by"
+    assert moved in card_of(export(str(run_of("lora")), "adapter", output=str(tmp_path / "fresh")))
+    (tmp_path / "train.jsonl").write_text(
+        "".join(f'{{"id": "t{n}", "prompt": "Count to {n}"}}\n' for n in range(12))
+    )
+    started = {"data.iterations": 1, "model.policy.lora.adapter": run_of("lora") / "policy"}
+    command(["fit", *cli_arguments(base, tmp_path / "train.jsonl", tmp_path / "run", **started)])
+    assert moved not in card_of(export(str(tmp_path / "run"), "adapter", output=str(tmp_path / "started")))
 
 
 def test_rounding_that_buries_what_was_trained_is_said(
@@ -577,6 +591,25 @@ def test_a_base_that_is_gone(copied: Run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=expected):
         export(str(run), "merged")
     assert not list(run.glob("export-*"))
+
+
+def test_a_folder_that_cannot_be_made(run_of: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        UserError, match=r"--output \S+/file/out: the folder cannot be made \(Not a directory\)"
+    ):
+        export(str(run_of("lora")), "adapter", output=str(tmp_path / "file/out"))
+
+
+@pytest.mark.parametrize(("kind", "format"), [("full", "hf"), ("lora", "adapter"), ("lora", "merged")])
+def test_whoever_may_read_new_files_may_read_weights(
+    run_of: Run, tmp_path: Path, kind: str, format: Format
+) -> None:
+    (tmp_path / "new").touch()
+    folders = [run_of(kind) / "policy", export(str(run_of(kind)), format, output=str(tmp_path / "out"))]
+    modes = {path.name: path.stat().st_mode for folder in folders for path in folder.iterdir()}
+    assert any(name.endswith(".safetensors") for name in modes)
+    assert set(modes.values()) == {(tmp_path / "new").stat().st_mode}
 
 
 def test_a_device_that_is_not_there(run_of: Run) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves
 
 from sppo_lightning.layouts import PairLayout, PairRows, PlainLayout, SharedLayout, SharedPrompts
 
@@ -91,6 +92,15 @@ def test_dtypes(layout: PairLayout) -> None:
         assert ids.dtype == torch.long
     if rows.shared is not None:
         assert rows.shared.query_starts.dtype == rows.shared.key_starts.dtype == torch.int32
+
+
+@pytest.mark.parametrize("layout", [PLAIN, SHARED])
+def test_no_tensor_overlaps_itself(layout: PairLayout) -> None:
+    """A loader that pins memory cannot copy one that does."""
+    tensors = [part for part in tree_leaves(laid(layout, GOLDEN)) if isinstance(part, torch.Tensor)]
+    assert len(tensors) >= 5
+    for tensor in tensors:
+        assert all(stride > 0 for stride in tensor.stride())
 
 
 @pytest.mark.parametrize("layout", [PLAIN, SHARED])

@@ -242,3 +242,7 @@ class TestOptimizers:
         assert optimizer_memory(torch.optim.AdamW, device_type="cuda").step == pytest.approx(4, rel=0.01)
         assert optimizer_memory(torch.optim.AdamW, device_type="cpu").step < 1
         assert optimizer_memory(None, device_type="cuda").step == pytest.approx(0, abs=0.01)
+
+    def test_the_default_is_not_fused_where_scaled_gradients_are_clipped(self) -> None:
+        found = optimizer_memory(None, device_type="cuda", clips_unscaled=True)
+        assert found.step == pytest.approx(4, rel=0.01)

@@ -116,6 +116,7 @@ def workload(**changes: Any) -> Workload:
         "compute_dtype": torch.bfloat16,
         "reference": "previous_iteration",
         "optimizer": None,
+        "clips_unscaled": False,
         "carry_optimizer": False,
         "pair_forward": AutoForward(),
         "generator": HFGenerator(**SAMPLING),

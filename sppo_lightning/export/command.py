@@ -70,7 +70,12 @@ def export(
     fresh = place.with_name(f"{place.name}.unchecked")
     job = ExportJob(source, fresh, dtype=DTYPES.get(dtype), device=_device(device))
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    try:
+        fresh.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"--output {place}: the folder cannot be made ({error.strerror}): name another"
+        ) from error
     if not source.adapted:
         job.write_whole()
     elif format == "adapter":

@@ -62,9 +62,7 @@ class ExportJob:
         )
         self.distances: list[Distance] = []  # outcome of the check
         self.altered: list[str] = []  # weights that are not what was to be written
-        self.moved: float | None = (
-            None  # by training, nats per token; known where an adapter can be switched off
-        )
+        self.moved: float | None = None  # by training, nats per token; known for a fresh adapter
         self.base_dtype = source.base_dtype() if source.adapted else torch.float32
 
     def write_whole(self) -> None:
@@ -89,7 +87,7 @@ class ExportJob:
         del model
         exported = adapter_logps(self._as_loaded_by_others(), self.pairs)
         base = distance(exported.base, trained.base)
-        self.moved = distance(trained.policy, trained.base)
+        self.moved = self._moved(trained)
         self.distances += [
             compared("the export and the run's adapter, on the same base", exported.policy, own),
             compared(EXPORTED, exported.policy, trained.policy, base=base),
@@ -111,7 +109,7 @@ class ExportJob:
         del model, whole
         exported, rounding = self._read_back(written)
         base = distance(own.base, trained.base)
-        self.moved = distance(own.policy, own.base)
+        self.moved = self._moved(own)
         self.distances += [
             compared(
                 "the merged weights, before rounding, and the adapter on the same base", merged, own.policy
@@ -119,6 +117,12 @@ class ExportJob:
             compared(ROUNDED, exported, own.policy, rounding=rounding),
             compared(EXPORTED, exported, trained.policy, rounding=rounding, base=base),
         ]
+
+    def _moved(self, found: AdapterLogps) -> float | None:
+        """Return what training changed, if it began with the base alone."""
+        lora = self.source.policy.lora
+        begun_with_base = lora is not None and lora.adapter is None
+        return distance(found.policy, found.base) if begun_with_base else None
 
     def _read_back(self, written: Mapping[str, str]) -> ExportedLogps:
         """Read the pairs with the exported model, and note which weights are not those that were ``written``."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from sppo_lightning.adapters import embedding_rows
 from sppo_lightning.generation.parity import PROBE_TOKENS, ProbeAnswer, check_parity
 from sppo_lightning.generation.protocol import (
     EngineMemory,
@@ -79,7 +80,7 @@ class ContinuousBatchingGenerator(Generator):
         self._policy = policy
         self._engine = _Engine(policy.sampling_model(), self.batch_size)
         model = self._engine.model
-        vocabulary = min(len(policy.tokenizer), model.get_input_embeddings().num_embeddings)
+        vocabulary = min(len(policy.tokenizer), embedding_rows(model))
         try:
             check_parity(model, self._probe, engine="ContinuousBatchingGenerator", vocabulary=vocabulary)
         except UserError:

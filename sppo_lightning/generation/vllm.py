@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sppo_lightning.adapters import merged_weights, unwrapped
+from sppo_lightning.adapters import embedding_rows, merged_weights, unwrapped
 from sppo_lightning.generation.parity import PROBE_TOKENS, ProbeAnswer, check_parity
 from sppo_lightning.generation.protocol import (
     EngineMemory,
@@ -93,7 +93,7 @@ class VLLMGenerator(Generator):
         self._llm.wake_up(tags=["weights"])
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(model)})
         self._llm.wake_up(tags=["kv_cache"])
-        vocabulary = min(len(policy.tokenizer), model.get_input_embeddings().num_embeddings)
+        vocabulary = min(len(policy.tokenizer), embedding_rows(model))
         try:
             check_parity(
                 model,

@@ -169,7 +169,9 @@ class OptimizerMemory(NamedTuple):
     paged: bool = False  # whether its state moves to host memory where the device is full
 
 
-def optimizer_memory(factory: OptimizerFactory | None, *, device_type: str) -> OptimizerMemory:
+def optimizer_memory(
+    factory: OptimizerFactory | None, *, device_type: str, clips_unscaled: bool = False
+) -> OptimizerMemory:
     """Let an optimizer take a step on a few weights of this process, and count what it keeps.
 
     A paged optimizer of bitsandbytes keeps nothing on a GPU that is full. One that cannot be tried here, made for a
@@ -178,6 +180,7 @@ def optimizer_memory(factory: OptimizerFactory | None, *, device_type: str) -> O
     Args:
         factory: makes it; ``None``: the default.
         device_type: where the run will be.
+        clips_unscaled: whether gradients are clipped after they were scaled for float16.
     """
     weights = [nn.Parameter(torch.zeros(TRIED_SHAPE)) for _ in range(TRIED_WEIGHTS)]
     for weight in weights:
@@ -187,7 +190,7 @@ def optimizer_memory(factory: OptimizerFactory | None, *, device_type: str) -> O
     before: int = live.count([*weights, *(weight.grad for weight in weights)])
     try:
         optimizer = build_optimizer(
-            factory, weights, learning_rate=1e-3, weight_decay=0.0, clips_unscaled=False
+            factory, weights, learning_rate=1e-3, weight_decay=0.0, clips_unscaled=clips_unscaled
         )
         for group in optimizer.param_groups:
             if device_type == "cuda" and group.get("foreach", 0) is None and not group.get("fused"):

@@ -203,7 +203,11 @@ class _Sum:
 
     @cached_property
     def optimizer(self) -> OptimizerMemory:
-        return optimizer_memory(self.workload.optimizer, device_type=self.workload.device.type)
+        return optimizer_memory(
+            self.workload.optimizer,
+            device_type=self.workload.device.type,
+            clips_unscaled=self.workload.clips_unscaled,
+        )
 
     @property
     def _optimizer_state(self) -> int:

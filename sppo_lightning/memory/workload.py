@@ -45,10 +45,11 @@ class Workload:
         compute_dtype: dtype of the trainer's matrix products.
         reference: kind of the frozen reference.
         optimizer: makes it; ``None``: the default.
+        clips_unscaled: whether gradients are clipped after they were scaled for float16.
         carry_optimizer: whether its state stays while responses are sampled.
         pair_forward: the forward of training.
         generator: answers prompts.
-        reward: scores answers; :meth:`~sppo_lightning.rewards.Reward.check` has been called.
+        reward: scores answers.
         batch_size: pairs of a micro-batch on one device.
         pairs_per_step: pairs of an optimizer step, all devices together.
         longest_prompt: tokens of the longest prompt that may be answered, to train on it or not.
@@ -63,6 +64,7 @@ class Workload:
     compute_dtype: torch.dtype
     reference: Literal["previous_iteration", "initial"]
     optimizer: OptimizerFactory | None
+    clips_unscaled: bool
     carry_optimizer: bool
     pair_forward: PairForward
     generator: Generator

@@ -52,7 +52,7 @@ class Reward(ABC):
         """Raise :class:`~sppo_lightning.types.UserError` if a prompt lacks what the reward needs."""
 
     def memory(self, device: torch.device, tokens: int) -> RewardMemory:
-        """Return what scoring will take of ``device``, before anything loads; :meth:`check` has been called.
+        """Return what scoring will take of ``device``, before anything loads and perhaps before :meth:`check`.
 
         Args:
             device: where the reward is going to be loaded.

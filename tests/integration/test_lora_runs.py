@@ -53,6 +53,23 @@ def first_run(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return fit(tiny_policy, folder / "prompts.jsonl", folder / "run", data__iterations=1, **LORA)
 
 
+@pytest.mark.parametrize("engine", ["HFGenerator", "ContinuousBatchingGenerator"])
+def test_an_adapter_on_the_embedding(
+    tiny_policy: Path, write_prompts: WritePrompts, tmp_path: Path, engine: str
+) -> None:
+    run = fit(
+        tiny_policy,
+        write_prompts(),
+        tmp_path / "run",
+        data__iterations=1,
+        data__generator=f"sppo_lightning.generation.{engine}",
+        model__policy__lora__target_modules="[q_proj,embed_tokens]",
+        **LORA,
+    )
+    trained = load_file(run / "policy/adapter_model.safetensors")
+    assert any("embed_tokens" in name and weight.count_nonzero() for name, weight in trained.items())
+
+
 @pytest.mark.parametrize("reference", ["initial", "previous_iteration"])
 def test_a_run_starts_from_an_adapter_and_may_be_held_to_it(
     tiny_policy: Path, first_run: Path, write_prompts: WritePrompts, tmp_path: Path, reference: str
