@@ -103,9 +103,8 @@ class PlainLayout(PairLayout):
         longest = int(response_lengths.max())
         return PairRows(
             input_ids=input_ids,
-            position_ids=torch.arange(width).repeat(
-                len(input_ids), 1
-            ),  # a loader pins what it holds once only
+            # a loader pins what it holds once only
+            position_ids=torch.arange(width).repeat(len(input_ids), 1),
             predicting=row * width + prompt_lengths[row] + offset - 1,
             targets=torch.tensor(list(chain.from_iterable(responses)), dtype=torch.long),
             places=row * longest + offset,
