@@ -2,25 +2,27 @@
 # What only a machine with a GPU can show, in at most 20 minutes: benchmarks/gpu_check.sh OUT
 #
 # The folder OUT gets, as they come: a log of each step, figures as JSON, and results.md, whose tables can go into
-# docs/results.md. A step that fails or runs out of time does not stop the others; the exit status is 1 then.
+# docs/results.md. A step that fails or runs out of time does not stop the others; the exit status is 1 then. Steps may
+# be run a few at a time into one OUT, with KEEP=1; one that is run again replaces what it left.
 #
-# Needs Python with torch, transformers, lightning, peft, accelerate, pyarrow and pytest. From the environment:
+# Needs Python with torch, transformers, lightning, torchmetrics, peft, accelerate, pyarrow, psutil and pytest. From the
+# environment:
 #   PYTHON   python3
 #   WHEELS   a folder of wheels that are not installed (bitsandbytes, jsonargparse, datasets, and what they need);
 #            they are unpacked into OUT/site
 #   MODEL    .cache/smollm2-135m-instruct: the model of the quick start and of the small benchmarks
 #   SCRATCH  OUT/scratch: gets 16 GB of random weights, removed at the end unless KEEP=1
-#   STEPS    all: those of "tests quickstart weights qlora estimate rollout score train_step" to run
-#   MINUTES  20: for everything
+#   STEPS    all: those of "tests quickstart weights qlora estimate rollout continuous score train_step" to run
+#   MINUTES  20: for everything, a whole number
 #   DEVICE   cuda; DEVICE=cpu SIZE=tiny rehearses every step where there is no GPU
 #   SIZE     full, or tiny
 set -u -o pipefail
-cd "$(dirname "$0")/.." || exit 2
 if [ $# -ne 1 ]; then
   sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0" >&2
   exit 2
 fi
 mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit 2
+cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python3}
 MODEL=${MODEL:-.cache/smollm2-135m-instruct}
 SCRATCH=${SCRATCH:-$OUT/scratch}
@@ -43,8 +45,16 @@ if [ "$DEVICE" = cuda ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch
   exit 2
 fi
 
+KNOWN=" tests quickstart weights qlora estimate rollout continuous score train_step "
+for name in $STEPS; do
+  case "$KNOWN all " in *" $name "*) ;; *) echo "STEPS: no step is named $name, but:$KNOWN" >&2; exit 2 ;; esac
+done
+
+running=
 watcher=
 finish() {
+  # timeout hands the signal on to all that the step has started
+  [ -n "$running" ] && kill "$running" 2>/dev/null && wait "$running"
   [ -n "$watcher" ] && kill "$watcher" 2>/dev/null
   [ "${KEEP:-0}" = 1 ] || rm -f "$QLORA"/*/*.safetensors
 }
@@ -52,13 +62,17 @@ trap finish EXIT
 trap 'exit 130' INT TERM
 
 failed=0
-: >"$OUT/steps.tsv"
+touch "$OUT/steps.tsv"
+
+wanted() { case " $STEPS " in *" all "* | *" $1 "*) ;; *) return 1 ;; esac; }
 
 # step NAME SECONDS COMMAND...: run it, keep its output and its exit status
 step() {
-  local name=$1 limit=$2 begun=$SECONDS status=0
+  local name=$1 limit=$2 begun=$SECONDS status=0 shown
   shift 2
-  case " $STEPS " in *" all "* | *" $name "*) ;; *) return ;; esac
+  wanted "$name" || return
+  rm -f "$OUT/$name.json"
+  : >"$OUT/$name.log"
   [ "$DEVICE" = cpu ] && limit=$((3 * limit)) # the limits are a GPU's
   [ $((DEADLINE - SECONDS)) -lt "$limit" ] && limit=$((DEADLINE - SECONDS))
   printf '\n=== %s, at most %d s ===\n' "$name" "$limit"
@@ -66,11 +80,18 @@ step() {
     status=124
     echo "no time is left" | tee "$OUT/$name.log"
   else
-    # in the foreground, so that Ctrl-C reaches the step
-    timeout --foreground -k 10 "$limit" "$@" 2>&1 | tee "$OUT/$name.log" || status=$?
+    timeout -k 10 "$limit" "$@" >"$OUT/$name.log" 2>&1 &
+    running=$!
+    tail -n +1 -s 0.2 -f --pid="$running" "$OUT/$name.log" &
+    shown=$!
+    wait "$running" || status=$?
+    running=
+    wait "$shown"
   fi
   [ "$status" -ne 0 ] && failed=1
-  printf '%s\t%d\t%d\t%d\n' "$name" "$status" $((SECONDS - begun)) "$limit" >>"$OUT/steps.tsv"
+  grep -v "^$name"$'\t' "$OUT/steps.tsv" >"$OUT/steps.new"
+  printf '%s\t%d\t%d\t%d\n' "$name" "$status" $((SECONDS - begun)) "$limit" >>"$OUT/steps.new"
+  mv "$OUT/steps.new" "$OUT/steps.tsv"
   printf '=== %s: exit status %d after %d s ===\n' "$name" "$status" $((SECONDS - begun))
   "$PYTHON" benchmarks/gpu_report.py "$OUT" >/dev/null
 }
@@ -78,44 +99,49 @@ step() {
 # one number for each size: pick FULL TINY
 pick() { if [ "$SIZE" = full ]; then echo "$1"; else echo "$2"; fi; }
 
-# the files with tests that are skipped without a GPU
-mapfile -t tests < <(grep -rl --include='test_*.py' 'cuda.is_available' tests)
-step tests 90 "$PYTHON" -m pytest -p no:cacheprovider -rs "${tests[@]}"
+step tests 180 "$PYTHON" -m pytest -p no:cacheprovider -rs -m gpu
 
-mkdir -p "$OUT/prompts"
-for name in train eval; do
-  head -n "$(pick 100000 12)" "configs/quickstart/$name.jsonl" >"$OUT/prompts/$name.jsonl"
-done
-rm -rf "$OUT/quickstart"
+if wanted quickstart; then
+  rm -rf "$OUT/prompts" "$OUT/quickstart"
+  mkdir "$OUT/prompts"
+  for name in train eval; do
+    head -n "$(pick 100000 12)" "configs/quickstart/$name.jsonl" >"$OUT/prompts/$name.jsonl"
+  done
+fi
 step quickstart 240 "$PYTHON" -m sppo_lightning fit --config configs/quickstart.yaml \
-  --trainer.accelerator "$accelerator" --trainer.logger false --trainer.default_root_dir "$OUT/quickstart" \
-  --model.policy.pretrained "$MODEL" \
+  --trainer.accelerator "$accelerator" --trainer.devices 1 --trainer.logger false \
+  --trainer.default_root_dir "$OUT/quickstart" --model.policy.pretrained "$MODEL" \
   --data.prompts "$OUT/prompts/train.jsonl" --data.eval_prompts "$OUT/prompts/eval.jsonl" \
   --data.iterations "$(pick 3 1)"
 
 step weights 180 "$PYTHON" benchmarks/qlora_8b.py "$QLORA" --shape "$(pick 8b tiny)" --device "$DEVICE"
 
-rm -rf "$QLORA/run"
-if [ "$DEVICE" = cuda ] && command -v nvidia-smi >/dev/null; then
-  nvidia-smi --query-gpu=timestamp,memory.used --format=csv,noheader,nounits -l 1 >"$OUT/device.csv" &
-  watcher=$!
+if wanted qlora; then
+  rm -rf "$QLORA/run" "$OUT/qlora.yaml" "$OUT/qlora.csv" "$OUT/device.csv"
+  if [ "$DEVICE" = cuda ] && command -v nvidia-smi >/dev/null; then
+    nvidia-smi --query-gpu=timestamp,memory.used --format=csv,noheader,nounits -l 1 >"$OUT/device.csv" &
+    watcher=$!
+  fi
 fi
 step qlora 420 "$PYTHON" -m sppo_lightning fit --config "$QLORA/config.yaml"
 if [ -n "$watcher" ]; then
   kill "$watcher"
   watcher=
 fi
-cp "$QLORA/config.yaml" "$OUT/qlora.yaml" 2>/dev/null
-cp "$QLORA/run/metrics.csv" "$OUT/qlora.csv" 2>/dev/null
+if wanted qlora; then
+  cp "$QLORA/config.yaml" "$OUT/qlora.yaml" 2>/dev/null
+  cp "$QLORA/run/metrics.csv" "$OUT/qlora.csv" 2>/dev/null
+fi
 
 tolerance=
 [ "$DEVICE" = cuda ] && tolerance=--tolerance=0.15
 step estimate 90 "$PYTHON" benchmarks/memory_check.py --config "$QLORA/config.yaml" \
-  --metrics "$QLORA/run/metrics.csv" --json "$OUT/estimate.json" $tolerance
+  --metrics "$OUT/qlora.csv" --json "$OUT/estimate.json" $tolerance
 
-step rollout 120 "$PYTHON" benchmarks/rollout.py --model "$MODEL" --device "$DEVICE" --continuous \
-  --prompts "$(pick 32 2)" --new-tokens "$(pick 128 4)" --prompt-tokens "$(pick 256 16)" \
-  --responses "$(pick 8 2)" --rounds "$(pick 2 1)" --json "$OUT/rollout.json"
+rollout=(benchmarks/rollout.py --model "$MODEL" --device "$DEVICE"
+  --prompts "$(pick 32 2)" --new-tokens "$(pick 128 4)" --prompt-tokens "$(pick 256 16)" --responses "$(pick 8 2)")
+step rollout 180 "$PYTHON" "${rollout[@]}" --rounds "$(pick 2 1)" --json "$OUT/rollout.json"
+step continuous 180 "$PYTHON" "${rollout[@]}" --rounds 1 --continuous --json "$OUT/continuous.json"
 
 step score 90 "$PYTHON" benchmarks/score.py --model "$MODEL" --device "$DEVICE" \
   --prompts "$(pick 32 2)" --prompt-tokens "$(pick 256 16)" --response-tokens "$(pick 256 16)" \

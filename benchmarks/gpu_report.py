@@ -138,7 +138,7 @@ def benchmark(title: str, results: Mapping[str, Mapping[str, float]]) -> list[st
 def benchmarks(folder: Path) -> list[str]:
     """Return the tables of all benchmarks that have figures."""
     lines: list[str] = []
-    for name in ("rollout", "score"):
+    for name in ("rollout", "continuous", "score"):
         file = folder / f"{name}.json"
         if file.exists():
             found = json.loads(file.read_text())

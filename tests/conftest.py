@@ -66,6 +66,12 @@ def tiny_config(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**{**settings, **changes})
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 @pytest.fixture(scope="session")
 def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A 2-layer Llama with random weights and the byte tokenizer, as a HF folder."""

@@ -95,7 +95,7 @@ def test_what_a_phase_takes_is_logged_under_its_name(monkeypatch: pytest.MonkeyP
     assert logged["evaluating"] == pytest.approx(base, abs=20)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_the_peak_of_a_gpu() -> None:
     device = torch.device("cuda", 0)
     meter = PeakMemory(device)

@@ -220,7 +220,7 @@ def test_a_torch_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         VarlenAttention(shared_prompts(RAGGED))(*drawn(RAGGED), scale=None, window=None)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel runs on CUDA only")
+@pytest.mark.gpu
 @pytest.mark.parametrize("key_heads", [HEADS, 2])
 @pytest.mark.parametrize("window", [None, 3, 6])
 def test_the_kernel_itself(window: int | None, key_heads: int) -> None:
