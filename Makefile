@@ -34,7 +34,7 @@ bench: $(VENV)/bench.done $(MODEL)/config.json
 	@mkdir -p runs/bench
 	$(BIN)/python benchmarks/train_step.py --model $(MODEL) --json runs/bench/train_step.json
 
-# on a machine with a GPU, 20 minutes at most; TORCH= may name another build for the set-up
+# on a machine with a GPU, 20 minutes at most after the set-up from PyPI, for which TORCH= may name another build
 gpu-check: $(VENV)/dev.done $(MODEL)/config.json
 	PYTHON=$(BIN)/python benchmarks/gpu_check.sh runs/gpu-check
 

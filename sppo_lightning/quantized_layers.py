@@ -1,4 +1,7 @@
-"""Quantised layers of bitsandbytes that compute the same in every mode, whatever shares their batch."""
+"""Quantised layers of bitsandbytes that compute the same in every mode, whatever shares their batch.
+
+To rounding: on CUDA bitsandbytes has several 4-bit kernels, and chooses by the number of tokens.
+"""
 
 from __future__ import annotations
 
