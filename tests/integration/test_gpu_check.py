@@ -92,8 +92,9 @@ def test_what_a_step_has_started_ends_with_the_script(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_step(check: Check, tiny_policy: Path, tmp_path: Path) -> None:
-    found = check("all", MODEL=tiny_policy, MINUTES=30)
+def test_every_step(check: Check, tmp_path: Path) -> None:
+    """With the real model: a random one earns no reward in the quick start."""
+    found = check("all", MINUTES=30)
     assert found.returncode == 0, found.stdout
     out = tmp_path / "out"
     names = [
