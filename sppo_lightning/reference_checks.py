@@ -14,6 +14,7 @@ from sppo_lightning.sharding import local, part_of
 
 # mean |log-ratio| per token at an iteration's start, where the reference equals the policy
 RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.02}
+ROUNDING = 0.01  # of what an adapter's move changes
 STEP = 0.02  # standard deviation of the noise that moves an adapter: of the size of its weights
 
 
@@ -33,10 +34,11 @@ def check_reference_is_frozen(policy: LivePolicy, logps: Callable[[nn.Module], T
         own = logps(policy.model)
         with policy.initial() as initial:
             after = logps(initial)
-    if not torch.equal(before, after):
+    moved, policy_moved = float((after - before).abs().max()), float((own - before).abs().max())
+    # to the last bit on a CPU; a GPU does not promise to round two passes alike
+    if not moved <= (0.0 if before.device.type == "cpu" else ROUNDING * policy_moved):
         raise RuntimeError(
-            f"the reference's log-probs moved by up to {(after - before).abs().max():.2g} nat when the adapter did: it "
-            "is not frozen"
+            f"the reference's log-probs moved by up to {moved:.2g} nat when the adapter did: it is not frozen"
         )
     if torch.equal(own, after):
         raise RuntimeError("the policy's log-probs stayed when its adapter moved: the adapter is not in use")

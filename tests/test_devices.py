@@ -162,7 +162,7 @@ def test_a_quantised_run(
     main(["fit", *cli_arguments(models[0], write_prompts(), tmp_path / "run", **changes)])
     with (tmp_path / "run/metrics.csv").open(newline="") as file:
         losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-3)
+    assert losses[0] == pytest.approx(math.log(2), abs=5e-3)
     trained = load_file(tmp_path / "run/policy/adapter_model.safetensors")
     assert all(weight.isfinite().all() for weight in trained.values())
     assert any(weight.count_nonzero() for name, weight in trained.items() if "lora_B" in name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,22 @@ def test_an_adapter_that_is_left_on_is_not(model: Any) -> None:
 
     with pytest.raises(RuntimeError, match=r"moved by up to .* nat when the adapter did: it is not frozen"):
         check_reference_is_frozen(held_to(model, on), logps)
+
+
+@pytest.mark.parametrize("noise", [1e-6, math.nan])
+def test_on_a_cpu_a_frozen_reference_stays_to_the_last_bit(model: Any, noise: float) -> None:
+    passes = iter(range(9))
+
+    def unsteady(model: nn.Module) -> Tensor:
+        return logps(model) + noise * next(passes)
+
+    @contextmanager
+    def off() -> Iterator[nn.Module]:
+        with model.disable_adapter():
+            yield model
+
+    with pytest.raises(RuntimeError, match=r"moved by up to \S+ nat when the adapter did: it is not frozen"):
+        check_reference_is_frozen(held_to(model, off), unsteady)
 
 
 def test_an_adapter_that_does_nothing_is_noticed(model: Any) -> None:
