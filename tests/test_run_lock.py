@@ -78,7 +78,8 @@ def test_a_killed_run_leaves_no_lock(tmp_path: Path, how: signal.Signals) -> Non
     [
         "import subprocess; print(subprocess.Popen(['sleep', '30'], stdout=subprocess.DEVNULL).pid)",
         "import subprocess; print(subprocess.Popen(['sleep', '30'], stdout=subprocess.DEVNULL, close_fds=False).pid)",
-        "import os\n    pid = os.fork()\n    if pid == 0: time.sleep(30)\n    print(pid)",
+        "import os\n    heard, say = os.pipe()\n    pid = os.fork()\n"
+        "    if pid == 0: os.write(say, b'1'); time.sleep(30)\n    os.read(heard, 1)\n    print(pid)",
     ],
     ids=["subprocess", "open files", "fork"],
 )
