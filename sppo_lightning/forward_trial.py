@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sppo_lightning.adapters import unwrapped
 from sppo_lightning.memory.device import ran_out
+from sppo_lightning.own_attention import window_of
 from sppo_lightning.sharding import recover
-from sppo_lightning.shared_attention import window_of
 from sppo_lightning.types import first_line
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from sppo_lightning.adapters import decoders
@@ -17,17 +16,10 @@ from sppo_lightning.forward_trial import Trial, objection
 from sppo_lightning.layouts import PairLayout, PairRows, PlainLayout, SharedLayout
 from sppo_lightning.logprobs import response_sums
 from sppo_lightning.losses import PairLogps
+from sppo_lightning.own_attention import CannotAttendError, detach, whole_mask, window_of
 from sppo_lightning.response_head import response_logps
 from sppo_lightning.sharding import as_forward
-from sppo_lightning.shared_attention import (
-    CannotShareError,
-    MaskedAttention,
-    SharedAttention,
-    VarlenAttention,
-    attach,
-    detach,
-    window_of,
-)
+from sppo_lightning.shared_attention import MaskedAttention, SharedAttention, VarlenAttention, attach
 from sppo_lightning.types import UserError
 
 ADVICE = "use sppo_lightning.pair_forward.AutoForward"
@@ -194,8 +186,7 @@ def _shared_token_logps(
 ) -> Tensor:
     assert rows.shared is not None
     attach(model)
-    # a mask of four dimensions is handed on as it is: without one, restarting positions would be taken for documents
-    mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=rows.input_ids.device)
+    mask = whole_mask(rows.input_ids.device)
     segments = attention(rows.shared)
     logps = _token_logps(model, rows, chunk, {"attention_mask": mask, "shared_attention": segments})
     window = window_of(model)
@@ -204,5 +195,5 @@ def _shared_token_logps(
         and not segments.windows
         and window < rows.shared.prompts[1] + rows.shared.responses[1]
     ):
-        raise CannotShareError(f"it does not tell its attention of its window of {window} tokens")
+        raise CannotAttendError(f"it does not tell its attention of its window of {window} tokens")
     return logps

@@ -11,25 +11,17 @@ import inspect
 from abc import ABC, abstractmethod
 from functools import cache
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from sppo_lightning.adapters import unwrapped
+from sppo_lightning import own_attention
 from sppo_lightning.layouts import SharedPrompts
+from sppo_lightning.own_attention import CannotAttendError
 
 NAME = "sppo_shared_prompts"
-NOT_HANDLED = ("softcap", "s_aux", "position_bias", "cache")  # what a model may ask of its attention besides
-
-# what an attached model attended with: itself under "", and each of its parts that has a config of its own
-_before: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
-
-
-class CannotShareError(Exception):
-    """A model's attention cannot read a prompt once for two responses; says why."""
 
 
 class SharedAttention(ABC):
@@ -167,7 +159,7 @@ def _varlen_kernel() -> Any:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError as error:
-        raise CannotShareError("this torch has no variable-length attention") from error
+        raise CannotAttendError("this torch has no variable-length attention") from error
     return varlen_attn
 
 
@@ -246,16 +238,12 @@ def _shared_prompts_attention(
 ) -> tuple[Tensor, None]:
     """Take the place of a model's attention; ``[1, heads, T, D]`` in, ``[1, T, H, D]`` out."""
     if shared_attention is None:
-        raise CannotShareError(
+        raise CannotAttendError(
             f"{type(module).__name__} was called without the segments of its row: its model does not hand on what it "
             "is called with, or it was called outside the training forward (LivePolicy.sampling_model gives a policy "
             "to generate from)"
         )
-    if attention_mask is None or attention_mask.numel() != 1:
-        raise CannotShareError(f"{type(module).__name__} changes its attention mask")
-    asked = [name for name in NOT_HANDLED if others.get(name) is not None]
-    if asked or others.get("dropout"):
-        raise CannotShareError(f"{type(module).__name__} needs {' and '.join(asked) or 'dropout'}")
+    own_attention.check_call(module, attention_mask, others)
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     states = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
@@ -265,50 +253,12 @@ def _shared_prompts_attention(
 
 
 def attach(model: nn.Module) -> None:
-    """Let a model attend through this module, until :func:`detach`.
+    """Let a model attend through this module, until :func:`~sppo_lightning.own_attention.detach`.
 
     Raises:
-        CannotShareError: if its attention cannot be replaced.
+        CannotAttendError: if its attention cannot be replaced.
     """
-    from transformers import AttentionInterface
-
-    inner = unwrapped(model)
-    config = inner.config
-    if config._attn_implementation == NAME:
-        return
-    before = {"": config._attn_implementation}
-    before |= {
-        key: getattr(config, key)._attn_implementation for key in config.sub_configs if getattr(config, key)
-    }
-    others = _layer_types(inner) - {"full_attention", "sliding_attention"}
-    if others:
-        raise CannotShareError(f"{type(inner).__name__} has layers of {', '.join(sorted(others))}")
-    if NAME not in AttentionInterface():
-        AttentionInterface.register(NAME, _shared_prompts_attention)
-    inner.set_attn_implementation(NAME)
-    if config._attn_implementation != NAME:
-        raise CannotShareError(f"{type(inner).__name__} does not let its attention be replaced")
-    _before[inner] = before
-
-
-def detach(model: nn.Module) -> None:
-    """Give a model its own attention back."""
-    inner = unwrapped(model)
-    if inner in _before:
-        inner.set_attn_implementation(_before.pop(inner))
-
-
-def window_of(model: nn.Module) -> int | None:
-    """Return the tokens that a layer with a window sees; ``None`` if no layer has one."""
-    types = _layer_types(model)
-    if types and "sliding_attention" not in types:
-        return None
-    window: int | None = getattr(unwrapped(model).config.get_text_config(), "sliding_window", None)
-    return window
-
-
-def _layer_types(model: nn.Module) -> set[str]:
-    return set(getattr(unwrapped(model).config.get_text_config(), "layer_types", None) or ())
+    own_attention.attach(model, NAME, _shared_prompts_attention, {"full_attention", "sliding_attention"})
 
 
 def leave_uncompiled() -> None:

@@ -19,7 +19,7 @@ LAYERS = {
     """,
     3: """
         policy lora quantized_layers live_policy optimizers memory sharding
-        pair_forward forward_trial shared_attention response_head compiled_layers
+        pair_forward forward_trial own_attention shared_attention response_head compiled_layers
         generation rewards scoring collect evaluation results
         iteration iteration_state pairing_pass reference_pass reference_checks
     """,

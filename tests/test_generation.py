@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from sppo_lightning.generation import HFGenerator, PolicySource, SampleRequest, hf
+from sppo_lightning.generation.steps import PlainSteps
 from sppo_lightning.types import Response, UserError
 
 LONGEST = 12
@@ -198,7 +199,7 @@ def test_rows_that_leave_the_batch_change_nothing(
     assert len(selections) >= 2  # the first repeats each prompt for its responses
     assert selections == sorted(selections, reverse=True)
     selections.clear()
-    monkeypatch.setattr(hf, "COMPACT_BELOW", share)
+    monkeypatch.setattr(PlainSteps, "COMPACT_BELOW", share)
     assert sampled(source, REQUESTS) == expected
     assert len(selections) == 1 if share == 0 else len(selections) > 4
 

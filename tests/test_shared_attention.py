@@ -17,14 +17,8 @@ from transformers import AutoModelForCausalLM, FalconConfig, LlamaForCausalLM
 
 from sppo_lightning import shared_attention
 from sppo_lightning.layouts import SharedLayout, SharedPrompts
-from sppo_lightning.shared_attention import (
-    CannotShareError,
-    MaskedAttention,
-    SharedAttention,
-    VarlenAttention,
-    attach,
-    detach,
-)
+from sppo_lightning.own_attention import CannotAttendError, detach
+from sppo_lightning.shared_attention import MaskedAttention, SharedAttention, VarlenAttention, attach
 
 HEADS, WIDTH = 4, 8
 Lengths = Sequence[tuple[int, int, int]]  # tokens of prompt, chosen, rejected
@@ -216,7 +210,7 @@ def test_varlen_attention_equals_masked_attention(
 
 def test_a_torch_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
-    with pytest.raises(CannotShareError, match=r"^this torch has no variable-length attention$"):
+    with pytest.raises(CannotAttendError, match=r"^this torch has no variable-length attention$"):
         VarlenAttention(shared_prompts(RAGGED))(*drawn(RAGGED), scale=None, window=None)
 
 
@@ -304,7 +298,7 @@ def refused(model: Any, message: str, **options: Any) -> None:
         attach(model)
         run(model, **options)
 
-    with pytest.raises(CannotShareError, match=f"^{message}$"):
+    with pytest.raises(CannotAttendError, match=f"^{message}$"):
         share()
     detach(model)
     assert model.config._attn_implementation == before

@@ -159,7 +159,7 @@ def alone(model: nn.Module, pairs: Sequence[PreferencePair]) -> Tensor:
 def gradients(model: nn.Module, logps: Tensor) -> dict[str, Tensor]:
     """Gradients of a sum in which each token has a weight of its own, some of them negative."""
     model.zero_grad()
-    (logps * torch.linspace(-1, 2, len(logps)).to(logps.dtype)).sum().backward()
+    (logps * torch.linspace(-1, 2, len(logps)).to(logps)).sum().backward()
     found = {
         name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
     }

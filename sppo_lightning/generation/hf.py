@@ -5,6 +5,7 @@ Shapes: P prompts of a batch, B rows (responses still growing), V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections import deque
@@ -30,9 +31,12 @@ from sppo_lightning.types import Response, UserError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-COMPACT_BELOW = 0.75  # share of rows still growing under which finished rows leave the batch
 MEMORY_SHARE = 0.4  # of the free memory, for the keys and values of a batch; the rest is for activations
 MOST_ROWS = {"cpu": 128, "cuda": 512}  # where more rows at once gain nothing
+RECORDED_ON = ("cuda",)  # devices on which launching a step's kernels takes longer than the kernels
+WORTH_RECORDING = 16  # tokens of a response from which on it pays to record a step
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,21 @@ class HFGenerator(Generator):
 
     Args:
         batch_size: responses that grow at once; ``None``: what the memory holds. Too many are halved and tried again.
+        cuda_graphs: on a GPU, record a decoding step once and replay it, where the model gives the same log-probs so;
+            most models with full attention do.
         sampling: lengths, temperature and the like, see :class:`~sppo_lightning.generation.Generator`.
     """
 
-    def __init__(self, batch_size: int | None = None, **sampling: Any) -> None:
+    def __init__(self, batch_size: int | None = None, cuda_graphs: bool = True, **sampling: Any) -> None:
         super().__init__(**sampling)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"HFGenerator.batch_size={batch_size} must be at least 1")
         self.batch_size = batch_size
+        self.cuda_graphs = cuda_graphs
         self._policy: PolicySource | None = None
         self._model: torch.nn.Module | None = None
         self._budget: TokenBudget | None = None
+        self._recorded: bool | None = None  # whether steps are; found out once
 
     def memory(self, row: int, *, free: int, total: int, device: torch.device) -> EngineMemory:
         """Count the rows that a batch of the longest responses would have."""
@@ -91,6 +99,19 @@ class HFGenerator(Generator):
                 cast(Any, self._model).config, next(self._model.parameters()).dtype
             )
             self._budget = TokenBudget(int(MEMORY_SHARE * free_bytes(self._device) / bytes_per_token))
+        if self._recorded is None:
+            self._recorded = self.cuda_graphs and self._can_record()
+
+    def _can_record(self) -> bool:
+        from sppo_lightning.generation.fixed_steps import objection
+
+        if self._device.type not in RECORDED_ON or self.max_new_tokens < WORTH_RECORDING:
+            return False
+        assert self._model is not None
+        reason = objection(self._model)
+        if reason is not None:
+            logger.info("Sampling without CUDA graphs: %s", reason)
+        return reason is None
 
     def unload(self) -> None:
         """Free the sampling model."""
@@ -174,6 +195,8 @@ class HFGenerator(Generator):
     def _decode(self, batch: list[SampleRequest], ends: frozenset[int]) -> list[list[int]]:
         """Return the sampled token ids of every response, in request order."""
         from sppo_lightning.generation.cache import reserved_cache
+        from sppo_lightning.generation.fixed_steps import FixedSteps
+        from sppo_lightning.generation.steps import PlainSteps, read
 
         model = self._model
         assert model is not None
@@ -188,49 +211,37 @@ class HFGenerator(Generator):
         positions = (mask[:, :width].cumsum(-1) - 1).clamp_(min=0)
         input_ids, mask, positions = input_ids.to(device), mask.to(device), positions.to(device)
         cache = reserved_cache(cast(Any, model).config)
-
-        def forward(tokens: Tensor, seen: int, position_ids: Tensor) -> Tensor:
-            output = model(
-                input_ids=tokens,
-                attention_mask=mask[:, :seen],
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            last: Tensor = output.logits[:, -1]
-            return last.float()
-
-        logits = forward(input_ids, width, positions)
+        logits = read(model, input_ids, mask[:, :width], positions, cache)
         copies = torch.tensor([max(1, len(request.seeds)) for request in batch], device=device)
         source = torch.arange(len(batch), device=device).repeat_interleave(copies)
-        cache.batch_select_indices(source)
-        logits, mask = logits[source], mask[source]
-        position = positions[source, -1]
+        logits, position = logits[source], positions[source, -1]
         longest = torch.tensor([self.longest_response(length) for length in lengths], device=device)[source]
         uniforms = self._uniforms(batch).to(device)
+        greedy = {not request.seeds for request in batch}
         end_ids = torch.tensor(sorted(ends), device=device)
         stopped = self._stop_test()
         tokens = torch.full((len(source), self.max_new_tokens), -1, dtype=torch.long, device=device)
         alive = torch.arange(len(source), device=device)  # the response that each row of the batch grows
         growing = torch.ones(len(source), dtype=torch.bool, device=device)  # [B]
-        for step in range(self.max_new_tokens):
-            picked = self._pick(logits, uniforms[alive, step])
-            tokens[alive[growing], step] = picked[growing]
-            growing &= ~torch.isin(picked, end_ids) & (longest[alive] > step + 1)
-            if stopped is not None:
-                growing &= ~stopped(tokens[alive, : step + 1])
-            left = int(growing.sum())
-            if left == 0:
-                break
-            if left < COMPACT_BELOW * len(alive):
-                rows = growing.nonzero().flatten()
-                cache.batch_select_indices(rows)
-                mask, position, picked, alive = mask[rows], position[rows], picked[rows], alive[rows]
-                growing = growing[rows]
-            position = position + 1
-            mask[:, width + step] = 1
-            logits = forward(picked[:, None], width + step + 1, position[:, None])
+        kind = FixedSteps if self._recorded else PlainSteps
+        with kind(model, cache, source, mask, width) as steps:
+            for step in range(self.max_new_tokens):
+                picked = self._pick(logits, uniforms[alive, step], greedy)
+                tokens[alive, step] = torch.where(growing, picked, -1)
+                growing &= ~torch.isin(picked, end_ids) & (longest[alive] > step + 1)
+                if stopped is not None:
+                    growing &= ~stopped(tokens[alive, : step + 1])
+                left = int(growing.sum())
+                if left == 0:
+                    break
+                if steps.worth_leaving_out(left, len(alive)):
+                    rows = growing.nonzero().flatten()
+                    steps.keep(rows)
+                    position, picked, alive, growing = (
+                        each[rows] for each in (position, picked, alive, growing)
+                    )
+                position = position + 1
+                logits = steps.logits(picked, position)
         return [[token for token in row if token >= 0] for row in tokens.tolist()]
 
     def _stop_test(self) -> Callable[[Tensor], Tensor] | None:
@@ -243,21 +254,24 @@ class HFGenerator(Generator):
         stops = StopStringCriteria(self._policy.tokenizer, self.stop)
         return lambda tokens: stops(tokens.clamp(min=0), None)
 
-    def _pick(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """Return the next token of each row; a NaN draw asks for the most likely one."""
-        greedy = uniforms.isnan()
-        tokens = torch.empty_like(uniforms, dtype=torch.long)
-        if bool(greedy.any()):
-            tokens[greedy] = logits[greedy].argmax(-1)
-        if not bool(greedy.all()):
-            tokens[~greedy] = sample_tokens(
-                logits[~greedy],
-                uniforms[~greedy],
-                temperature=self.temperature,
-                top_k=self.top_k,
-                top_p=self.top_p,
-            )
-        return tokens
+    def _pick(self, logits: Tensor, uniforms: Tensor, greedy: set[bool]) -> Tensor:
+        """Return the next token of each row, ``[B]``.
+
+        Args:
+            logits: ``[B, V]``.
+            uniforms: ``[B]`` draws; NaN asks for the most likely token.
+            greedy: whether rows ask for that: all, none, or some of each.
+        """
+        if greedy == {True}:
+            return logits.argmax(-1)
+        drawn = sample_tokens(
+            logits,
+            uniforms.nan_to_num(0.0),
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+        )
+        return drawn if greedy == {False} else torch.where(uniforms.isnan(), logits.argmax(-1), drawn)
 
     def _uniforms(self, batch: Sequence[SampleRequest]) -> Tensor:
         """Return one draw per response and token, ``[B, max_new_tokens]`` float64; NaN for greedy rows."""

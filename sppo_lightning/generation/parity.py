@@ -105,7 +105,7 @@ def check_parity(
         answers = answer(prompts)
     except Exception as error:
         raise ParityError(f"{engine} cannot run {subject} ({first_line(error)}): {advice}") from error
-    eps = _eps(model)
+    eps = rounding(model)
     drifts = []
     for prompt, (tokens, logps) in zip(prompts, answers, strict=True):
         logits = _plain_logits(model, prompt, tokens)
@@ -137,7 +137,7 @@ def _plain_logits(model: nn.Module, prompt: Sequence[int], answer: Sequence[int]
     return logits.float().cpu()
 
 
-def _eps(model: Any) -> float:
+def rounding(model: Any) -> float:
     """Return the spacing of 1 in the coarsest dtype that the model multiplies in."""
     dtypes = {model.dtype}
     quantization = getattr(model.config, "quantization_config", None)

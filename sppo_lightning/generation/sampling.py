@@ -37,13 +37,15 @@ def sample_tokens(
     tokens = torch.empty(len(scaled), dtype=torch.long, device=scaled.device)
     rows = torch.arange(len(scaled), device=scaled.device)  # whose nucleus is not yet held
     for width in [limit] if top_p == 1.0 else [*(w for w in WIDTHS if w < limit), limit]:
-        values, ids = scaled[rows].topk(width, dim=-1)
-        probs = (values - normalizer[rows, None]).exp()
-        held = torch.ones_like(rows, dtype=torch.bool) if width == limit else probs.sum(-1) >= top_p
-        tokens[rows[held]] = _pick(probs[held], ids[held], uniforms[rows[held]], top_p)
-        rows = rows[~held]
-        if not len(rows):
+        values, ids = scaled.topk(width, dim=-1)
+        probs = (values - normalizer[:, None]).exp()
+        tokens[rows] = _pick(probs, ids, uniforms, top_p)
+        if width == limit:
             break
+        wider = (probs.sum(-1) < top_p).nonzero().flatten()
+        if not len(wider):
+            break
+        rows, scaled, normalizer, uniforms = (each[wider] for each in (rows, scaled, normalizer, uniforms))
     return tokens
 
 

@@ -1,0 +1,283 @@
+"""Decoding steps of fixed shapes, which a CUDA graph replays.
+
+A token of a large model takes thousands of small kernels, and a GPU is done with each before the next one is launched.
+Recorded once, a step is launched as a whole. For that nothing it reads or writes may move from token to token: keys and
+values lie in buffers with room for the longest response, and attention looks at a part of them that grows in blocks.
+
+Shapes: B rows (responses that grow), H query heads, K key heads, D head width, L tokens of room, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from sppo_lightning import own_attention
+from sppo_lightning.adapters import unwrapped
+from sppo_lightning.generation.cache import ReservedLayer, reserved_cache
+from sppo_lightning.generation.parity import drift_tolerance, rounding
+from sppo_lightning.generation.steps import DecodingSteps, PlainSteps, read
+from sppo_lightning.memory.device import ran_out
+from sppo_lightning.own_attention import CannotAttendError
+from sppo_lightning.types import first_line
+
+NAME = "sppo_fixed_steps"
+BLOCK = 256  # tokens by which the part of the room that attention looks at grows; each is a graph of its own
+ALIGNED = 64  # tokens that the room is a multiple of, so that attention's kernels take its mask
+FEW_ROWS = 16  # up to which a step takes as long as with one
+TRIAL_PROMPTS, TRIAL_STEPS = (3, 9), 3  # tokens of the trial's prompts; tokens behind each
+
+
+class FixedLayer(DynamicLayer):
+    """Keys and values ``[B, K, L, D]`` of one layer in buffers that stay where they are.
+
+    Args:
+        layer: holds the prompts' keys and values, ``[prompts, K, T, D]``.
+        source: ``[B]`` prompt of each row.
+        room: L.
+        place: ``[1]`` where the next token goes.
+    """
+
+    def __init__(self, layer: DynamicLayer, source: Tensor, room: int, place: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        assert layer.keys is not None
+        assert layer.values is not None
+        self.is_initialized = True
+        self.dtype, self.device = layer.keys.dtype, layer.keys.device
+        self._buffers = [self._spread(states, source, room) for states in (layer.keys, layer.values)]
+        self._place = place
+
+    @staticmethod
+    def _spread(states: Tensor, source: Tensor, room: int) -> Tensor:
+        _, heads, tokens, width = states.shape
+        buffer = states.new_zeros(len(source), heads, room, width)  # what is masked must not be NaN
+        buffer[:, :, :tokens] = states[source]
+        return buffer
+
+    def look_at(self, rows: int, length: int) -> None:
+        """Let attention see the first rows and tokens of the buffers."""
+        self.keys, self.values = (buffer[:rows, :, :length] for buffer in self._buffers)
+
+    def keep(self, rows: Tensor) -> None:
+        """Move some rows to the front."""
+        for buffer in self._buffers:
+            buffer[: len(rows)] = buffer[rows]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the keys and values of one token a row, and return all that are looked at."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys.index_copy_(2, self._place, key_states.to(self.dtype))
+        self.values.index_copy_(2, self._place, value_states.to(self.dtype))
+        return self.keys, self.values
+
+
+class FixedSteps(DecodingSteps):
+    """Steps that a CUDA graph replays; on a CPU the same ones, as they are.
+
+    Args:
+        model: to sample from; while the context lasts, it attends through this module.
+        cache: holds the prompts' keys and values, in layers of full attention; it is used up.
+        source: ``[B]`` prompt of each row.
+        mask: ``[prompts, T + tokens to come]``, 1 where a prompt has a token, 0 elsewhere.
+        width: T.
+
+    Raises:
+        CannotAttendError: if a layer of the cache is of another kind.
+    """
+
+    def __init__(
+        self, model: nn.Module, cache: DynamicCache, source: Tensor, mask: Tensor, width: int
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._room = -(-mask.shape[1] // ALIGNED) * ALIGNED
+        self._seen = width
+        rows, device = len(source), source.device
+        self._place = torch.zeros(1, dtype=torch.long, device=device)
+        self._layers = self._fixed_layers(source)
+        self._bias = torch.zeros(rows, 1, 1, self._room, dtype=self._layers[0].dtype, device=device)
+        self._bias[..., : mask.shape[1]].masked_fill_(mask[source, None, None] == 0, float("-inf"))
+        self._bias[..., mask.shape[1] :] = float("-inf")
+        self._tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self._positions = torch.zeros_like(self._tokens)
+        self._whole_mask = own_attention.whole_mask(device)
+        self._rows = rows
+        self._graphs = _Graphs() if device.type == "cuda" else None
+
+    def _fixed_layers(self, source: Tensor) -> list[FixedLayer]:
+        """Put layers with room in the place of the cache's, one after the other, so that only one is held twice."""
+        found = []
+        for number, each in enumerate(self._cache.layers):
+            layer = cast(DynamicLayer, each)
+            if type(layer) not in (DynamicLayer, ReservedLayer) or not layer.is_initialized:
+                raise CannotAttendError(f"layer {number} has no keys of its own in a plain cache")
+            found.append(FixedLayer(layer, source, self._room, self._place))
+            self._cache.layers[number] = found[-1]
+        return found
+
+    def __enter__(self) -> FixedSteps:
+        own_attention.attach(self._model, NAME, _attend, {"full_attention"})
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        """Give the model its own attention back, and free the graphs."""
+        own_attention.detach(self._model)
+        self._graphs = None
+
+    def logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return the logits of the next token, ``[B, V]`` float32, until the next call."""
+        self._tokens[: self._rows, 0] = tokens
+        self._positions[: self._rows, 0] = positions
+        self._place.fill_(self._seen)
+        self._bias[..., self._seen] = 0.0
+        self._seen += 1
+        shape = (self._rows, min(self._room, -(-self._seen // BLOCK) * BLOCK))
+        if self._graphs is None:
+            return self._step(*shape)
+        return self._graphs.replay(shape, lambda: self._step(*shape))
+
+    def _step(self, rows: int, length: int) -> Tensor:
+        for layer in self._layers:
+            layer.look_at(rows, length)
+        return read(
+            self._model,
+            self._tokens[:rows],
+            self._whole_mask,
+            self._positions[:rows],
+            self._cache,
+            fixed_bias=self._bias[:rows, ..., :length],
+        )
+
+    def worth_leaving_out(self, growing: int, rows: int) -> bool:
+        """Whether half of many rows are done: each change of their number is another graph."""
+        return rows > FEW_ROWS and growing <= rows // 2
+
+    def keep(self, rows: Tensor) -> None:
+        """Leave only some rows."""
+        for layer in self._layers:
+            layer.keep(rows)
+        self._bias[: len(rows)] = self._bias[rows]
+        self._rows = len(rows)
+
+
+class _Graphs:
+    """Recorded steps by their shape; they share their memory, since one runs at a time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream: Any = cast(Any, torch.cuda.Stream)()
+        self._recorded: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def replay(self, shape: tuple[int, int], step: Callable[[], Tensor]) -> Tensor:
+        """Run a step, and record it before if none of its shape is."""
+        if shape not in self._recorded:
+            self._recorded[shape] = self._record(step)
+        graph, logits = self._recorded[shape]
+        graph.replay()
+        return logits
+
+    def _record(self, step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            step()  # kernels and workspaces that come with a first call cannot be recorded
+            torch.cuda.synchronize()
+            if not self._recorded:
+                torch.cuda.empty_cache()  # a graph's memory comes from the device alone
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                logits = step()
+            except BaseException:
+                with suppress(RuntimeError):  # that the recording is broken
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return graph, logits
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    fixed_bias: Tensor | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Take the place of a model's attention, for one token a row: ``[B, H, 1, D]`` in, ``[B, 1, H, D]`` out.
+
+    The query heads that share a key head stand in the place of query tokens: they see the same keys, and no key has to
+    be repeated for them.
+    """
+    if fixed_bias is None:
+        raise CannotAttendError(f"{type(module).__name__} is not handed what its model is called with")
+    own_attention.check_call(module, attention_mask, others)
+    if sliding_window is not None:
+        raise CannotAttendError(f"{type(module).__name__} has a window")
+    rows, heads, _, width = query.shape
+    grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], width).to(key.dtype)
+    bias = fixed_bias.expand(*grouped.shape[:3], -1)
+    out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=bias, scale=scaling)
+    return out.reshape(rows, 1, heads, width), None
+
+
+@torch.inference_mode()
+def objection(model: nn.Module) -> str | None:
+    """Return why fixed steps would not give what a model's own steps do; ``None`` if they do: tried on random tokens.
+
+    Args:
+        model: a causal language model, in the state that responses are sampled from.
+    """
+    attention = unwrapped(model).config._attn_implementation
+    if attention != "sdpa":
+        return f"it attends by {attention}"  # which was chosen, or is all that it can
+    try:
+        own, fixed = (_trial(model, kind) for kind in (PlainSteps, FixedSteps))
+    except Exception as error:  # of any model's own code, or of a kernel that cannot be recorded
+        if ran_out(error):
+            raise
+        return first_line(error)
+    best = own.argmax(-1, keepdim=True)
+    drift = (own.gather(-1, best) - fixed.gather(-1, best)).abs().mean().item()
+    tolerance = drift_tolerance(rounding(model))
+    if drift <= tolerance:
+        return None
+    return f"log-probs differ by {drift:.2g} nat per token (tolerance {tolerance:.2g})"
+
+
+def _trial(model: nn.Module, kind: type[PlainSteps] | type[FixedSteps]) -> Tensor:
+    """Return the log-probs of all tokens behind each of a few, ``[steps, rows, V]``."""
+    device = next(model.parameters()).device
+    config = unwrapped(model).config
+    generator = torch.Generator().manual_seed(0)
+    width = max(TRIAL_PROMPTS)
+    shape = (len(TRIAL_PROMPTS), width + TRIAL_STEPS)
+    ids = torch.randint(config.get_text_config().vocab_size, shape, generator=generator).to(device)
+    mask = torch.zeros(shape, dtype=torch.long)
+    for row, length in enumerate(TRIAL_PROMPTS):
+        mask[row, width - length : width] = 1
+    positions = (mask[:, :width].cumsum(-1) - 1).clamp_(min=0).to(device)
+    mask = mask.to(device)
+    cache = reserved_cache(config)
+    read(model, ids[:, :width], mask[:, :width], positions, cache)
+    found = []
+    with kind(model, cache, torch.tensor([0, 1, 1], device=device), mask, width) as steps:
+        for step in range(TRIAL_STEPS):
+            place = positions[[0, 1, 1], -1] + 1 + step
+            tokens = ids[[0, 1, 1], width + step]
+            found.append(steps.logits(tokens, place).log_softmax(-1))
+    return torch.stack(found)

@@ -1,0 +1,106 @@
+"""Responses grow by a token at a time: the model's forward passes behind the prompts.
+
+Shapes: P prompts, B rows (responses that grow), T tokens of the prompts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+
+class DecodingSteps(ABC):
+    """What rows have read so far, and how they read on; use it as a context."""
+
+    @abstractmethod
+    def logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Append a token to each row, and return the logits of the next one, ``[B, V]`` float32, until the next call.
+
+        Args:
+            tokens: ``[B]`` token ids.
+            positions: ``[B]`` places of the tokens in their rows, padding not counted.
+        """
+
+    @abstractmethod
+    def worth_leaving_out(self, growing: int, rows: int) -> bool:
+        """Whether the rows that no longer grow should go, so many of so many left."""
+
+    @abstractmethod
+    def keep(self, rows: Tensor) -> None:
+        """Leave only some rows, ``[B]`` in ascending order."""
+
+    def __enter__(self) -> DecodingSteps:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        """Free what the steps took."""
+
+
+class PlainSteps(DecodingSteps):
+    """The model's own forward, on a cache that grows.
+
+    Args:
+        model: to sample from.
+        cache: holds the prompts' keys and values; it is used up.
+        source: ``[B]`` prompt of each row.
+        mask: ``[P, T + tokens to come]``, 1 where a prompt has a token, 0 elsewhere.
+        width: T.
+    """
+
+    COMPACT_BELOW = 0.75  # share of rows that still grow under which the others leave
+
+    def __init__(
+        self, model: nn.Module, cache: DynamicCache, source: Tensor, mask: Tensor, width: int
+    ) -> None:
+        cache.batch_select_indices(source)
+        self._model = model
+        self._cache = cache
+        self._mask = mask[source]
+        self._seen = width
+
+    def logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return the logits of the next token, ``[B, V]`` float32."""
+        self._mask[:, self._seen] = 1
+        self._seen += 1
+        return read(
+            self._model, tokens[:, None], self._mask[:, : self._seen], positions[:, None], self._cache
+        )
+
+    def worth_leaving_out(self, growing: int, rows: int) -> bool:
+        """Whether a quarter of the rows is done."""
+        return growing < self.COMPACT_BELOW * rows
+
+    def keep(self, rows: Tensor) -> None:
+        """Leave only some rows."""
+        self._cache.batch_select_indices(rows)
+        self._mask = self._mask[rows]
+
+
+def read(
+    model: nn.Module, tokens: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache, **options: Any
+) -> Tensor:
+    """Let a model read tokens, and return the logits behind the last of them, ``[rows, V]`` float32.
+
+    Args:
+        model: a causal language model.
+        tokens: ``[rows, T]`` token ids.
+        mask: as the model takes it.
+        positions: ``[rows, T]``.
+        cache: of what was read before; these tokens are added.
+        options: what else the model hands on to its layers.
+    """
+    output = cast(Any, model)(
+        input_ids=tokens,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+        **options,
+    )
+    last: Tensor = output.logits[:, -1]
+    return last.to(torch.float32)

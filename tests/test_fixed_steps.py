@@ -1,0 +1,273 @@
+"""Decoding steps of fixed shapes; on a GPU, recorded ones."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_config
+from peft import LoraConfig, get_peft_model
+from test_generation import EARLY, NEVER, PROMPTS, REQUESTS, engine, greedy, sampled
+from tiny import Source, new_model, tiny_model
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from sppo_lightning.generation import fixed_steps, hf
+from sppo_lightning.generation.fixed_steps import NAME, FixedSteps, objection
+
+LONG = 20  # tokens: enough that steps are recorded
+FULL = ("llama", "qwen2", "qwen3", "granite", "cohere")
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The steps of a GPU on a CPU, where they run as they are; the shapes that they had."""
+    shapes: list[tuple[int, int]] = []
+    own = FixedSteps._step
+
+    def noted(steps: FixedSteps, rows: int, length: int) -> torch.Tensor:
+        shapes.append((rows, length))
+        return own(steps, rows, length)
+
+    monkeypatch.setattr(FixedSteps, "_step", noted)
+    monkeypatch.setattr(hf, "RECORDED_ON", ("cpu",))
+    return shapes
+
+
+def plain(source: Source, **settings: Any) -> Any:
+    return sampled(source, REQUESTS, max_new_tokens=LONG, cuda_graphs=False, **settings)
+
+
+@pytest.mark.parametrize("kind", FULL)
+def test_responses_are_those_of_the_models_own_steps(kind: str, on_cpu: list[tuple[int, int]]) -> None:
+    source = Source(tiny_model(kind), EARLY)
+    expected = plain(source)
+    assert not on_cpu
+    assert sampled(source, REQUESTS, max_new_tokens=LONG) == expected
+    assert on_cpu
+    assert len(set(expected.values())) > 20
+
+
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_the_room_that_is_looked_at_changes_nothing(
+    block: int, on_cpu: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fixed_steps, "BLOCK", block)
+    source = Source(tiny_model(), EARLY)
+    assert sampled(source, REQUESTS, max_new_tokens=LONG) == plain(source)
+    lengths = {length for _, length in on_cpu}
+    assert all(length % block == 0 or length == 64 for length in lengths)
+    assert len(lengths) > 2 or block == 64
+
+
+@pytest.mark.parametrize("few", [0, 100])
+def test_rows_that_leave_change_nothing(
+    few: int, on_cpu: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 0 half of the rows leave as soon as they may; at 100 none does."""
+    monkeypatch.setattr(fixed_steps, "FEW_ROWS", few)
+    source = Source(tiny_model(), EARLY)
+    assert sampled(source, REQUESTS, max_new_tokens=LONG) == plain(source)
+    rows = [shape[0] for shape in on_cpu if shape[0] != 3]  # without the trial's
+    assert rows == sorted(rows, reverse=True)
+    assert (len(set(rows)) == 1) == (few == 100)
+
+
+def test_greedy_and_drawn_responses_in_one_batch(on_cpu: list[tuple[int, int]]) -> None:
+    source = Source(tiny_model(), NEVER)
+    expected = [one.token_ids for one in greedy(source, PROMPTS, max_new_tokens=LONG, cuda_graphs=False)]
+    mixed = [*REQUESTS[:2], *(request._replace(seeds=()) for request in REQUESTS[2:])]
+    mixed[3] = mixed[3]._replace(token_ids=PROMPTS[1])
+    answers = {one.request: one.responses for one in engine(source, max_new_tokens=LONG).generate(mixed)}
+    assert answers[3][0].token_ids == expected[1]
+    drawn = sampled(source, REQUESTS[:2], max_new_tokens=LONG, cuda_graphs=False)
+    assert [one.token_ids for one in answers[0]] == [
+        drawn[REQUESTS[0].token_ids, seed] for seed in REQUESTS[0].seeds
+    ]
+
+
+def test_an_adapter_is_sampled_with(on_cpu: list[tuple[int, int]]) -> None:
+    base: Any = new_model()
+    model: Any = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    source = Source(model.eval(), EARLY)
+    assert sampled(source, REQUESTS, max_new_tokens=LONG) == plain(source)
+    assert on_cpu
+    with model.disable_adapter():
+        assert plain(source) != sampled(Source(tiny_model(), EARLY), REQUESTS[:1], max_new_tokens=LONG)
+
+
+def test_the_model_gets_its_own_attention_back(on_cpu: list[tuple[int, int]]) -> None:
+    model = new_model().eval()
+
+    class FailsLater(Source):
+        def sampling_model(self) -> torch.nn.Module:
+            return model
+
+    source = FailsLater(model, EARLY)
+    generator = engine(source, max_new_tokens=LONG)
+    assert model.config._attn_implementation == "sdpa"
+    handle = model.register_forward_pre_hook(raise_behind_the_prompt, with_kwargs=True)
+    with pytest.raises(RuntimeError, match=r"^behind the prompt$"):
+        list(generator.generate(REQUESTS))
+    handle.remove()
+    assert model.config._attn_implementation == "sdpa"
+    assert sampled(source, REQUESTS, max_new_tokens=LONG) == plain(source)
+
+
+def raise_behind_the_prompt(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    if kwargs["input_ids"].shape[1] == 1 and "fixed_bias" in kwargs:
+        raise RuntimeError("behind the prompt")
+
+
+# ------------------------------------------------------------------- what is not recorded
+
+
+def refuses(model: PreTrainedModel) -> str | None:
+    before = model.config._attn_implementation
+    found = objection(model)
+    assert model.config._attn_implementation == before
+    return found
+
+
+def test_models_that_are_read_alike_are_taken() -> None:
+    for kind in FULL:
+        assert refuses(tiny_model(kind)) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("mistral", "layer 0 has no keys of its own in a plain cache"),
+        ("gemma2", "it attends by eager"),
+        ("gemma3", "layer 0 has no keys of its own in a plain cache"),
+    ],
+)
+def test_layers_of_another_kind_are_not(kind: str, reason: str) -> None:
+    assert refuses(tiny_model(kind)) == reason
+
+
+def test_an_attention_that_was_chosen_is_kept(on_cpu: list[tuple[int, int]]) -> None:
+    model = new_model().eval()
+    model.set_attn_implementation("eager")
+    assert refuses(model) == "it attends by eager"
+    source = Source(model, EARLY)
+    assert sampled(source, REQUESTS, max_new_tokens=LONG) == plain(source)
+    assert not on_cpu
+
+
+def test_a_model_that_reads_another_way_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding that is looked at changes log-probs by more than rounding."""
+    own = fixed_steps._attend
+
+    def sees_everything(*states: Any, fixed_bias: torch.Tensor, **others: Any) -> Any:
+        return own(*states, fixed_bias=torch.zeros_like(fixed_bias), **others)
+
+    from transformers import AttentionInterface
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, NAME, sees_everything)
+    found = refuses(new_model().eval())
+    assert found is not None
+    assert found.startswith("log-probs differ by ")
+
+
+def test_short_responses_are_not_worth_it(on_cpu: list[tuple[int, int]]) -> None:
+    source = Source(tiny_model(), EARLY)
+    generator = engine(source, max_new_tokens=hf.WORTH_RECORDING - 1)
+    list(generator.generate(REQUESTS))
+    assert not on_cpu
+
+
+def test_a_model_is_tried_once(on_cpu: list[tuple[int, int]]) -> None:
+    generator = engine(Source(tiny_model(), EARLY), max_new_tokens=LONG)
+    tried = len(on_cpu)
+    assert tried == fixed_steps.TRIAL_STEPS
+    generator.unload()
+    generator.load(Source(tiny_model(), EARLY))
+    assert len(on_cpu) == tried
+
+
+def test_a_device_that_is_full_is_no_objection(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(fixed_steps, "_trial", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        objection(tiny_model())
+
+
+# ------------------------------------------------------------------------------ on a GPU
+
+
+def on_gpu(model: PreTrainedModel, **settings: Any) -> Source:
+    return Source(copy.deepcopy(model).to("cuda").eval(), EARLY, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [*FULL, "mistral", "gemma3"])
+@pytest.mark.parametrize("few", [0, 100])
+def test_recorded_steps_answer_as_the_models_own(
+    kind: str, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs of several shapes; layers with windows are not recorded."""
+    monkeypatch.setattr(fixed_steps, "FEW_ROWS", few)
+    monkeypatch.setattr(fixed_steps, "BLOCK", 16)
+    replayed: list[tuple[int, int]] = []
+    own = fixed_steps._Graphs.replay
+
+    def noted(graphs: Any, shape: tuple[int, int], step: Any) -> torch.Tensor:
+        replayed.append(shape)
+        return own(graphs, shape, step)
+
+    monkeypatch.setattr(fixed_steps._Graphs, "replay", noted)
+    source = on_gpu(tiny_model(kind))
+    assert sampled(source, REQUESTS, max_new_tokens=LONG) == plain(source)
+    assert (len(set(replayed)) > 3) == (kind in FULL)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_recorded_steps_of_an_adapter_on_quantised_weights(quantization: str, tmp_path: Any) -> None:
+    from conftest import byte_tokenizer
+
+    from sppo_lightning.policy import load_policy
+    from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config(hidden_size=64, intermediate_size=128)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    config = PolicyConfig(str(tmp_path), quantization=quantization, lora=LoRAConfig(rank=4, alpha=8))  # type: ignore[arg-type]
+    model = load_policy(config, compute_dtype=torch.bfloat16, device=torch.device("cuda")).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    assert objection(model) is None
+
+
+@pytest.mark.gpu
+def test_a_step_that_cannot_be_recorded_leaves_the_gpu_usable() -> None:
+    model: Any = copy.deepcopy(tiny_model()).to("cuda").eval()  # type: ignore[arg-type]
+    handle = model.model.layers[1].mlp.register_forward_hook(waits_for_the_device)
+    reason = refuses(model)
+    handle.remove()
+    assert reason is not None
+    assert "captur" in reason
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert refuses(model) is None
+
+
+def waits_for_the_device(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output * float(output.isfinite().all())
+
+
+@pytest.mark.gpu
+def test_the_memory_of_recorded_steps_is_given_back() -> None:
+    source = on_gpu(tiny_model())
+    generator = engine(source, max_new_tokens=LONG)
+    list(generator.generate(REQUESTS))
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        list(generator.generate(REQUESTS))
+    assert torch.cuda.memory_allocated() == before
+    generator.unload()
