@@ -140,7 +140,7 @@ step estimate 90 "$PYTHON" benchmarks/memory_check.py --config "$QLORA/config.ya
 
 rollout=(benchmarks/rollout.py --model "$MODEL" --device "$DEVICE"
   --prompts "$(pick 32 2)" --new-tokens "$(pick 128 4)" --prompt-tokens "$(pick 256 16)" --responses "$(pick 8 2)")
-step rollout 180 "$PYTHON" "${rollout[@]}" --rounds "$(pick 2 1)" --json "$OUT/rollout.json"
+step rollout 180 "$PYTHON" "${rollout[@]}" --unrecorded --rounds "$(pick 2 1)" --json "$OUT/rollout.json"
 step continuous 180 "$PYTHON" "${rollout[@]}" --rounds 1 --continuous --json "$OUT/continuous.json"
 
 step score 90 "$PYTHON" benchmarks/score.py --model "$MODEL" --device "$DEVICE" \

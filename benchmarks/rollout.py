@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ from sppo_lightning.generation import ContinuousBatchingGenerator, Generator, HF
 from sppo_lightning.policy import keep_head_input_contiguous
 
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}
+ENGINES: dict[str, Callable[..., Generator]] = {
+    "HFGenerator": HFGenerator,
+    "unrecorded": partial(HFGenerator, cuda_graphs=False),
+    "continuous": ContinuousBatchingGenerator,
+}
 
 
 class Policy:
@@ -102,6 +108,9 @@ def main() -> None:
     parser.add_argument("--responses", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3, help="of A B B A, after one warm-up")
     parser.add_argument("--continuous", action="store_true", help="also time continuous batching")
+    parser.add_argument(
+        "--unrecorded", action="store_true", help="also time HFGenerator without its CUDA graphs"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     settings = parser.parse_args()
@@ -110,20 +119,19 @@ def main() -> None:
         policy = load(settings.model, torch.bfloat16, device)
         batch = prompts(policy.tokenizer, settings.prompts, settings.prompt_tokens)
         n, new = settings.responses, settings.new_tokens
-        rounds: dict[str, Callable[[], int]] = {
-            "HFGenerator": lambda: sample(HFGenerator(max_new_tokens=new, **SAMPLING), policy, batch, n),
-            "continuous": lambda: sample(
-                ContinuousBatchingGenerator(max_new_tokens=new, **SAMPLING), policy, batch, n
-            ),
-            "generate": lambda: generate(policy, batch, n, new),
-        }
-        arms.serve(rounds[settings.arm], device)
+        if settings.arm == "generate":
+            arms.serve(lambda: generate(policy, batch, n, new), device)
+            return
+        # one engine for all rounds, as a run has it
+        engine = ENGINES[settings.arm](max_new_tokens=new, **SAMPLING)
+        arms.serve(lambda: sample(engine, policy, batch, n), device)
         return
     gate = load(settings.model, torch.float32, device)
     if not same_greedy_answers(gate, prompts(gate.tokenizer, 2, settings.prompt_tokens), 16):
         raise SystemExit("the greedy answers differ: nothing is timed")
     del gate
-    names = ["HFGenerator", *(["continuous"] if settings.continuous else []), "generate"]
+    others = [name for name in ("unrecorded", "continuous") if getattr(settings, name)]
+    names = ["HFGenerator", *others, "generate"]
     results = arms.alternate(names, rounds=settings.rounds)
     title = (
         f"rollouts: P={settings.prompt_tokens} R={settings.new_tokens} n={settings.responses}, "

@@ -28,11 +28,15 @@ class HeldOutResult(NamedTuple):
         initial = self.finished == 0
         return (
             "initial policy" if initial else f"{self.finished} iteration(s)",
-            f"{self.reward:.3f} ± {self.stderr:.3f}",
-            "" if initial else f"{self.gain.mean:+.3f} ± {self.gain.stderr:.3f}",
+            f"{self.reward:.3f}{_error(self.stderr)}",
+            "" if initial else f"{self.gain.mean:+.3f}{_error(self.gain.stderr)}",
             "" if initial else f"{self.win_rate:.1%}",
             "" if math.isnan(self.tokens) else f"{self.tokens:.1f}",
         )
+
+
+def _error(stderr: float) -> str:
+    return "" if math.isnan(stderr) else f" ± {stderr:.3f}"  # one answer has none
 
 
 HEADINGS = ("after", "reward", "gain over initial", "win rate", "tokens")

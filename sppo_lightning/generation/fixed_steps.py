@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -33,6 +34,10 @@ BLOCK = 256  # tokens by which the part of the room that attention looks at grow
 ALIGNED = 64  # tokens that the room is a multiple of, so that attention's kernels take its mask
 FEW_ROWS = 16  # up to which a step takes as long as with one
 TRIAL_PROMPTS, TRIAL_STEPS = (3, 9), 3  # tokens of the trial's prompts; tokens behind each
+
+
+class CannotRecordError(Exception):
+    """A step of a model cannot be recorded; says why."""
 
 
 class FixedLayer(DynamicLayer):
@@ -112,7 +117,7 @@ class FixedSteps(DecodingSteps):
         self._positions = torch.zeros_like(self._tokens)
         self._whole_mask = own_attention.whole_mask(device)
         self._rows = rows
-        self._graphs = _Graphs() if device.type == "cuda" else None
+        self._graphs = _Graphs(device) if device.type == "cuda" else None
 
     def _fixed_layers(self, source: Tensor) -> list[FixedLayer]:
         """Put layers with room in the place of the cache's, one after the other, so that only one is held twice."""
@@ -173,13 +178,18 @@ class FixedSteps(DecodingSteps):
 class _Graphs:
     """Recorded steps by their shape; they share their memory, since one runs at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream: Any = cast(Any, torch.cuda.Stream)()
+        self._stream = _stream(device)
         self._recorded: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def replay(self, shape: tuple[int, int], step: Callable[[], Tensor]) -> Tensor:
-        """Run a step, and record it before if none of its shape is."""
+        """Run a step, and record it before if none of its shape is.
+
+        Raises:
+            CannotRecordError: if it does what a graph cannot, such as to wait for the device.
+        """
         if shape not in self._recorded:
             self._recorded[shape] = self._record(step)
         graph, logits = self._recorded[shape]
@@ -188,22 +198,30 @@ class _Graphs:
 
     def _record(self, step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             step()  # kernels and workspaces that come with a first call cannot be recorded
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
             if not self._recorded:
                 torch.cuda.empty_cache()  # a graph's memory comes from the device alone
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 logits = step()
-            except BaseException:
+            except Exception as error:
                 with suppress(RuntimeError):  # that the recording is broken
                     graph.capture_end()
-                raise
+                if ran_out(error):
+                    raise
+                raise CannotRecordError(first_line(error)) from error
             graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return graph, logits
+
+
+@cache
+def _stream(device: torch.device) -> Any:
+    """Return the stream that steps are recorded on: always the same one, since cuBLAS keeps a workspace for each."""
+    return cast(Any, torch.cuda.Stream)(device)
 
 
 def _attend(
@@ -232,7 +250,7 @@ def _attend(
     grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], width).to(key.dtype)
     bias = fixed_bias.expand(*grouped.shape[:3], -1)
     out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=bias, scale=scaling)
-    return out.reshape(rows, 1, heads, width), None
+    return out.reshape(rows, 1, heads, -1), None
 
 
 @torch.inference_mode()
@@ -250,7 +268,7 @@ def objection(model: nn.Module) -> str | None:
     except Exception as error:  # of any model's own code, or of a kernel that cannot be recorded
         if ran_out(error):
             raise
-        return first_line(error)
+        return first_line(error) or type(error).__name__
     best = own.argmax(-1, keepdim=True)
     drift = (own.gather(-1, best) - fixed.gather(-1, best)).abs().mean().item()
     tolerance = drift_tolerance(rounding(model))

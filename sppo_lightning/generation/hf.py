@@ -165,13 +165,21 @@ class HFGenerator(Generator):
         return batch
 
     def _answer(self, batch: list[_Part]) -> list[list[Response]] | None:
-        """Return the responses of each part, or ``None`` if the batch did not fit into memory."""
+        """Return the responses of each part, or ``None`` if the batch has to be tried again, another way."""
+        from sppo_lightning.generation.fixed_steps import CannotRecordError
+
         assert self._policy is not None
         assert self._budget is not None
         rows = sum(part.rows for part in batch)
         length = len(batch[-1].request.token_ids) + self.max_new_tokens
         try:
             tokens = iter(self._decode([part.request for part in batch], self._policy.end_token_ids))
+        except (
+            CannotRecordError
+        ) as error:  # of another policy than the one that was tried, such as with its adapter on
+            logger.info("Sampling without CUDA graphs from here on: %s", error)
+            self._recorded = False
+            return None
         except Exception as error:
             if not ran_out(error):
                 raise
