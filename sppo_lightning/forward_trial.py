@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # least mean distance of a token's log-prob from the one of its sequence alone that counts, nats
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+EXACT = (torch.float64, torch.float32)  # in which roundings are far below the least distance
 PROMPTS, RESPONSES = (11, 4), ((5, 9), (8, 2))  # tokens of the trial's two pairs
 OVER_WINDOW = 8  # tokens by which the trial's longest sequence is longer than a window
 
@@ -55,10 +56,11 @@ def objection(forward: PairForward, model: nn.Module, trial: Trial) -> str | Non
             forward.release(model)
         pairs = zip([*prompts, *prompts], [*chosen, *rejected], strict=True)
         alone = [_alone(inner, torch.tensor([*p, *r], device=device), len(r)) for p, r in pairs]
+        noise = 0.0 if dtype in EXACT else _noise(inner, prompts[-1], (chosen[-1], rejected[-1]), dtype)
     own, best = (torch.cat(parts) for parts in zip(*alone, strict=True))
     drift = (found - own).abs().mean().item()
-    # kernels that are both sound differ by roundings of the logits
-    tolerance = max(TOLERANCE[dtype], torch.finfo(dtype).eps * best.mean().item())
+    # kernels that are both sound differ by roundings of the logits, and by what layers make of earlier roundings
+    tolerance = max(TOLERANCE[dtype], torch.finfo(dtype).eps * best.mean().item(), noise)
     if drift <= tolerance:
         return None
     return f"{name} {forward.differing}, by {drift:.2g} nat per token (tolerance {tolerance:.1g})"
@@ -87,6 +89,28 @@ def _alone(model: nn.Module, ids: Tensor, response: int) -> tuple[Tensor, Tensor
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logps = logits.log_softmax(-1).gather(-1, ids[-response:, None]).squeeze(-1)
     return logps, logits.abs().amax(-1)
+
+
+def _noise(
+    model: Any, prompt: Sequence[int], responses: Sequence[Sequence[int]], dtype: torch.dtype
+) -> float:
+    """Return how far a model's own log-probs move, nats, when its embeddings are off by half a rounding."""
+    device = next(model.parameters()).device
+    sequences = [(torch.tensor([*prompt, *response], device=device), len(response)) for response in responses]
+    generator = torch.Generator().manual_seed(0)
+
+    def nudge(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
+        signs = 2 * torch.randint(2, embedded.shape, generator=generator) - 1
+        off: Tensor = embedded.float() * (1 + torch.finfo(dtype).eps / 2 * signs.to(embedded.device))
+        return off.to(embedded.dtype)
+
+    own = torch.cat([_alone(model, *sequence)[0] for sequence in sequences])
+    handle = model.get_input_embeddings().register_forward_hook(nudge)
+    try:
+        nudged = torch.cat([_alone(model, *sequence)[0] for sequence in sequences])
+    finally:
+        handle.remove()
+    return (nudged - own).abs().mean().item()
 
 
 def trial_pairs(

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_config
 from tiny import CONFIGS, alone, batch_of, gradients, new_model, pairs_of
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaForCausalLM, MistralForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from sppo_lightning import shared_attention
+from sppo_lightning import forward_trial, shared_attention
 from sppo_lightning.forward_trial import Trial
 from sppo_lightning.pair_forward import (
     PLAIN,
@@ -195,6 +196,18 @@ def test_roundings_of_large_logits_are_no_reason(scale: float) -> None:
     """Half a rounding of the best logit is what sound kernels of 16 bits may differ by."""
     for forward in (SharedForward(), PlainForward()):
         forward.prepare(larger_logits(scale), trial())
+
+
+def test_roundings_that_many_layers_make_more_of_are_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's own log-probs move as far when its embeddings are off by half a rounding; a leak moves them further."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config(num_hidden_layers=32)).bfloat16()
+    assert AutoForward().prepare(model, trial()) == f"{SHARED} (SharedForward)"
+    with monkeypatch.context() as patched:
+        patched.setattr(forward_trial, "_noise", lambda *args: 0.0)
+        assert "gives other log-probs when a prompt is shared" in refusal(model)
+    monkeypatch.setattr(MaskedAttention, "_mask", all_seen(MaskedAttention._mask))
+    assert "gives other log-probs when a prompt is shared" in refusal(model)
 
 
 def test_a_window_that_the_attention_is_not_told_of_is_found_out_in_16_bits(
