@@ -199,7 +199,7 @@ def test_roundings_of_large_logits_are_no_reason(scale: float) -> None:
 
 
 def test_roundings_that_many_layers_make_more_of_are_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model's own log-probs move as far when its embeddings are off by half a rounding; a leak moves them further."""
+    """The model's own log-probs move as far when its embeddings are off by half a rounding; a leak moves them more."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny_config(num_hidden_layers=32)).bfloat16()
     assert AutoForward().prepare(model, trial()) == f"{SHARED} (SharedForward)"
