@@ -24,8 +24,8 @@ GIB = 2**30
 # of CUDA: the context with its kernels; 0.69 GiB on an H100 with those of products, attention and bitsandbytes
 CONTEXT_BYTES = int(0.7 * GIB)
 # of what tensors take, lost to rounding and to gaps between blocks: on CUDA more than the 1 % of an 8B QLoRA iteration
-# whose sequences all had one length; on a CPU what whole processes took beyond the estimate and their imports, 4 to 34 %
-# with glibc's malloc, which keeps freed blocks
+# whose sequences all had one length; on a CPU what whole processes took beyond the estimate and their imports, 4 to
+# 34 % with glibc's malloc, which keeps freed blocks
 ALLOCATOR_SHARE = {"cuda": 0.05, "cpu": 0.15}
 SAMPLED_LOGITS = 6  # float32 copies of a row's logits while a token is drawn: warped, sorted, summed up
 
