@@ -55,8 +55,10 @@ def objection(forward: PairForward, model: nn.Module, trial: Trial) -> str | Non
         finally:
             forward.release(model)
         pairs = zip([*prompts, *prompts], [*chosen, *rejected], strict=True)
-        alone = [_alone(inner, torch.tensor([*p, *r], device=device), len(r)) for p, r in pairs]
-        noise = 0.0 if dtype in EXACT else _noise(inner, prompts[-1], (chosen[-1], rejected[-1]), dtype)
+        sequences = [(torch.tensor([*p, *r], device=device), len(r)) for p, r in pairs]
+        alone = [_alone(inner, *sequence) for sequence in sequences]
+        short = slice(len(prompts) - 1, None, len(prompts))  # the last prompt is never longer than a window
+        noise = 0.0 if dtype in EXACT else _noise(inner, sequences[short], alone[short], dtype)
     own, best = (torch.cat(parts) for parts in zip(*alone, strict=True))
     drift = (found - own).abs().mean().item()
     # kernels that are both sound differ by roundings of the logits, and by what layers make of earlier roundings
@@ -92,11 +94,19 @@ def _alone(model: nn.Module, ids: Tensor, response: int) -> tuple[Tensor, Tensor
 
 
 def _noise(
-    model: Any, prompt: Sequence[int], responses: Sequence[Sequence[int]], dtype: torch.dtype
+    model: Any,
+    sequences: Sequence[tuple[Tensor, int]],
+    alone: Sequence[tuple[Tensor, Tensor]],
+    dtype: torch.dtype,
 ) -> float:
-    """Return how far a model's own log-probs move, nats, when its embeddings are off by half a rounding."""
-    device = next(model.parameters()).device
-    sequences = [(torch.tensor([*prompt, *response], device=device), len(response)) for response in responses]
+    """Return how far a model's own log-probs move when its embeddings are off by a rounding, nats per token on average.
+
+    Args:
+        model: a causal language model.
+        sequences: that :func:`_alone` was called with.
+        alone: what it returned.
+        dtype: of the products.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def nudge(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
@@ -104,13 +114,12 @@ def _noise(
         off: Tensor = embedded.float() * (1 + torch.finfo(dtype).eps / 2 * signs.to(embedded.device))
         return off.to(embedded.dtype)
 
-    own = torch.cat([_alone(model, *sequence)[0] for sequence in sequences])
     handle = model.get_input_embeddings().register_forward_hook(nudge)
     try:
         nudged = torch.cat([_alone(model, *sequence)[0] for sequence in sequences])
     finally:
         handle.remove()
-    return (nudged - own).abs().mean().item()
+    return (nudged - torch.cat([logps for logps, _ in alone])).abs().mean().item()
 
 
 def trial_pairs(

@@ -70,7 +70,7 @@ def attach(model: nn.Module, name: str, attention: Attention, layers: set[str]) 
     before |= {
         key: getattr(config, key)._attn_implementation for key in config.sub_configs if getattr(config, key)
     }
-    others = _layer_types(inner) - layers
+    others = layer_types(inner) - layers
     if others:
         raise CannotAttendError(f"{type(inner).__name__} has layers of {', '.join(sorted(others))}")
     if name not in AttentionInterface():
@@ -90,12 +90,13 @@ def detach(model: nn.Module) -> None:
 
 def window_of(model: nn.Module) -> int | None:
     """Return the tokens that a layer with a window sees; ``None`` if no layer has one."""
-    types = _layer_types(model)
+    types = layer_types(model)
     if types and "sliding_attention" not in types:
         return None
     window: int | None = getattr(unwrapped(model).config.get_text_config(), "sliding_window", None)
     return window
 
 
-def _layer_types(model: nn.Module) -> set[str]:
+def layer_types(model: nn.Module) -> set[str]:
+    """Return the types of a model's layers, as far as its config says them."""
     return set(getattr(unwrapped(model).config.get_text_config(), "layer_types", None) or ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,10 +12,10 @@ import torch
 from conftest import tiny_config
 from peft import LoraConfig, get_peft_model
 from test_generation import EARLY, NEVER, PROMPTS, REQUESTS, engine, greedy, sampled
-from tiny import Source, new_model, tiny_model
+from tiny import Source, new_model, random_tokens, tiny_model
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from sppo_lightning.generation import fixed_steps, hf
+from sppo_lightning.generation import SampleRequest, fixed_steps, hf
 from sppo_lightning.generation.fixed_steps import NAME, CannotRecordError, FixedSteps, objection
 
 LONG = 20  # tokens: enough that steps are recorded
@@ -94,8 +95,14 @@ def test_an_adapter_is_sampled_with(on_cpu: list[tuple[int, int]]) -> None:
     source = Source(model.eval(), EARLY)
     assert sampled(source, REQUESTS, max_new_tokens=LONG) == plain(source)
     assert on_cpu
-    with model.disable_adapter():
-        assert plain(source) != sampled(Source(tiny_model(), EARLY), REQUESTS[:1], max_new_tokens=LONG)
+    generator = engine(source, max_new_tokens=LONG)
+    answers = []
+    for switched in (nullcontext, model.disable_adapter, nullcontext):  # one engine, as in a run
+        with switched():
+            answers.append([one.responses for one in generator.generate(REQUESTS)])
+    base = engine(Source(tiny_model(), EARLY), max_new_tokens=LONG, cuda_graphs=False)
+    assert answers[0] == answers[2] != answers[1]
+    assert answers[1] == [one.responses for one in base.generate(REQUESTS)]
 
 
 def test_the_model_gets_its_own_attention_back(on_cpu: list[tuple[int, int]]) -> None:
@@ -124,18 +131,25 @@ def raise_behind_the_prompt(module: Any, args: Any, kwargs: dict[str, Any]) -> N
 def test_a_step_that_cannot_be_recorded_later_on_is_taken_as_it_is(
     on_cpu: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The second batch's third step."""
+    """The third step of the second batch."""
     caplog.set_level(logging.INFO, logger="sppo_lightning")
     source = Source(tiny_model(), EARLY)
     expected = plain(source)
     generator = engine(source, max_new_tokens=LONG, batch_size=12)
-    own = FixedSteps._step
+    batches: list[int] = []  # steps of each
+    begin, own = FixedSteps.__enter__, FixedSteps._step
+
+    def begins(steps: FixedSteps) -> FixedSteps:
+        batches.append(0)
+        return begin(steps)
 
     def fails(steps: FixedSteps, rows: int, length: int) -> torch.Tensor:
-        if len(on_cpu) == 3 + LONG + 3:
+        batches[-1] += 1
+        if len(batches) == 2 and batches[-1] == 3:
             raise CannotRecordError("it waits")
         return own(steps, rows, length)
 
+    monkeypatch.setattr(FixedSteps, "__enter__", begins)
     monkeypatch.setattr(FixedSteps, "_step", fails)
     found = list(generator.generate(REQUESTS))
     assert {
@@ -144,9 +158,24 @@ def test_a_step_that_cannot_be_recorded_later_on_is_taken_as_it_is(
         for seed, response in zip(REQUESTS[one.request].seeds, one.responses, strict=True)
     } == expected
     assert "Sampling without CUDA graphs from here on: it waits" in caplog.text
-    taken = len(on_cpu)
+    assert batches[1:] == [3]
     list(generator.generate(REQUESTS))
-    assert len(on_cpu) == taken
+    assert len(batches) == 2
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_row_that_is_done_stays_in_the_table_of_positions(
+    cuda_graphs: bool, on_cpu: list[tuple[int, int]]
+) -> None:
+    """Of gpt2, which has 64: the long prompt's response ends there, long before the others."""
+    source = Source(tiny_model("gpt2"), NEVER)
+    short, long = random_tokens(4, 60)
+    requests = [SampleRequest(short, tuple(range(6))), SampleRequest(long, (7,))]
+    settings = {"max_new_tokens": 40, "max_total_tokens": 64, "cuda_graphs": cuda_graphs}
+    found = sampled(source, requests, **settings)
+    assert [len(tokens) for tokens in found.values()] == [40] * 6 + [4]
+    assert found == sampled(source, requests, **settings, batch_size=1)
+    assert bool(on_cpu) == cuda_graphs
 
 
 # ------------------------------------------------------------------- what is not recorded
@@ -167,9 +196,11 @@ def test_models_that_are_read_alike_are_taken() -> None:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("mistral", "layer 0 has no keys of its own in a plain cache"),
-        ("gemma2", "it attends by eager"),
-        ("gemma3", "layer 0 has no keys of its own in a plain cache"),
+        ("mistral", "its layers have a window"),
+        ("gemma2", "it has layers of sliding_attention"),
+        ("gemma3", "it has layers of sliding_attention"),
+        ("qwen3_5", "it has layers of linear_attention"),
+        ("lfm2", "it has layers of conv"),
     ],
 )
 def test_layers_of_another_kind_are_not(kind: str, reason: str) -> None:
@@ -242,13 +273,13 @@ def test_recorded_steps_answer_as_the_models_own(
     monkeypatch.setattr(fixed_steps, "FEW_ROWS", few)
     monkeypatch.setattr(fixed_steps, "BLOCK", 16)
     replayed: list[tuple[int, int]] = []
-    own = fixed_steps._Graphs.replay
+    own = fixed_steps._Graph.replay
 
-    def noted(graphs: Any, shape: tuple[int, int], step: Any) -> torch.Tensor:
+    def noted(graph: Any, shape: tuple[int, int], step: Any) -> torch.Tensor:
         replayed.append(shape)
-        return own(graphs, shape, step)
+        return own(graph, shape, step)
 
-    monkeypatch.setattr(fixed_steps._Graphs, "replay", noted)
+    monkeypatch.setattr(fixed_steps._Graph, "replay", noted)
     source = on_gpu(tiny_model(kind))
     assert sampled(source, REQUESTS, max_new_tokens=LONG) == plain(source)
     assert (len(set(replayed)) > 2) == (kind in FULL)
@@ -289,9 +320,52 @@ def test_a_step_that_cannot_be_recorded_leaves_the_gpu_usable() -> None:
     reason = refuses(model)
     handle.remove()
     assert reason is not None
-    assert "captur" in reason
-    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert "synchronizing CUDA operation" in reason
+    usable()
     assert refuses(model) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
+def test_a_recording_that_fails_leaves_the_gpu_usable(error: BaseException) -> None:
+    """What waits unseen by torch, and a signal."""
+    model: Any = copy.deepcopy(tiny_model()).to("cuda").eval()  # type: ignore[arg-type]
+
+    def fails(*args: Any) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise error
+
+    handle = model.model.layers[1].mlp.register_forward_hook(fails)
+    if isinstance(error, Exception):
+        assert refuses(model) == "no"
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            objection(model)
+    handle.remove()
+    usable()
+    assert refuses(model) is None
+
+
+@pytest.mark.gpu
+def test_a_recording_that_waits_leaves_the_gpu_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above, had it not been seen before."""
+    monkeypatch.setattr(fixed_steps, "_run_without_waiting", lambda step: step())
+    model: Any = copy.deepcopy(tiny_model()).to("cuda").eval()  # type: ignore[arg-type]
+    handle = model.model.layers[1].mlp.register_forward_hook(waits_for_the_device)
+    assert refuses(model) is not None
+    handle.remove()
+    usable()
+    assert refuses(model) is None
+
+
+def usable() -> None:
+    """Random numbers are drawn, and memory is given back."""
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.rand(3, device="cuda").isfinite().all()
+    before = torch.cuda.memory_reserved()
+    torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
 
 
 def waits_for_the_device(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:

@@ -45,12 +45,13 @@ class AutoGenerator(Generator):
 
     Args:
         batch_size: responses that grow at once; ``None``: what the memory holds.
+        cuda_graphs: as :class:`HFGenerator` takes it.
         sampling: lengths, temperature and the like, see :class:`~sppo_lightning.generation.Generator`.
     """
 
-    def __init__(self, batch_size: int | None = None, **sampling: Any) -> None:
+    def __init__(self, batch_size: int | None = None, cuda_graphs: bool = True, **sampling: Any) -> None:
         super().__init__(**sampling)
-        self._hf = HFGenerator(batch_size, **sampling)
+        self._hf = HFGenerator(batch_size, cuda_graphs, **sampling)
         self._continuous = (
             ContinuousBatchingGenerator(batch_size, **sampling)
             if self.stop is None and torch.cuda.is_available()

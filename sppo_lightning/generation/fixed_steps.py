@@ -32,6 +32,7 @@ from sppo_lightning.types import first_line
 NAME = "sppo_fixed_steps"
 BLOCK = 256  # tokens by which the part of the room that attention looks at grows; each is a graph of its own
 ALIGNED = 64  # tokens that the room is a multiple of, so that attention's kernels take its mask
+LAYERS = {"full_attention"}  # types that a model may have
 FEW_ROWS = 16  # up to which a step takes as long as with one
 TRIAL_PROMPTS, TRIAL_STEPS = (3, 9), 3  # tokens of the trial's prompts; tokens behind each
 
@@ -117,7 +118,7 @@ class FixedSteps(DecodingSteps):
         self._positions = torch.zeros_like(self._tokens)
         self._whole_mask = own_attention.whole_mask(device)
         self._rows = rows
-        self._graphs = _Graphs(device) if device.type == "cuda" else None
+        self._graph = _Graph(device) if device.type == "cuda" else None
 
     def _fixed_layers(self, source: Tensor) -> list[FixedLayer]:
         """Put layers with room in the place of the cache's, one after the other, so that only one is held twice."""
@@ -125,19 +126,19 @@ class FixedSteps(DecodingSteps):
         for number, each in enumerate(self._cache.layers):
             layer = cast(DynamicLayer, each)
             if type(layer) not in (DynamicLayer, ReservedLayer) or not layer.is_initialized:
-                raise CannotAttendError(f"layer {number} has no keys of its own in a plain cache")
+                raise CannotAttendError(f"layer {number} keeps its keys in a {type(layer).__name__}")
             found.append(FixedLayer(layer, source, self._room, self._place))
             self._cache.layers[number] = found[-1]
         return found
 
     def __enter__(self) -> FixedSteps:
-        own_attention.attach(self._model, NAME, _attend, {"full_attention"})
+        own_attention.attach(self._model, NAME, _attend, LAYERS)
         return self
 
     def __exit__(self, *args: object) -> None:
-        """Give the model its own attention back, and free the graphs."""
+        """Give the model its own attention back, and free the graph."""
         own_attention.detach(self._model)
-        self._graphs = None
+        self._graph = None
 
     def logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Return the logits of the next token, ``[B, V]`` float32, until the next call."""
@@ -147,9 +148,9 @@ class FixedSteps(DecodingSteps):
         self._bias[..., self._seen] = 0.0
         self._seen += 1
         shape = (self._rows, min(self._room, -(-self._seen // BLOCK) * BLOCK))
-        if self._graphs is None:
+        if self._graph is None:
             return self._step(*shape)
-        return self._graphs.replay(shape, lambda: self._step(*shape))
+        return self._graph.replay(shape, lambda: self._step(*shape))
 
     def _step(self, rows: int, length: int) -> Tensor:
         for layer in self._layers:
@@ -175,47 +176,88 @@ class FixedSteps(DecodingSteps):
         self._rows = len(rows)
 
 
-class _Graphs:
-    """Recorded steps by their shape; they share their memory, since one runs at a time."""
+class _Graph:
+    """The recorded step of one shape; a step of another shape takes its place.
+
+    Rows only get fewer and lengths greater, so that no shape comes again.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = _stream(device)
-        self._recorded: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._recorded: tuple[tuple[int, int], torch.cuda.CUDAGraph, Tensor] | None = None
 
     def replay(self, shape: tuple[int, int], step: Callable[[], Tensor]) -> Tensor:
-        """Run a step, and record it before if none of its shape is.
+        """Run a step, and record it before if it is of another shape than the last one.
 
         Raises:
             CannotRecordError: if it does what a graph cannot, such as to wait for the device.
         """
-        if shape not in self._recorded:
-            self._recorded[shape] = self._record(step)
-        graph, logits = self._recorded[shape]
+        if self._recorded is None or self._recorded[0] != shape:
+            # the graph before lives until this one is there: their memory is one
+            self._recorded = (shape, *self._record(step))
+        _, graph, logits = self._recorded
         graph.replay()
         return logits
 
     def _record(self, step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            step()  # kernels and workspaces that come with a first call cannot be recorded
+            _run_without_waiting(step)  # also for what comes with a first call, which cannot be recorded
             torch.cuda.synchronize(self._device)
-            if not self._recorded:
-                torch.cuda.empty_cache()  # a graph's memory comes from the device alone
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                logits = step()
-            except Exception as error:
-                with suppress(RuntimeError):  # that the recording is broken
-                    graph.capture_end()
-                if ran_out(error):
-                    raise
-                raise CannotRecordError(first_line(error)) from error
-            graph.capture_end()
+            torch.cuda.empty_cache()  # a graph's memory comes from the device alone
+            recorded = self._captured(step)
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        return recorded
+
+    def _captured(self, step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            logits = step()
+            graph.capture_end()
+        except BaseException as error:  # a signal too must not leave the stream recording
+            self._clear(graph)
+            if not isinstance(error, Exception) or ran_out(error):
+                raise
+            raise CannotRecordError(first_line(error)) from error
         return graph, logits
+
+    def _clear(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a recording that failed.
+
+        torch 2.11 leaves its allocator and its random numbers as if it still went on: the pool is let go of here, and a
+        recording that succeeds brings the rest in order.
+        """
+        with suppress(RuntimeError):
+            graph.capture_end()
+        index = self._device.index or 0
+        with suppress(RuntimeError, AttributeError):  # torch did so itself, or has no such function any more
+            cast(Any, torch._C)._cuda_endAllocateToPool(index, self._pool)
+        with suppress(RuntimeError):
+            other = torch.cuda.CUDAGraph()
+            other.capture_begin(capture_error_mode="thread_local")
+            torch.zeros(1, device=self._device)
+            other.capture_end()
+
+
+def _run_without_waiting(step: Callable[[], Tensor]) -> None:
+    """Run a step that is about to be recorded.
+
+    Raises:
+        CannotRecordError: if it waits for the device; found out here, no recording has to fail.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    except RuntimeError as error:
+        if "synchronizing CUDA operation" not in str(error):
+            raise
+        raise CannotRecordError(first_line(error)) from error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @cache
@@ -260,6 +302,11 @@ def objection(model: nn.Module) -> str | None:
     Args:
         model: a causal language model, in the state that responses are sampled from.
     """
+    others = own_attention.layer_types(model) - LAYERS
+    if others:
+        return f"it has layers of {', '.join(sorted(others))}"
+    if own_attention.window_of(model) is not None:
+        return "its layers have a window"
     attention = unwrapped(model).config._attn_implementation
     if attention != "sdpa":
         return f"it attends by {attention}"  # which was chosen, or is all that it can

@@ -248,7 +248,7 @@ class HFGenerator(Generator):
                     position, picked, alive, growing = (
                         each[rows] for each in (position, picked, alive, growing)
                     )
-                position = position + 1
+                position = position + growing  # one that is done stays in the model's table of positions
                 logits = steps.logits(picked, position)
         return [[token for token in row if token >= 0] for row in tokens.tolist()]
 
