@@ -15,7 +15,7 @@ from test_generation import EARLY, NEVER, PROMPTS, REQUESTS, engine, greedy, sam
 from tiny import Source, new_model, random_tokens, tiny_model
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from sppo_lightning.generation import SampleRequest, fixed_steps, hf
+from sppo_lightning.generation import AutoGenerator, SampleRequest, fixed_steps, hf
 from sppo_lightning.generation.fixed_steps import NAME, CannotRecordError, FixedSteps, objection
 
 LONG = 20  # tokens: enough that steps are recorded
@@ -229,6 +229,12 @@ def test_a_model_that_reads_another_way_is_found_out(monkeypatch: pytest.MonkeyP
     found = refuses(new_model().eval())
     assert found is not None
     assert found.startswith("log-probs differ by ")
+
+
+def test_an_engine_that_chooses_hands_the_setting_on() -> None:
+    sampling = {"max_new_tokens": LONG, "temperature": 1.0}
+    assert AutoGenerator(**sampling)._hf.cuda_graphs
+    assert not AutoGenerator(cuda_graphs=False, **sampling)._hf.cuda_graphs
 
 
 def test_short_responses_are_not_worth_it(on_cpu: list[tuple[int, int]]) -> None:
