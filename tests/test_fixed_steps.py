@@ -15,8 +15,9 @@ from test_generation import EARLY, NEVER, PROMPTS, REQUESTS, engine, greedy, sam
 from tiny import Source, new_model, random_tokens, tiny_model
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from sppo_lightning.generation import AutoGenerator, SampleRequest, fixed_steps, hf
-from sppo_lightning.generation.fixed_steps import NAME, CannotRecordError, FixedSteps, objection
+from sppo_lightning.generation import AutoGenerator, SampleRequest, cuda_graph, fixed_steps, hf
+from sppo_lightning.generation.cuda_graph import CannotRecordError, RecordedStep
+from sppo_lightning.generation.fixed_steps import NAME, FixedSteps, objection
 
 LONG = 20  # tokens: enough that steps are recorded
 FULL = ("llama", "qwen2", "qwen3", "granite", "cohere")
@@ -279,13 +280,13 @@ def test_recorded_steps_answer_as_the_models_own(
     monkeypatch.setattr(fixed_steps, "FEW_ROWS", few)
     monkeypatch.setattr(fixed_steps, "BLOCK", 16)
     replayed: list[tuple[int, int]] = []
-    own = fixed_steps._Graph.replay
+    own = RecordedStep.replay
 
     def noted(graph: Any, shape: tuple[int, int], step: Any) -> torch.Tensor:
         replayed.append(shape)
         return own(graph, shape, step)
 
-    monkeypatch.setattr(fixed_steps._Graph, "replay", noted)
+    monkeypatch.setattr(RecordedStep, "replay", noted)
     source = on_gpu(tiny_model(kind))
     assert sampled(source, REQUESTS, max_new_tokens=LONG) == plain(source)
     assert (len(set(replayed)) > 2) == (kind in FULL)
@@ -355,7 +356,7 @@ def test_a_recording_that_fails_leaves_the_gpu_usable(error: BaseException) -> N
 @pytest.mark.gpu
 def test_a_recording_that_waits_leaves_the_gpu_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     """As above, had it not been seen before."""
-    monkeypatch.setattr(fixed_steps, "_run_without_waiting", lambda step: step())
+    monkeypatch.setattr(cuda_graph, "_run_without_waiting", lambda step: step())
     model: Any = copy.deepcopy(tiny_model()).to("cuda").eval()  # type: ignore[arg-type]
     handle = model.model.layers[1].mlp.register_forward_hook(waits_for_the_device)
     assert refuses(model) is not None

@@ -166,7 +166,7 @@ class HFGenerator(Generator):
 
     def _answer(self, batch: list[_Part]) -> list[list[Response]] | None:
         """Return the responses of each part, or ``None`` if the batch has to be tried again, another way."""
-        from sppo_lightning.generation.fixed_steps import CannotRecordError
+        from sppo_lightning.generation.cuda_graph import CannotRecordError
 
         assert self._policy is not None
         assert self._budget is not None
