@@ -108,12 +108,7 @@ def test_an_adapter_is_sampled_with(on_cpu: list[tuple[int, int]]) -> None:
 
 def test_the_model_gets_its_own_attention_back(on_cpu: list[tuple[int, int]]) -> None:
     model = new_model().eval()
-
-    class FailsLater(Source):
-        def sampling_model(self) -> torch.nn.Module:
-            return model
-
-    source = FailsLater(model, EARLY)
+    source = Source(model, EARLY)
     generator = engine(source, max_new_tokens=LONG)
     assert model.config._attn_implementation == "sdpa"
     handle = model.register_forward_pre_hook(raise_behind_the_prompt, with_kwargs=True)

@@ -174,9 +174,8 @@ class HFGenerator(Generator):
         length = len(batch[-1].request.token_ids) + self.max_new_tokens
         try:
             tokens = iter(self._decode([part.request for part in batch], self._policy.end_token_ids))
-        except (
-            CannotRecordError
-        ) as error:  # of another policy than the one that was tried, such as with its adapter on
+        except CannotRecordError as error:
+            # not of the policy that was tried: its adapter may have been off
             logger.info("Sampling without CUDA graphs from here on: %s", error)
             self._recorded = False
             return None
