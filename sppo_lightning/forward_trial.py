@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -107,19 +107,26 @@ def _noise(
         alone: what it returned.
         dtype: of the products.
     """
+    with off_by_a_rounding(model, torch.finfo(dtype).eps):
+        nudged = torch.cat([_alone(model, *sequence)[0] for sequence in sequences])
+    return (nudged - torch.cat([logps for logps, _ in alone])).abs().mean().item()
+
+
+@contextmanager
+def off_by_a_rounding(model: Any, eps: float) -> Iterator[None]:
+    """Let a model's embeddings be half an ``eps`` too large or too small, each by a coin's toss, always the same."""
     generator = torch.Generator().manual_seed(0)
 
     def nudge(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
         signs = 2 * torch.randint(2, embedded.shape, generator=generator) - 1
-        off: Tensor = embedded.float() * (1 + torch.finfo(dtype).eps / 2 * signs.to(embedded.device))
+        off: Tensor = embedded.float() * (1 + eps / 2 * signs.to(embedded.device))
         return off.to(embedded.dtype)
 
     handle = model.get_input_embeddings().register_forward_hook(nudge)
     try:
-        nudged = torch.cat([_alone(model, *sequence)[0] for sequence in sequences])
+        yield
     finally:
         handle.remove()
-    return (nudged - torch.cat([logps for logps, _ in alone])).abs().mean().item()
 
 
 def trial_pairs(

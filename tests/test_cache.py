@@ -44,7 +44,7 @@ def test_a_layer_returns_all_that_it_was_given(reserve: int, monkeypatch: pytest
     for step in [5, 1, 1, 3, 1, (0, 0, 1, 1, 1), 1, 1, 1, 1, 1, 1, (4, 0, 2), 2, 1, (1,), 1, 1]:
         if isinstance(step, tuple):
             for one in (layer, plain):
-                one.batch_select_indices(torch.tensor(step))
+                one.reorder_cache(torch.tensor(step))
             rows = len(step)
         else:
             keys, values = states(step, rows), states(step, rows)

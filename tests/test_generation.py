@@ -12,17 +12,20 @@ import pytest
 import torch
 from conftest import byte_tokenizer
 from test_sampling import chi_square
-from tiny import CONFIGS, END, Source, random_tokens, tiny_model
-from torch import Tensor, nn
+from tiny import CONFIGS, END, VOCABULARY, Source, random_tokens, tiny_model
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from sppo_lightning.generation import HFGenerator, PolicySource, SampleRequest, hf
+from sppo_lightning.generation import HFGenerator, PolicySource, SampleRequest, batch_trial, hf
+from sppo_lightning.generation.batch_trial import Batching
 from sppo_lightning.generation.steps import PlainSteps
+from sppo_lightning.memory.cache_size import RowBytes
 from sppo_lightning.types import Response, UserError
 
 LONGEST = 12
 PROMPTS = random_tokens(3, 1, 40, 17)  # over and under the sliding windows of 6
-NEVER = frozenset({END})
+NEVER = frozenset({VOCABULARY})  # no token
+STATEFUL = ("qwen3_5", "lfm2", "falcon_h1", "granite_hybrid", "mamba2")  # layers keep a state instead of keys
 
 
 def engine(policy: PolicySource, **settings: Any) -> HFGenerator:
@@ -86,12 +89,11 @@ def transformers_greedy(model: PreTrainedModel, prompt: tuple[int, ...], ends: f
     return output[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", [*CONFIGS, *STATEFUL])
 def test_greedy_equals_transformers(kind: str) -> None:
     """Two ids end a response: those that end the first two early; the others are cut."""
     model = tiny_model(kind)
     free = [one.token_ids for one in greedy(Source(model, NEVER), PROMPTS)]
-    assert END not in {token for row in free for token in row}
     ends = frozenset({free[0][2], free[1][5]})
     found = greedy(Source(model, ends), PROMPTS)
     assert [list(one.token_ids) for one in found] == [
@@ -149,7 +151,7 @@ REQUESTS = [
 EARLY = frozenset(range(END, 259, 6))  # one token in six ends a response
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral", "gemma3"])
+@pytest.fixture(scope="module", params=["llama", "mistral", "gemma3", "qwen3_5"])
 def source(request: pytest.FixtureRequest) -> Source:
     return Source(tiny_model(request.param), EARLY)
 
@@ -188,19 +190,23 @@ def test_rows_that_leave_the_batch_change_nothing(
 ) -> None:
     """At 0 no row leaves before all are done; at 1 each leaves at once."""
     selections: list[int] = []
-    select = DynamicCache.batch_select_indices
+    select = DynamicCache.reorder_cache
 
-    def counted(cache: DynamicCache, indices: Tensor) -> None:
+    def counted(cache: DynamicCache, indices: Any) -> None:
         selections.append(len(indices))
         select(cache, indices)
 
-    monkeypatch.setattr(DynamicCache, "batch_select_indices", counted)
-    expected = sampled(source, REQUESTS)
+    def sampled_again() -> list[list[Response]]:
+        generator = engine(source)
+        selections.clear()
+        return answer(generator, REQUESTS)
+
+    monkeypatch.setattr(DynamicCache, "reorder_cache", counted)
+    expected = sampled_again()
     assert len(selections) >= 2  # the first repeats each prompt for its responses
     assert selections == sorted(selections, reverse=True)
-    selections.clear()
     monkeypatch.setattr(PlainSteps, "COMPACT_BELOW", share)
-    assert sampled(source, REQUESTS) == expected
+    assert sampled_again() == expected
     assert len(selections) == 1 if share == 0 else len(selections) > 4
 
 
@@ -239,33 +245,33 @@ def test_first_tokens_follow_the_models_distribution(settings: dict[str, Any]) -
 
 
 def test_no_more_than_batch_size_responses_grow_at_once() -> None:
-    source = Source(tiny_model(), NEVER)
+    generator = engine(Source(tiny_model(), NEVER), batch_size=3)
     requests = [SampleRequest(prompt, tuple(range(7))) for prompt in PROMPTS[:2]]
-    with forwards(source.model) as shapes:
-        sampled(source, requests, batch_size=3)
+    with forwards(tiny_model()) as shapes:
+        answer(generator, requests)
     assert max(rows for rows, _ in shapes) == 3
 
 
 def test_a_prompt_is_read_once_for_its_responses_and_every_later_pass_reads_one_token() -> None:
-    source = Source(tiny_model(), NEVER)
-    with forwards(source.model) as shapes:
-        sampled(source, REQUESTS[:3], max_new_tokens=4)
+    generator = engine(Source(tiny_model(), NEVER), max_new_tokens=4)
+    with forwards(tiny_model()) as shapes:
+        answer(generator, REQUESTS[:3])
     assert shapes == [(3, 30), (9, 1), (9, 1), (9, 1)]
 
 
 def test_generation_stops_when_every_response_has_ended() -> None:
     free = greedy(Source(tiny_model(), NEVER), PROMPTS)
-    source = Source(tiny_model(), frozenset(one.token_ids[1] for one in free))
-    with forwards(source.model) as shapes:
-        found = greedy(source, PROMPTS)
+    generator = engine(Source(tiny_model(), frozenset(one.token_ids[1] for one in free)))
+    with forwards(tiny_model()) as shapes:
+        found = [one for (one,) in answer(generator, [SampleRequest(prompt, ()) for prompt in PROMPTS])]
     assert len(shapes) == max(len(one.token_ids) for one in found) < LONGEST
 
 
 def test_prompts_of_similar_length_share_a_batch() -> None:
     requests = [SampleRequest(prompt, (0,)) for prompt in random_tokens(30, 2, 29, 3)]
-    source = Source(tiny_model(), NEVER)
-    with forwards(source.model) as shapes:
-        list(engine(source, batch_size=2, max_new_tokens=1).generate(requests))
+    generator = engine(Source(tiny_model(), NEVER), batch_size=2, max_new_tokens=1)
+    with forwards(tiny_model()) as shapes:
+        list(generator.generate(requests))
     assert shapes == [(2, 3), (2, 30)]
 
 
@@ -313,7 +319,7 @@ GROUPS = [
 
 def hold(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the memory hold the keys and values of so many tokens, whichever the model."""
-    monkeypatch.setattr(hf, "cache_bytes_per_token", lambda config, dtype: 1)
+    monkeypatch.setattr(batch_trial, "try_batching", lambda model: Batching(True, RowBytes(1, 0)))
     monkeypatch.setattr(hf, "free_bytes", lambda device: tokens / hf.MEMORY_SHARE + 0.01)
 
 
@@ -379,20 +385,10 @@ def test_a_prompts_responses_that_grow_apart_come_back_together(
 
 
 def test_a_cpu_gains_nothing_from_more_rows() -> None:
-    source = Source(tiny_model(), NEVER)
-    with forwards(source.model) as shapes:
-        sampled(source, [SampleRequest(PROMPTS[0], tuple(range(200)))], max_new_tokens=2)
+    generator = engine(Source(tiny_model(), NEVER), max_new_tokens=2)
+    with forwards(tiny_model()) as shapes:
+        answer(generator, [SampleRequest(PROMPTS[0], tuple(range(200)))])
     assert max(rows for rows, _ in shapes) == 128
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [("llama", 2 * 2 * 2 * 8 * 4), ("mistral", 2 * 2 * 2 * 8 * 4), ("gemma3", 2 * 2 * 2 * 8 * 4)],
-)
-def test_bytes_of_a_token_by_hand(kind: str, expected: int) -> None:
-    """Keys and values of 2 layers, 2 heads of 8 numbers, 4 bytes each; half of it in 16 bits."""
-    assert hf.cache_bytes_per_token(CONFIGS[kind], torch.float32) == expected
-    assert hf.cache_bytes_per_token(CONFIGS[kind], torch.bfloat16) == expected // 2
 
 
 # ---------------------------------------------------------------------- full memory
@@ -431,8 +427,9 @@ def test_a_full_memory_halves_the_batch_and_is_remembered(
 def test_what_did_not_fit_stays_in_the_order_of_its_lengths() -> None:
     """30 responses of up to 37 tokens are 1,110; of the 555 that are left, prompts of 3 to 9 tokens take 420."""
     source = Source(tiny_model(), NEVER)
+    generator = engine(source)
     with forwards(source.model) as shapes, memory(source.model, 800), pytest.warns(UserWarning, match=FULL):
-        answer(engine(source), GROUPS)
+        answer(generator, GROUPS)
     assert [shape for shape in shapes if shape[1] > 1] == [(6, 25), (4, 9), (2, 25)]
 
 
@@ -440,8 +437,9 @@ def test_a_full_memory_is_told_with_numbers() -> None:
     """Prompts of 40 tokens with four responses of 12: 8 and 4 of them pass 110 tokens, 2 do not."""
     source = Source(tiny_model(), NEVER)
     requests = [SampleRequest(prompt, (0, 1, 2, 3)) for prompt in random_tokens(40, 40)]
+    generator = engine(source)
     with memory(source.model, 110) as held, pytest.warns(UserWarning, match=FULL) as told:
-        answer(engine(source), requests)
+        answer(generator, requests)
     assert [str(one.message) for one in told] == [
         f"{rows} responses of up to 52 tokens did not fit into memory at once: going on with half"
         for rows in (8, 4)
@@ -452,8 +450,10 @@ def test_a_full_memory_is_told_with_numbers() -> None:
 def test_greedy_answers_are_halved_too() -> None:
     source = Source(tiny_model(), NEVER)
     expected = greedy(source, PROMPTS)
+    generator = engine(source)
     with memory(source.model, 60), pytest.warns(UserWarning, match=FULL):
-        assert greedy(source, PROMPTS) == expected
+        found = answer(generator, [SampleRequest(prompt, ()) for prompt in PROMPTS])
+    assert [one for (one,) in found] == expected
 
 
 @pytest.mark.parametrize("seeds", [(), (0,), (0, 1, 2)])
@@ -466,8 +466,9 @@ def test_a_single_response_that_does_not_fit(seeds: tuple[int, ...], most: int) 
         r"^one response of up to 52 tokens, prompt included, does not fit into the memory of cpu: lower "
         r"max_new_tokens or data\.max_prompt_tokens, or use a smaller policy$"
     )
+    generator = engine(source)
     with memory(source.model, most, calls=100), pytest.raises(UserError, match=message):
-        answer(engine(source), [SampleRequest(PROMPTS[2], seeds)])
+        answer(generator, [SampleRequest(PROMPTS[2], seeds)])
 
 
 def test_another_error_of_the_model_passes() -> None:
@@ -476,10 +477,11 @@ def test_another_error_of_the_model_passes() -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
+    generator = engine(source)
     handle = source.model.register_forward_pre_hook(broken)
     try:
         with pytest.raises(RuntimeError, match=r"^mat1 and mat2 shapes cannot be multiplied$"):
-            greedy(source, PROMPTS)
+            answer(generator, REQUESTS)
     finally:
         handle.remove()
 
@@ -566,7 +568,7 @@ def test_stop_strings_do_not_depend_on_the_batch() -> None:
 
 
 def test_an_end_token_and_a_stop_string_work_side_by_side() -> None:
-    source = Source(tiny_model(), NEVER)
+    source = Source(tiny_model(), frozenset({END}))
     with spelling(source.model, [*LETTERS, END]):
         found = flat(answer(engine(source, max_new_tokens=20, stop=["ab"]), REQUESTS))
     ended = [one for one in found if one.token_ids[-1] == END]
@@ -619,8 +621,9 @@ def test_prompt_and_response_together_are_limited_row_by_row() -> None:
     """Prompts of 2, 30, 7, 7, 1, 19, 4 and 11 tokens in one batch; the longest has room for one token."""
     source = Source(tiny_model(), NEVER)
     free = answer(engine(source, max_new_tokens=20), REQUESTS)
+    generator = engine(source, max_new_tokens=20, max_total_tokens=31)
     with forwards(source.model) as shapes:
-        found = answer(engine(source, max_new_tokens=20, max_total_tokens=31), REQUESTS)
+        found = answer(generator, REQUESTS)
     assert shapes[0] == (8, 30)
     for request, plain, limited in zip(REQUESTS, free, found, strict=True):
         room = min(20, 31 - len(request.token_ids))

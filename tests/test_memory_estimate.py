@@ -33,8 +33,7 @@ from sppo_lightning.generation import (
     OpenAIServerGenerator,
     VLLMGenerator,
 )
-from sppo_lightning.generation.cache import reserved_cache
-from sppo_lightning.generation.hf import MEMORY_SHARE, cache_bytes_of_layers
+from sppo_lightning.generation.hf import MEMORY_SHARE
 from sppo_lightning.generation.protocol import SampleRequest
 from sppo_lightning.memory.advice import (
     Ladder,
@@ -58,7 +57,6 @@ from sppo_lightning.memory.estimate import (
     Estimator,
     PhaseNeed,
     available_bytes,
-    cache_bytes,
 )
 from sppo_lightning.memory.footprint import CannotEstimateError, footprint, quantized_matrix
 from sppo_lightning.memory.workload import Workload, rule_of_thumb
@@ -357,8 +355,8 @@ def test_the_widest_layer_counts() -> None:
 
 @pytest.mark.parametrize(
     ("config", "missing"),
-    [(RWKV, "num_attention_heads"), (XLSTM, "num_attention_heads"), (BLT, "num_hidden_layers")],
-    ids=["rwkv", "xlstm", "blt"],
+    [(XLSTM, "num_attention_heads"), (BLT, "num_hidden_layers")],
+    ids=["xlstm", "blt"],
 )
 def test_a_model_that_does_not_tell_is_refused_by_name(config: Any, missing: str) -> None:
     load = workload(model_config=config)
@@ -407,21 +405,6 @@ def test_the_bound_holds_for_adapters_and_short_rows(settings: dict[str, Any]) -
     bound = ESTIMATOR.bound(load)
     assert bound is not None
     assert ESTIMATOR.estimate(load).fullest.total <= bound.fullest.total
-
-
-@pytest.mark.parametrize("kind", ["llama", "mistral", "cohere2", "gemma3_capped", "gemma4_wide"])
-def test_keys_and_values_are_counted(kind: str) -> None:
-    """Against a cache that was filled; windows of 6 keep one token less than they see."""
-    config = {**TRAINED_CONFIGS, "gemma4_wide": GEMMA4}[kind]
-    model = AutoModelForCausalLM.from_config(config).eval()
-    cache = reserved_cache(model.config)
-    with torch.no_grad():
-        model(input_ids=torch.ones(1, 20, dtype=torch.long), past_key_values=cache, use_cache=True)
-    truth = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    found = cache_bytes(config, 20, torch.float32)
-    windowed = [type(layer).__name__ == "DynamicSlidingWindowLayer" for layer in cache.layers]
-    tokens = cache_bytes_of_layers(config, torch.float32)
-    assert found == truth + sum(token for token, there in zip(tokens, windowed, strict=True) if there)
 
 
 def test_an_engine_counts_layers_that_differ() -> None:

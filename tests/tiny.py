@@ -13,15 +13,21 @@ from conftest import byte_tokenizer, tiny_config
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BertConfig,
     Cohere2Config,
     CohereConfig,
+    DeepseekV3Config,
+    FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
     Gemma4TextConfig,
     GPT2Config,
     GraniteConfig,
+    GraniteMoeHybridConfig,
     Lfm2Config,
     Llama4TextConfig,
+    Mamba2Config,
     MistralConfig,
     OPTConfig,
     PreTrainedModel,
@@ -99,6 +105,52 @@ TRAINED_CONFIGS = {
     ),
     "lfm2": Lfm2Config(**_SHAPE, layer_types=["conv", "full_attention"]),
 }
+_MAMBA = {
+    "mamba_d_state": 8,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 8,
+}
+OTHER_CONFIGS = {
+    # latent attention; attention beside a state in every layer; states alone; mixed with attention; positions counted
+    "deepseek_v3": DeepseekV3Config(
+        **{**_SHAPE, "num_key_value_heads": 4},
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        first_k_dense_replace=1,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        n_group=1,
+        topk_group=1,
+    ),
+    "falcon_h1": FalconH1Config(**_SHAPE, **_MAMBA, mamba_d_ssm=64),
+    "mamba2": Mamba2Config(
+        **_SMALL, num_hidden_layers=2, state_size=8, num_heads=4, head_dim=16, n_groups=1, chunk_size=8
+    ),
+    "granite_hybrid": GraniteMoeHybridConfig(
+        **_SHAPE, **_MAMBA, layer_types=["mamba", "attention"], shared_intermediate_size=64
+    ),
+    "bart": BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=64,
+        max_position_embeddings=64,
+        init_std=0.3,
+        is_decoder=True,
+        is_encoder_decoder=False,
+    ),
+    "bert": BertConfig(
+        **_SMALL, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, initializer_range=0.3
+    ),
+}
 
 
 @functools.cache
@@ -110,7 +162,9 @@ def tiny_model(kind: str = "llama") -> PreTrainedModel:
 def new_model(kind: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random model to train, the same at every call."""
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(TRAINED_CONFIGS[kind]))
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        copy.deepcopy({**TRAINED_CONFIGS, **OTHER_CONFIGS}[kind])
+    )
     return model.to(dtype)  # type: ignore[arg-type]
 
 

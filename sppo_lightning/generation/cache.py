@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import LongTensor, Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -45,9 +45,9 @@ class ReservedLayer(DynamicLayer):
         buffer[:, :, :have] = tokens
         return buffer
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows at ``indices``, which may name one several times."""
-        super().batch_select_indices(indices)
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
+        """Keep the rows at ``beam_idx``, which may name one several times."""
+        super().reorder_cache(beam_idx)
         self._buffers = None
 
 

@@ -22,7 +22,7 @@ from sppo_lightning.adapters import unwrapped
 from sppo_lightning.generation.cache import ReservedLayer, reserved_cache
 from sppo_lightning.generation.cuda_graph import RecordedStep
 from sppo_lightning.generation.parity import drift_tolerance, rounding
-from sppo_lightning.generation.steps import DecodingSteps, PlainSteps, read
+from sppo_lightning.generation.steps import DecodingSteps, PlainSteps, left_padded, read
 from sppo_lightning.memory.device import ran_out
 from sppo_lightning.own_attention import CannotAttendError
 from sppo_lightning.types import first_line
@@ -233,20 +233,16 @@ def _trial(model: nn.Module, kind: type[PlainSteps] | type[FixedSteps]) -> Tenso
     device = next(model.parameters()).device
     config = unwrapped(model).config
     generator = torch.Generator().manual_seed(0)
-    width = max(TRIAL_PROMPTS)
-    shape = (len(TRIAL_PROMPTS), width + TRIAL_STEPS)
-    ids = torch.randint(config.get_text_config().vocab_size, shape, generator=generator).to(device)
-    mask = torch.zeros(shape, dtype=torch.long)
-    for row, length in enumerate(TRIAL_PROMPTS):
-        mask[row, width - length : width] = 1
-    positions = (mask[:, :width].cumsum(-1) - 1).clamp_(min=0).to(device)
-    mask = mask.to(device)
-    cache = reserved_cache(config)
-    read(model, ids[:, :width], mask[:, :width], positions, cache)
+    vocabulary = config.get_text_config().vocab_size
+    prompts = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in TRIAL_PROMPTS]
+    tokens = torch.randint(vocabulary, (len(TRIAL_PROMPTS), TRIAL_STEPS), generator=generator).to(device)
+    ids, mask, positions = left_padded(prompts, TRIAL_STEPS, device)
+    cache, width = reserved_cache(config), ids.shape[1]
+    read(model, ids, mask[:, :width], positions, cache)
+    source = torch.tensor([0, 1, 1], device=device)
     found = []
-    with kind(model, cache, torch.tensor([0, 1, 1], device=device), mask, width) as steps:
+    with kind(model, cache, source, mask, width) as steps:
         for step in range(TRIAL_STEPS):
-            place = positions[[0, 1, 1], -1] + 1 + step
-            tokens = ids[[0, 1, 1], width + step]
-            found.append(steps.logits(tokens, place).log_softmax(-1))
+            place = positions[source, -1] + 1 + step
+            found.append(steps.logits(tokens[source, step], place).log_softmax(-1))
     return torch.stack(found)

@@ -25,11 +25,10 @@ from sppo_lightning.generation.protocol import (
 )
 from sppo_lightning.generation.sampling import sample_tokens
 from sppo_lightning.memory.device import TokenBudget, free_bytes, ran_out, release
-from sppo_lightning.memory.footprint import layer_sizes, required
 from sppo_lightning.types import Response, UserError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from sppo_lightning.generation.batch_trial import Batching
 
 MEMORY_SHARE = 0.4  # of the free memory, for the keys and values of a batch; the rest is for activations
 MOST_ROWS = {"cpu": 128, "cuda": 512}  # where more rows at once gain nothing
@@ -79,6 +78,7 @@ class HFGenerator(Generator):
         self.cuda_graphs = cuda_graphs
         self._policy: PolicySource | None = None
         self._model: torch.nn.Module | None = None
+        self._batching: Batching | None = None  # found out once
         self._budget: TokenBudget | None = None
         self._recorded: bool | None = None  # whether steps are; found out once
 
@@ -89,16 +89,22 @@ class HFGenerator(Generator):
         return EngineMemory(copies=True, rows=max(1, min(most, fitting)))
 
     def load(self, policy: PolicySource) -> None:
-        """Take a sampling model from the policy."""
+        """Take a sampling model from the policy.
+
+        Raises:
+            UserError: if responses that grow together would not be the model's own.
+        """
+        from sppo_lightning.generation.batch_trial import try_batching
+
         self._policy = policy
         self._model = policy.sampling_model()
+        if self._batching is None:
+            self._batching = try_batching(self._model)
         if self._budget is None and self.batch_size is not None:
             self._budget = TokenBudget(sys.maxsize)
         elif self._budget is None:
-            bytes_per_token = cache_bytes_per_token(
-                cast(Any, self._model).config, next(self._model.parameters()).dtype
-            )
-            self._budget = TokenBudget(int(MEMORY_SHARE * free_bytes(self._device) / bytes_per_token))
+            tokens = MEMORY_SHARE * free_bytes(self._device) / self._batching.row.token
+            self._budget = TokenBudget(int(tokens))
         if self._recorded is None:
             self._recorded = self.cuda_graphs and self._can_record()
 
@@ -145,12 +151,16 @@ class HFGenerator(Generator):
     def _next_batch(self, queue: deque[_Part]) -> list[_Part]:
         """Take from the queue, prompts in ascending length, what may grow at once."""
         assert self._budget is not None
+        assert self._batching is not None
         most = self.batch_size or MOST_ROWS.get(self._device.type, MOST_ROWS["cuda"])
         batch: list[_Part] = []
         rows = 0
         while queue and rows < most:
             part = queue[0]
-            length = len(part.request.token_ids) + self.max_new_tokens
+            prompt = len(part.request.token_ids)
+            if batch and not self._batching.padded and prompt != len(batch[0].request.token_ids):
+                break
+            length = self._batching.row.tokens(prompt + self.max_new_tokens)
             room = min(most - rows, part.rows)
             while room > 0 and not self._budget.holds(rows + room, length):
                 room -= 1
@@ -170,6 +180,7 @@ class HFGenerator(Generator):
 
         assert self._policy is not None
         assert self._budget is not None
+        assert self._batching is not None
         rows = sum(part.rows for part in batch)
         length = len(batch[-1].request.token_ids) + self.max_new_tokens
         try:
@@ -190,7 +201,7 @@ class HFGenerator(Generator):
         else:
             policy = self._policy
             return [[self.as_response(next(tokens), policy) for _ in range(part.rows)] for part in batch]
-        self._budget.halve(rows, length)
+        self._budget.halve(rows, self._batching.row.tokens(length))
         release(self._device)
         warnings.warn(
             f"{rows} responses of up to {length} tokens did not fit into memory at once: going on with half",
@@ -203,20 +214,16 @@ class HFGenerator(Generator):
         """Return the sampled token ids of every response, in request order."""
         from sppo_lightning.generation.cache import reserved_cache
         from sppo_lightning.generation.fixed_steps import FixedSteps
-        from sppo_lightning.generation.steps import PlainSteps, read
+        from sppo_lightning.generation.steps import PlainSteps, left_padded, read
 
         model = self._model
         assert model is not None
         device = self._device
         lengths = [len(request.token_ids) for request in batch]
         width = max(lengths)
-        input_ids = torch.zeros(len(batch), width, dtype=torch.long)
-        mask = torch.zeros(len(batch), width + self.max_new_tokens, dtype=torch.long)
-        for row, request in enumerate(batch):
-            input_ids[row, width - lengths[row] :] = torch.tensor(request.token_ids)
-            mask[row, width - lengths[row] : width] = 1
-        positions = (mask[:, :width].cumsum(-1) - 1).clamp_(min=0)
-        input_ids, mask, positions = input_ids.to(device), mask.to(device), positions.to(device)
+        input_ids, mask, positions = left_padded(
+            [request.token_ids for request in batch], self.max_new_tokens, device
+        )
         cache = reserved_cache(cast(Any, model).config)
         logits = read(model, input_ids, mask[:, :width], positions, cache)
         copies = torch.tensor([max(1, len(request.seeds)) for request in batch], device=device)
@@ -290,31 +297,3 @@ class HFGenerator(Generator):
             if not request.seeds:
                 rows.append(torch.full((self.max_new_tokens,), float("nan"), dtype=torch.float64))
         return torch.stack(rows)
-
-
-def cache_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Return the bytes that one token's keys and values take in all layers together."""
-    return sum(cache_bytes_of_layers(config, dtype))
-
-
-def cache_bytes_of_layers(config: PretrainedConfig, dtype: torch.dtype) -> list[int]:
-    """Return the bytes that one token's keys and values take in each layer.
-
-    Args:
-        config: the model's own settings.
-        dtype: of keys and values.
-
-    Raises:
-        CannotEstimateError: if they do not tell.
-    """
-    heads, sizes = layer_sizes(config, "num_key_value_heads"), layer_sizes(config, "head_dim")
-    text: Any = config.get_text_config(decoder=True)
-    if getattr(text, "global_head_dim", None):  # of Gemma 4 before transformers 5.23
-        full = [kind == "full_attention" for kind in text.layer_types]
-        sizes = [text.global_head_dim if there else size for there, size in zip(full, sizes, strict=True)]
-    found = []
-    for head_count, head_size in zip(heads, sizes, strict=True):
-        count = head_count or required(config, "num_attention_heads")
-        size = head_size or required(config, "hidden_size") // required(config, "num_attention_heads")
-        found.append(2 * count * size * dtype.itemsize)
-    return found

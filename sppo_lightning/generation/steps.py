@@ -5,12 +5,16 @@ Shapes: P prompts, B rows (responses that grow), T tokens of the prompts, V voca
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+
+from sppo_lightning.adapters import unwrapped
 
 
 class DecodingSteps(ABC):
@@ -56,7 +60,7 @@ class PlainSteps(DecodingSteps):
     def __init__(
         self, model: nn.Module, cache: DynamicCache, source: Tensor, mask: Tensor, width: int
     ) -> None:
-        cache.batch_select_indices(source)
+        cache.reorder_cache(cast(Any, source))
         self._model = model
         self._cache = cache
         self._mask = mask[source]
@@ -76,8 +80,31 @@ class PlainSteps(DecodingSteps):
 
     def keep(self, rows: Tensor) -> None:
         """Leave only some rows."""
-        self._cache.batch_select_indices(rows)
+        self._cache.reorder_cache(cast(Any, rows))
         self._mask = self._mask[rows]
+
+
+def left_padded(
+    prompts: Sequence[Sequence[int]], more: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return prompts of token ids in one batch, padded in front.
+
+    Args:
+        prompts: P of them.
+        more: tokens that will follow each.
+        device: where to put them.
+
+    Returns:
+        Token ids ``[P, T]``; a mask ``[P, T + more]``, 1 where a prompt has a token; positions ``[P, T]``.
+    """
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros(len(prompts), width + more, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) : width] = 1
+    positions = (mask[:, :width].cumsum(-1) - 1).clamp_(min=0)
+    return ids.to(device), mask.to(device), positions.to(device)
 
 
 def read(
@@ -97,10 +124,16 @@ def read(
         input_ids=tokens,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **{_cache_argument(model): cache},
         **options,
     )
     last: Tensor = output.logits[:, -1]
     return last.to(torch.float32)
+
+
+def _cache_argument(model: nn.Module) -> str:
+    """Return what a model calls its cache; those of states alone have another name for it."""
+    takes = inspect.signature(unwrapped(model).forward).parameters
+    return "cache_params" if "cache_params" in takes else "past_key_values"

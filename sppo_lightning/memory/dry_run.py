@@ -8,20 +8,24 @@ time are counted. torch's own ``MemTracker`` refuses a model that is called seve
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 import weakref
 from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from sppo_lightning.layouts import PairRows
 from sppo_lightning.losses import DPOLoss, PairLogps
+from sppo_lightning.memory.cache_size import held_bytes
 from sppo_lightning.optimizers import OptimizerFactory, build_optimizer
 from sppo_lightning.pair_forward import AutoForward, PairForward, PlainForward, SharedForward, VarlenForward
 from sppo_lightning.response_head import CHUNK_LOGITS
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
 
 HALF = (torch.bfloat16, torch.float16)
 # the optimizer is tried on so many weights: enough that 8-bit states are kept in 8 bits, and that one weight's
@@ -104,25 +108,28 @@ class DryRun:
         Args:
             prompt: tokens.
         """
+        with self._mode, torch.no_grad():
+            return self._peak(lambda: self._read(prompt))
+
+    def kept(self, tokens: int) -> int:
+        """Return the bytes that are kept of a sequence, so that it can go on.
+
+        Args:
+            tokens: of the sequence.
+        """
+        with self._mode, torch.no_grad():
+            return held_bytes(self._read(tokens))
+
+    def _read(self, tokens: int) -> DynamicCache:
+        """Read a sequence as it is read to be answered, and return what is kept of it."""
         from sppo_lightning.generation.cache import reserved_cache
+        from sppo_lightning.generation.steps import read
 
         self.model.eval()
-
-        def read() -> None:
-            tokens = torch.ones(1, prompt, dtype=torch.long)
-            kept = reserved_cache(cast(Any, self.model).config)
-            places = torch.arange(prompt)[None]
-            self.model(
-                input_ids=tokens,
-                attention_mask=tokens,
-                position_ids=places,
-                past_key_values=kept,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-
-        with self._mode, torch.no_grad():
-            return self._peak(read)
+        ids = torch.ones(1, tokens, dtype=torch.long)
+        cache = reserved_cache(cast(Any, self.model).config)
+        read(self.model, ids, ids, torch.arange(tokens)[None], cache)
+        return cache
 
     def _logps(self, forward: PairForward, rows: PairRows) -> PairLogps:
         from torch.utils._pytree import tree_map_only
@@ -236,7 +243,7 @@ def _replace_tensors(model: nn.Module) -> None:
                     held[name] = cast(Any, fake(tensor))
 
 
-@cache
+@functools.cache
 def _live_bytes_class() -> Any:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves

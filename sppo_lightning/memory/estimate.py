@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
-from sppo_lightning.generation.hf import cache_bytes_of_layers
 from sppo_lightning.memory.device import free_bytes
 from sppo_lightning.memory.dry_run import OptimizerMemory, optimizer_memory
 from sppo_lightning.memory.footprint import CannotEstimateError, Footprint, Gathered, layer_count
 from sppo_lightning.memory.workload import Passes, PassMeter, Workload, vocabulary_of
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rewards.protocol import RewardMemory
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 GIB = 2**30
 # of CUDA: the context with its kernels; 0.69 GiB on an H100 with those of products, attention and bitsandbytes
@@ -215,12 +211,8 @@ class _Sum:
         return int(self.optimizer.state * self.weights.trained_count) // self.workload.shards
 
     def _sampling(self) -> tuple[dict[str, int], int]:
-        from sppo_lightning.generation.cache import RESERVE
-
-        workload = self.workload
-        dtype, config = workload.compute_dtype, workload.model_config
+        workload, config, row = self.workload, self.workload.model_config, self.passes.row
         copy = self._copy
-        row = cache_bytes(config, workload.longest_sequence + RESERVE, dtype)
         free = self.available - self._phase("sampling", {"copy": copy}).total
         engine = workload.generator.memory(
             row, free=max(0, free), total=self.available, device=workload.device
@@ -265,24 +257,3 @@ class _Sum:
             "activations": max(self.passes.training - weights.trained + weights.widest, step),
         }
         return parts if self.gathered is None else {**parts, "gathered weights": self.gathered.training}
-
-
-def cache_bytes(model_config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Return the bytes of one response's keys and values; layers with a window keep no more than that.
-
-    Args:
-        model_config: the model's own settings.
-        tokens: of prompt and response together.
-        dtype: of keys and values.
-
-    Raises:
-        CannotEstimateError: if the settings do not tell.
-    """
-    text: Any = model_config.get_text_config(decoder=True)
-    layers = cache_bytes_of_layers(model_config, dtype)
-    window = getattr(text, "sliding_window", None)
-    usual = "full_attention" if window is None else "sliding_attention"
-    kinds = getattr(text, "layer_types", None) or [usual] * len(layers)
-    window = tokens if window is None else window
-    kept = [min(window, tokens) if kind == "sliding_attention" else tokens for kind in kinds]
-    return sum(size * length for size, length in zip(layers, kept, strict=True))

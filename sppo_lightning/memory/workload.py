@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -9,6 +10,7 @@ import torch
 
 from sppo_lightning import policy as policies
 from sppo_lightning.generation import Generator
+from sppo_lightning.memory.cache_size import cache_bytes
 from sppo_lightning.memory.dry_run import DryRun, PairShape, stand_ins
 from sppo_lightning.memory.footprint import (
     Footprint,
@@ -111,6 +113,13 @@ class Workload:
         """Tokens of the longest prompt and response together."""
         return self.longest_prompt + max(1, self.generator.longest_response(self.longest_prompt))
 
+    @property
+    def longest_row(self) -> int:
+        """Tokens that keys and values of such a response have room for."""
+        from sppo_lightning.generation.cache import RESERVE
+
+        return self.longest_sequence + RESERVE
+
 
 class Passes(NamedTuple):
     """What the policy's passes take beside its weights, in bytes."""
@@ -118,6 +127,7 @@ class Passes(NamedTuple):
     training: int  # gradients included
     reference: int  # forward only
     reading: int  # of one prompt, to be answered
+    row: int  # what is kept of one response and its prompt while it grows
     found: str  # how
     measured: bool  # whether they were run
 
@@ -128,7 +138,7 @@ class PassMeter:
 
     _models: dict[tuple[str, ...], DryRun] = field(default_factory=dict)
     _passes: dict[tuple[Any, ...], Passes] = field(default_factory=dict)
-    _reading: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    _reading: dict[tuple[Any, ...], tuple[int, int]] = field(default_factory=dict)
 
     def weights(self, workload: Workload) -> Footprint:
         """Return what the policy's weights take.
@@ -165,6 +175,7 @@ class PassMeter:
             workload.shape,
             workload.accumulates,
             workload.longest_prompt,
+            workload.longest_row,
             workload.device.type,
         )
         if key not in self._passes:
@@ -172,7 +183,7 @@ class PassMeter:
         return self._passes[key]
 
     def passes_at_most(self, workload: Workload) -> Passes | None:
-        """Return a bound of what the passes take, without running them; ``None`` for layers other than attention.
+        """Return a bound of what the passes take, without running them; ``None`` for layers other than usual attention.
 
         Raises:
             CannotEstimateError: if there is no rule for the model.
@@ -182,7 +193,10 @@ class PassMeter:
         weights = self.weights(workload)
         about = _by_rule_of_thumb(workload, weights, chunk, "")
         config: Any = workload.model_config.get_text_config(decoder=True)
-        if not set(getattr(config, "layer_types", None) or ()) <= ATTENTION:
+        latent = getattr(
+            config, "kv_lora_rank", None
+        )  # DeepSeek's attention, whose keys its settings do not tell
+        if latent or not set(getattr(config, "layer_types", None) or ()) <= ATTENTION:
             return None
         shape = workload.shape
         # scores of all heads in float32, before and after they are normalised, and masked
@@ -192,6 +206,7 @@ class PassMeter:
             training=weights.trained + GENEROUS * (about.training - weights.trained) + more,
             reference=GENEROUS * about.reference + more,
             reading=GENEROUS * about.reading + SOME_MORE + score * workload.longest_prompt**2,
+            row=about.row,
             found="at most, by a generous rule of thumb",
             measured=False,
         )
@@ -217,30 +232,41 @@ class PassMeter:
 
     def _tried(self, workload: Workload, forward: PairForward) -> Passes | str:
         """Return what the passes take, or what the model said instead of running."""
+        torch_log = logging.getLogger("torch._subclasses.fake_tensor")  # has a traceback for what is tried in vain
+        level = torch_log.level
+        torch_log.setLevel(logging.CRITICAL)
         try:
             return self._run(workload, forward)
         except Exception as error:  # of any architecture's own code
             return f"{type(error).__name__}: {first_line(error)}"
+        finally:
+            torch_log.setLevel(level)
 
     def _run(self, workload: Workload, forward: PairForward) -> Passes:
         dry = self._model(workload)
+        reading, row = self._read(workload)
         return Passes(
             training=dry.training(forward, workload.shape, accumulates=workload.accumulates),
             reference=dry.scoring(forward, workload.shape),
-            reading=self._read(workload),
+            reading=reading,
+            row=row,
             found=f"{type(forward).__name__}, run on tensors without data",
             measured=True,
         )
 
-    def _read(self, workload: Workload) -> int:
-        """Return what reading a prompt takes; with full fine-tuning, a copy in the compute dtype reads it."""
+    def _read(self, workload: Workload) -> tuple[int, int]:
+        """Return what reading a prompt takes, and what is kept of a response; a copy in the compute dtype reads it.
+
+        That is with full fine-tuning; else the policy itself does.
+        """
         if workload.samples_a_copy:
             dtype = str(workload.compute_dtype).removeprefix("torch.")
             policy = replace(workload.policy, dtype=dtype)  # type: ignore[arg-type]
             workload = replace(workload, policy=policy)
-        key = (_plain(workload), workload.longest_prompt)
+        key = (_plain(workload), workload.longest_prompt, workload.longest_row)
         if key not in self._reading:
-            self._reading[key] = self._model(workload).reading(workload.longest_prompt)
+            dry = self._model(workload)
+            self._reading[key] = dry.reading(workload.longest_prompt), dry.kept(workload.longest_row)
         return self._reading[key]
 
     def _model(self, workload: Workload) -> DryRun:
@@ -309,6 +335,7 @@ def _by_rule_of_thumb(workload: Workload, weights: Footprint, chunk: int, refusa
         training=about(workload.shape, checkpointed=workload.policy.gradient_checkpointing) + weights.trained,
         reference=about(workload.shape, checkpointed=True),
         reading=about(PairShape(1, workload.longest_prompt, 1), checkpointed=True),
+        row=cache_bytes(workload.model_config, workload.longest_row, workload.compute_dtype),
         measured=False,
         found=f"by a rule of thumb, since the model does not run on tensors without data ({refusal})",
     )

@@ -1,0 +1,145 @@
+"""How a model's sequences may grow together, tried with a few random tokens against the model's plain forward.
+
+Shapes: P prompts, B rows (sequences that grow), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from sppo_lightning.adapters import unwrapped
+from sppo_lightning.forward_trial import off_by_a_rounding
+from sppo_lightning.generation.cache import reserved_cache
+from sppo_lightning.generation.parity import drift_tolerance, rounding
+from sppo_lightning.generation.steps import PlainSteps, left_padded, read
+from sppo_lightning.memory.cache_size import RowBytes, held_bytes
+from sppo_lightning.memory.device import ran_out
+from sppo_lightning.types import UserError, first_line
+
+UNLIKE, ALIKE = (3, 9), (6, 6)  # tokens of two prompts
+SOURCE = (0, 0, 1)  # prompt of each row
+BEFORE, AFTER = 2, 2  # tokens that rows grow by before the first one leaves, and after
+LEAVING = 0
+
+logger = logging.getLogger(__name__)
+
+
+class Batching(NamedTuple):
+    """What sequences that grow together may be, and take."""
+
+    padded: bool  # whether their prompts may differ in length
+    row: RowBytes
+
+
+def try_batching(model: nn.Module) -> Batching:
+    """Return how sequences of a model may grow together: with the log-probs that each would have alone.
+
+    Prompts of one length are all that a model can read together which heeds its padding, or counts it as tokens.
+
+    Args:
+        model: a causal language model, in the state that responses are sampled from.
+
+    Raises:
+        UserError: if they may not.
+    """
+    name = type(unwrapped(model)).__name__
+    try:
+        return Batching(True, _row(model, UNLIKE))
+    except _UnsuitableError as error:
+        unlike = error
+    try:
+        found = Batching(False, _row(model, ALIKE))
+    except _UnsuitableError as error:
+        raise UserError(
+            f"HFGenerator cannot sample from {name} ({error}): use "
+            "sppo_lightning.generation.OpenAIServerGenerator with a server that can"
+        ) from error
+    logger.info("%s reads prompts of one length at a time: where they are padded, %s", name, unlike)
+    return found
+
+
+class _UnsuitableError(Exception):
+    """Sequences that grow together are not what each would be alone."""
+
+
+@torch.inference_mode()
+def _row(model: nn.Module, lengths: tuple[int, int]) -> RowBytes:
+    """Return what a row takes; raise where those that grow from prompts of these lengths are not the model's own."""
+    prompts, tokens = _drawn(model, lengths)
+    try:
+        own = _alone(model, prompts, tokens)
+        found, row = _together(model, prompts, tokens)
+    except Exception as error:  # of any model's own code
+        if ran_out(error):
+            raise
+        raise _UnsuitableError(first_line(error) or type(error).__name__) from error
+    eps = rounding(model)
+    drift, tolerance = _distance(own, found), drift_tolerance(eps)
+    if drift <= tolerance:
+        return row
+    with off_by_a_rounding(unwrapped(model), eps):  # many layers make more of it
+        tolerance = max(tolerance, _distance(own, _alone(model, prompts, tokens)))
+    if not drift <= tolerance:
+        raise _UnsuitableError(
+            f"responses that grow from one reading of their prompt have other log-probs, by {drift:.2g} nat per token "
+            f"(tolerance {tolerance:.2g})"
+        )
+    return row
+
+
+def _drawn(model: nn.Module, lengths: tuple[int, int]) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the tokens of each prompt, and of each row behind its prompt."""
+    vocabulary = cast(Any, unwrapped(model)).config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(length: int) -> list[int]:
+        drawn: list[int] = torch.randint(vocabulary, (length,), generator=generator).tolist()
+        return drawn
+
+    return [tokens(length) for length in lengths], [tokens(BEFORE + AFTER) for _ in SOURCE]
+
+
+def _alone(model: nn.Module, prompts: list[list[int]], tokens: list[list[int]]) -> Tensor:
+    """Return the log-probs behind each prompt and each later token, rows read one by one, ``[B, tokens + 1, V]``."""
+    device = next(model.parameters()).device
+    rows = []
+    for source, behind in zip(SOURCE, tokens, strict=True):
+        ids = torch.tensor([prompts[source] + behind], device=device)
+        logits: Tensor = cast(Any, model)(input_ids=ids, use_cache=False).logits
+        rows.append(logits[0, len(prompts[source]) - 1 :])
+    return torch.stack(rows).float().log_softmax(-1)
+
+
+def _together(model: nn.Module, prompts: list[list[int]], tokens: list[list[int]]) -> tuple[Tensor, RowBytes]:
+    """Return what :func:`_alone` does of rows that grow together, NaN where one has left; and what a row takes."""
+    device = next(model.parameters()).device
+    ids, mask, positions = left_padded(prompts, len(tokens[0]), device)
+    cache, width = reserved_cache(cast(Any, unwrapped(model)).config), ids.shape[1]
+    logits = read(model, ids, mask[:, :width], positions, cache)
+    as_read = held_bytes(cache) // len(prompts)
+    source, behind = torch.tensor(SOURCE, device=device), torch.tensor(tokens, device=device)
+    found = logits.new_full((len(tokens), len(tokens[0]) + 1, logits.shape[-1]), float("nan"))
+    found[:, 0] = logits[source]
+    rows = torch.arange(len(tokens), device=device)
+    with PlainSteps(model, cache, source, mask, width) as steps:
+        for step in range(len(tokens[0])):
+            if step == BEFORE:
+                kept = (rows != LEAVING).nonzero().flatten()
+                steps.keep(kept)
+                rows = rows[kept]
+            found[rows, step + 1] = steps.logits(behind[rows, step], positions[source[rows], -1] + 1 + step)
+    token = (held_bytes(cache) // len(rows) - as_read) // len(tokens[0])
+    return found.log_softmax(-1), RowBytes(max(1, token), max(0, as_read - token * width))
+
+
+def _distance(own: Tensor, found: Tensor) -> float:
+    """Return how far log-probs of the most likely tokens lie apart, nats on average over ``[B, tokens, V]``."""
+    best = own.argmax(-1, keepdim=True)
+    apart = (own.gather(-1, best) - found.gather(-1, best)).squeeze(-1).abs()
+    there = torch.ones_like(apart, dtype=torch.bool)
+    there[LEAVING, BEFORE + 1 :] = False
+    return apart[there].mean().item()
