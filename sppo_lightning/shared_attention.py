@@ -22,6 +22,7 @@ from sppo_lightning.layouts import SharedPrompts
 from sppo_lightning.own_attention import CannotAttendError
 
 NAME = "sppo_shared_prompts"
+SINK = 8  # dimensions that a head gets for a sink's key: as many as kernels want a width to be a multiple of
 
 
 class SharedAttention(ABC):
@@ -37,7 +38,14 @@ class SharedAttention(ABC):
 
     @abstractmethod
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, window: int | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None,
+        window: int | None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Return what each token reads, ``[T, H, D]``.
 
@@ -47,6 +55,10 @@ class SharedAttention(ABC):
             value: ``[T, K, D]``.
             scale: of the scores; ``None``: one over the root of D.
             window: tokens that a token sees, itself included; ``None``: all before it.
+            sinks: ``[H]`` score of a further key, which every token sees and which holds nothing (GPT-OSS).
+
+        Raises:
+            CannotAttendError: if there are sinks, and this attention has none.
         """
 
 
@@ -56,18 +68,59 @@ class MaskedAttention(SharedAttention):
     def __init__(self, shared: SharedPrompts) -> None:
         super().__init__(shared)
         self._masks: dict[int | None, tuple[Tensor | None, Tensor]] = {}
+        self._sunk_masks: dict[int | None, tuple[Tensor, Tensor]] = {}
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, window: int | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None,
+        window: int | None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Return what each token reads, ``[T, H, D]``."""
+        if sinks is not None:
+            return self._with_sinks(query, key, value, sinks, scale, window)
+        return self._attend(query, key, value, scale, self._mask(window, query.device))
+
+    def _with_sinks(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor,
+        scale: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """Give each head a dimension in which only the sink's key is not 0, and each query its head's score there."""
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        scores = (sinks / scale).to(query.dtype)[:, None].expand(len(query), -1, -1)
+        query = torch.cat([F.pad(query, (0, SINK - 1)), scores], dim=-1)
+        key, value = F.pad(key, (0, SINK)), F.pad(value, (0, SINK))
+        sink = F.pad(torch.ones_like(key[0, :1, :1]), (key.shape[-1] - 1, 0))
+        found = self._attend(query, key, value, scale, self._sunk_mask(window, query.device), sink)
+        return found[..., :-SINK]
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        masks: tuple[Tensor | None, Tensor],
+        sink: Tensor | None = None,
+    ) -> Tensor:
+        """Return what each token reads; the key ``sink``, of D numbers, comes last in every segment."""
         prompts, responses = self.shared.prompts, self.shared.responses
-        prompt_mask, response_mask = self._mask(window, query.device)
         (own_query, query), (own_key, key), (own_value, value) = map(self._segments, (query, key, value))
-        read = _sdpa(own_query, own_key, own_value, prompt_mask, scale)
-        answered = _sdpa(
-            query, _behind_prompt(own_key, key), _behind_prompt(own_value, value), response_mask, scale
-        )
+        key, value = _behind_prompt(own_key, key), _behind_prompt(own_value, value)
+        if sink is not None:
+            own_key, key = _and_last(own_key, sink), _and_last(key, sink)
+            own_value, value = F.pad(own_value, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
+        read = _sdpa(own_query, own_key, own_value, masks[0], scale)
+        answered = _sdpa(query, key, value, masks[1], scale)
         padded = [part.transpose(1, 2).flatten(0, 1) for part in (read, answered)]
         assert len(padded[0]) == prompts[0] * prompts[1]
         assert len(padded[1]) == responses[0] * responses[1]
@@ -110,6 +163,19 @@ class MaskedAttention(SharedAttention):
             self._masks[window] = prompt_mask, mask[:, None]
         return self._masks[window]
 
+    def _sunk_mask(self, window: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`_mask` does, with a key more that all see."""
+        if window not in self._sunk_masks:
+            prompt_mask, response_mask = self._mask(window, device)
+            if prompt_mask is None:
+                before = torch.arange(self.shared.prompts[1], device=device)
+                prompt_mask = before[:, None] >= before
+            self._sunk_masks[window] = (
+                F.pad(prompt_mask, (0, 1), value=True),
+                F.pad(response_mask, (0, 1), value=True),
+            )
+        return self._sunk_masks[window]
+
 
 class VarlenAttention(SharedAttention):
     """``varlen_attn``, the flash kernel for segments of any length: no padding, no mask; CUDA, 16 bits.
@@ -118,9 +184,18 @@ class VarlenAttention(SharedAttention):
     """
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, window: int | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None,
+        window: int | None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Return what each token reads, ``[T, H, D]``."""
+        if sinks is not None:
+            raise CannotAttendError("the kernel for segments of any length has no attention sinks")
         kernel = _varlen_kernel()
         options = {}
         if query.shape[1] != key.shape[1]:
@@ -186,6 +261,11 @@ def _behind_prompt(prompts: Tensor, responses: Tensor) -> Tensor:
     return torch.cat([prompts.repeat(2, 1, 1, 1), responses], dim=2)
 
 
+def _and_last(keys: Tensor, key: Tensor) -> Tensor:
+    """Return keys ``[B, heads, T + 1, D]``, the same one behind those of each segment and head."""
+    return torch.cat([keys, key.expand(*keys.shape[:2], 1, -1)], dim=2)
+
+
 def _take(padded: Tensor, places: Tensor) -> Tensor:
     taken: Tensor = cast(Any, _Unpad).apply(padded, places)
     return taken
@@ -234,6 +314,7 @@ def _shared_prompts_attention(
     shared_attention: SharedAttention | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Take the place of a model's attention; ``[1, heads, T, D]`` in, ``[1, T, H, D]`` out."""
@@ -249,7 +330,7 @@ def _shared_prompts_attention(
     states = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     if sliding_window is not None:
         shared_attention.windows.add(sliding_window)
-    return shared_attention(*states, scale=scaling, window=sliding_window)[None], None
+    return shared_attention(*states, scale=scaling, window=sliding_window, sinks=s_aux)[None], None
 
 
 def attach(model: nn.Module) -> None:

@@ -126,7 +126,7 @@ def test_the_chunk_is_handed_on(kind: str) -> None:
 
 
 def without_window(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda self, *states, scale, window: own(self, *states, scale=scale, window=None)
+    return lambda self, *states, window, **options: own(self, *states, window=None, **options)
 
 
 @pytest.mark.parametrize("longest", [30, 31])

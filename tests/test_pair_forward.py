@@ -46,9 +46,9 @@ from sppo_lightning.types import PreferencePair
 PAD = 2
 SHARING = [
     *("llama", "qwen2", "qwen3", "mistral", "gemma3", "gemma3_capped", "granite", "cohere", "cohere2"),
-    *("gpt2", "qwen3_moe"),
+    *("gpt2", "gpt_oss", "qwen3_moe"),
 ]
-NO_FLOAT64 = {"qwen3_moe"}  # whose experts are multiplied by a kernel without it
+NO_FLOAT64 = {"gpt_oss", "qwen3_moe"}  # whose experts are multiplied by a kernel without it
 FORWARDS: list[type[PairForward]] = [PlainForward, SharedForward, AutoForward]
 EXACT = [PlainForward, SharedForward]
 
@@ -193,7 +193,7 @@ def test_batch_size_order_fillers_and_padding_change_nothing(
 
 
 @pytest.mark.parametrize("forward_class", EXACT)
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt_oss"])
 @torch.no_grad()
 def test_the_other_response_is_invisible(kind: str, forward_class: type[PairForward]) -> None:
     """Other tokens change no bit; another length may change the order of sums."""

@@ -53,9 +53,16 @@ def drawn(lengths: Lengths, *, key_heads: int = HEADS, seed: int = 0) -> tuple[T
 
 
 def by_definition(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, *, scale: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Lengths,
+    *,
+    scale: float | None,
+    window: int | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Query after query, key after key.
+    """Query after query, key after key; a sink is a score that takes its share of a token's attention.
 
     A token of a sequence sees the tokens of that sequence that stand at most ``window - 1`` positions before it; a
     sequence is a prompt with one response.
@@ -78,11 +85,11 @@ def by_definition(
             if its_pair == pair and its_side in (None, side) and its_position <= position
             if window is None or position - its_position < window
         ]
-        heads = [
-            torch.softmax(scale * key[seen, head // group] @ query[number, head], 0)
-            @ value[seen, head // group]
-            for head in range(query.shape[1])
-        ]
+        heads = []
+        for head in range(query.shape[1]):
+            scores = scale * key[seen, head // group] @ query[number, head]
+            scores = scores if sinks is None else torch.cat([scores, sinks[head : head + 1]])
+            heads.append(torch.softmax(scores, 0)[: len(seen)] @ value[seen, head // group])
         rows.append(torch.stack(heads))
     return torch.stack(rows)
 
@@ -165,6 +172,33 @@ def test_masked_attention_is_the_definition(shape: str, key_heads: int) -> None:
     for window, scale in zip(WINDOWS, (None, 0.3, None, 0.3, 0.3), strict=True):
         found = attention(*leaves, scale=scale, window=window)
         same(found, by_definition(*leaves, lengths, scale=scale, window=window), leaves, gradient=1e-6)
+
+
+@pytest.mark.parametrize("key_heads", [HEADS, 2])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_sinks_are_the_definition(shape: str, key_heads: int) -> None:
+    """One of each head, also where it takes nearly all; the sinks' own gradient too."""
+    lengths, leaves = SHAPES[shape], drawn(SHAPES[shape], key_heads=key_heads)
+    sinks = torch.tensor([0.0, -3.0, 1.5, 6.0], dtype=torch.float64, requires_grad=True)
+    attention = MaskedAttention(shared_prompts(lengths))
+    for window, scale in zip(WINDOWS, (None, 0.3, None, 0.3, 0.3), strict=True):
+        options: dict[str, Any] = {"scale": scale, "window": window, "sinks": sinks}
+        found = attention(*leaves, **options)
+        same(found, by_definition(*leaves, lengths, **options), [*leaves, sinks], gradient=1e-6)
+
+
+def test_layers_with_and_without_sinks_share_an_attention() -> None:
+    leaves, sinks = drawn(RAGGED), torch.zeros(HEADS, dtype=torch.float64)
+    attention = MaskedAttention(shared_prompts(RAGGED))
+    for given in (None, sinks, None, sinks):
+        options: dict[str, Any] = {"scale": None, "window": 3, "sinks": given}
+        same(attention(*leaves, **options), by_definition(*leaves, RAGGED, **options), leaves, gradient=1e-6)
+
+
+def test_the_varlen_kernel_has_no_sinks() -> None:
+    attention, leaves = VarlenAttention(shared_prompts(RAGGED)), drawn(RAGGED)
+    with pytest.raises(CannotAttendError, match="has no attention sinks"):
+        attention(*leaves, scale=None, window=None, sinks=torch.zeros(HEADS))
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -274,7 +308,7 @@ def test_a_model_that_never_attended_otherwise_is_left_alone() -> None:
 class Noting(SharedAttention):
     """Attends to nothing, and notes the dtypes that it gets."""
 
-    def __call__(self, *states: Tensor, scale: float | None, window: int | None) -> Tensor:
+    def __call__(self, *states: Tensor, **options: Any) -> Tensor:
         self.dtypes = [each.dtype for each in states]
         return states[0]
 
@@ -339,7 +373,7 @@ def test_dropout_is_named() -> None:
     detach(model)
 
 
-@pytest.mark.parametrize("asked", ["s_aux", "position_bias", "cache"])
+@pytest.mark.parametrize("asked", ["softcap", "position_bias", "cache"])
 def test_what_else_a_model_asks_for_is_named(asked: str) -> None:
     refused(new_model(), f"LlamaAttention needs {asked}", **{asked: torch.zeros(1)})
 

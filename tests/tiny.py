@@ -23,6 +23,7 @@ from transformers import (
     Gemma3TextConfig,
     Gemma4TextConfig,
     GPT2Config,
+    GptOssConfig,
     GraniteConfig,
     GraniteMoeHybridConfig,
     Lfm2Config,
@@ -89,6 +90,15 @@ TRAINED_CONFIGS = {
     ),
     "qwen3_moe": Qwen3MoeConfig(
         **_SHAPE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    ),
+    # attention sinks, with and without a window
+    "gpt_oss": GptOssConfig(
+        **_SHAPE,
+        head_dim=8,
+        sliding_window=6,
+        layer_types=_MIXED,
+        num_local_experts=4,
+        num_experts_per_tok=2,
     ),
     "qwen3_5": Qwen3_5TextConfig(**_SHAPE, head_dim=8, layer_types=["linear_attention", "full_attention"]),
     "llama4": Llama4TextConfig(

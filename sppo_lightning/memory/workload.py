@@ -232,7 +232,9 @@ class PassMeter:
 
     def _tried(self, workload: Workload, forward: PairForward) -> Passes | str:
         """Return what the passes take, or what the model said instead of running."""
-        torch_log = logging.getLogger("torch._subclasses.fake_tensor")  # has a traceback for what is tried in vain
+        torch_log = logging.getLogger(
+            "torch._subclasses.fake_tensor"
+        )  # has a traceback for what is tried in vain
         level = torch_log.level
         torch_log.setLevel(logging.CRITICAL)
         try:
