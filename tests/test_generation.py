@@ -50,7 +50,13 @@ def sampled(
     source: Source, requests: Sequence[SampleRequest], **settings: Any
 ) -> dict[tuple[tuple[int, ...], int], tuple[int, ...]]:
     """Token ids by prompt and seed."""
-    answers = answer(engine(source, **settings), requests)
+    return by_seed(requests, answer(engine(source, **settings), requests))
+
+
+def by_seed(
+    requests: Sequence[SampleRequest], answers: Sequence[Sequence[Response]]
+) -> dict[tuple[tuple[int, ...], int], tuple[int, ...]]:
+    """Token ids by prompt and seed."""
     return {
         (request.token_ids, seed): response.token_ids
         for request, responses in zip(requests, answers, strict=True)
@@ -412,11 +418,7 @@ def test_a_full_memory_halves_the_batch_and_is_remembered(
         with pytest.warns(UserWarning, match=FULL):
             found = answer(generator, GROUPS)
         assert [rows * width > most for rows, width in held].index(True) == read
-        assert {
-            (request.token_ids, seed): one.token_ids
-            for request, responses in zip(GROUPS, found, strict=True)
-            for seed, one in zip(request.seeds, responses, strict=True)
-        } == expected
+        assert by_seed(GROUPS, found) == expected
         generator.unload()
         generator.load(source)
         with warnings.catch_warnings():
