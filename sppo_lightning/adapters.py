@@ -25,14 +25,19 @@ def embedding_rows(model: nn.Module) -> int:
     return rows
 
 
-def adapter_readme(model: nn.Module) -> str:
-    """Return the ``README.md`` of a model's adapter in PEFT's layout: its base, and how to load the two."""
+def adapter_readme(model: nn.Module, loader: str) -> str:
+    """Return the ``README.md`` of a model's adapter in PEFT's layout: its base, and how to load the two.
+
+    Args:
+        model: PEFT's.
+        loader: name of transformers' class to load the base by.
+    """
     config = cast(Any, model).peft_config["default"]
     base = str(config.base_model_name_or_path)
     lines = [
         f"# A {'DoRA' if config.use_dora else 'LoRA'} adapter",
         f"Written by sppo-lightning while training. Its base is `{base}`, which it is loaded with by PEFT:",
-        f"```python\n{_loading(base)}\n```",
+        f"```python\n{_loading(base, loader)}\n```",
     ]
     if config.use_dora:
         lines.append(
@@ -45,18 +50,33 @@ def adapter_readme(model: nn.Module) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def _loading(base: str) -> str:
-    if not base.endswith(".gguf"):
+def opened_by_peft(base: str, loader: str) -> bool:
+    """Whether PEFT finds and loads an adapter's base by itself: no ``.gguf`` file, no model that sees as well.
+
+    Args:
+        base: where it is.
+        loader: name of transformers' class to load it by.
+    """
+    return loader == "AutoModelForCausalLM" and not base.endswith(".gguf")
+
+
+def _loading(base: str, loader: str) -> str:
+    if opened_by_peft(base, loader):
         return (
             "from peft import AutoPeftModelForCausalLM\n\n"
             'model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")'
         )
-    place = Path(base)
     return (
-        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{place.parent}", gguf_file="{place.name}")\n'
+        f"from peft import PeftModel\nfrom transformers import {loader}\n\n"
+        f"base = {loader}.from_pretrained({base_arguments(base)})\n"
         'model = PeftModel.from_pretrained(base, "path/to/this/folder")'
     )
+
+
+def base_arguments(base: str) -> str:
+    """Return what ``from_pretrained`` is called with to load an adapter's base, as Python text."""
+    place = Path(base)
+    return f'"{place.parent}", gguf_file="{place.name}"' if base.endswith(".gguf") else f'"{base}"'
 
 
 def decoders(model: nn.Module) -> list[Any]:
@@ -65,6 +85,33 @@ def decoders(model: nn.Module) -> list[Any]:
 
     inner = unwrapped(model)
     return [part for part in inner.modules() if isinstance(part, PreTrainedModel) and part is not inner]
+
+
+def beside_text(model: nn.Module) -> list[str]:
+    """Return the names of a model's parts that text never passes through: those that see or hear.
+
+    Args:
+        model: a causal language model, PEFT's wrapper around it or not; the names are those inside the wrapper.
+    """
+    inner = unwrapped(model)
+    text_config = inner.config.get_text_config(decoder=True)
+    if text_config is inner.config:
+        return []
+    reached = {part for part in decoders(model) if type(part.config) is type(text_config)}
+    if not reached:
+        return []
+    return list(_apart(inner, reached | {inner.get_output_embeddings()}, ""))
+
+
+def _apart(module: nn.Module, reached: set[Any], prefix: str) -> Iterator[str]:
+    """Yield the names of a module's parts that neither are among some modules nor hold one of them."""
+    for name, child in module.named_children():
+        if child in reached:
+            continue
+        if any(part in reached for part in child.modules()):
+            yield from _apart(child, reached, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -71,7 +71,7 @@ def _spreads(strategy: Any, processes: int) -> bool:
     )
     name = name.rpartition(".")[2]
     if name == "ModelParallelStrategy":
-        given = strategy.get("init_args") or {}
+        given = {} if isinstance(strategy, str) else strategy.get("init_args") or {}
         sizes = (given.get("data_parallel_size", "auto"), given.get("tensor_parallel_size", "auto"))
         check_spread_sizes(*sizes, processes=processes)
         return True

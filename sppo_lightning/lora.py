@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from sppo_lightning.adapters import beside_text
 from sppo_lightning.policy_config import KEY, LoRAConfig
 from sppo_lightning.sharding import is_sharded, local
 from sppo_lightning.types import UserError, first_line
@@ -31,6 +33,8 @@ STARTS = (True, False, "gaussian", "orthogonal", "eva")
 def with_adapter(model: nn.Module, lora: LoRAConfig, *, pretrained: str) -> PeftModel:
     """Freeze a model and put an adapter on it, in float32; one that is started from comes with its weights.
 
+    A fresh one leaves alone what text never passes through, whatever its layers are called.
+
     Args:
         model: a transformers causal language model; on the meta device the adapter is left without weights.
         lora: which adapter.
@@ -42,7 +46,8 @@ def with_adapter(model: nn.Module, lora: LoRAConfig, *, pretrained: str) -> Peft
     """
     from peft import get_peft_model
 
-    config = _fresh_config(lora) if lora.adapter is None else _read_config(lora, pretrained)
+    beside = beside_text(model)
+    config = _fresh_config(lora, beside) if lora.adapter is None else _read_config(lora, pretrained)
     try:
         adapted: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=True)
     except ValueError as error:
@@ -97,15 +102,18 @@ def _overwritten(trained: Mapping[str, nn.Parameter], weights: Mapping[str, Tens
             local(parameter.detach()).copy_(own[name])
 
 
-def _fresh_config(lora: LoRAConfig) -> LoraConfig:
+def _fresh_config(lora: LoRAConfig, beside: list[str]) -> LoraConfig:
+    """Return PEFT's settings of a fresh adapter, which leaves the modules of these names and what is in them alone."""
     from peft import LoraConfig
 
     assert lora.rank is not None
+    names = "|".join(map(re.escape, beside))
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
+        exclude_modules=rf"({names})(\..+)?" if beside else None,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         task_type="CAUSAL_LM",

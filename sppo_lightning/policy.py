@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from sppo_lightning.adapters import adapter_readme, unwrapped
+from sppo_lightning.adapters import adapter_readme, beside_text, unwrapped
 from sppo_lightning.durable import make_readable
 from sppo_lightning.lora import with_adapter
 from sppo_lightning.policy_config import PolicyConfig
 from sppo_lightning.pretrained import (
     DTYPES,
+    class_of,
     forget_gguf,
     hub_location,
+    model_class,
     quantization_options,
 )
 from sppo_lightning.quantized_layers import make_steady
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 CPU = torch.device("cpu")
+KEY = "model.policy.pretrained"
 
 
 def load_base_model(
@@ -41,10 +44,12 @@ def load_base_model(
         config: what to load.
         compute_dtype: dtype of the trainer's matrix products; the frozen base of an adapter is held in it.
         device: where to.
-    """
-    from transformers import AutoModelForCausalLM
 
+    Raises:
+        UserError: if there is none.
+    """
     location, extra = hub_location(config.pretrained)
+    loader = model_class(config.pretrained, key=KEY, trust_remote_code=config.trust_remote_code)
     options = {**extra, **_options(config, compute_dtype)}
     if device.type != "cpu" or config.quantization != "none":
         options["device_map"] = {"": device}  # 4-bit weights are made where they stay
@@ -53,10 +58,10 @@ def load_base_model(
             config.quantization, compute_dtype, double=config.double_quantization
         )
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(location, **options)
+        model: PreTrainedModel = loader.from_pretrained(location, **options)
     except OSError as error:
         raise UserError(
-            f"model.policy.pretrained={config.pretrained!r} has no weights that can be read ({first_line(error)}): "
+            f"{KEY}={config.pretrained!r} has no weights that can be read ({first_line(error)}): "
             "put the model's safetensors files into the folder"
         ) from error
     if "gguf_file" in extra:
@@ -117,11 +122,9 @@ def skeleton(
     Raises:
         UserError: if attention kernel or adapter do not fit the model.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = class_of(model_config).from_config(
                 copy.deepcopy(model_config), **_options(config, compute_dtype)
             )
             return _trainable(model, config)
@@ -135,12 +138,15 @@ def skeleton(
 
 
 def _trainable(model: PreTrainedModel, config: PolicyConfig) -> nn.Module:
-    model.config.use_cache = False
+    _text_settings(model).use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.lora is None:
-        return model
-    return cast(nn.Module, with_adapter(model, config.lora, pretrained=config.pretrained))
+    trained: nn.Module = model
+    if config.lora is not None:
+        trained = with_adapter(model, config.lora, pretrained=config.pretrained)
+    for name in beside_text(trained):  # without a gradient for them, DDP would wait for one
+        unwrapped(trained).get_submodule(name).requires_grad_(False)
+    return trained
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -163,20 +169,25 @@ def _zero_dropout_rates(holder: object) -> None:
 
 def write_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write model (an adapter in PEFT's layout and a README), tokenizer, chat template and generation config."""
-    config, inner = cast(Any, model).config, unwrapped(model)
-    use_cache, config.use_cache = config.use_cache, True
+    inner, settings = unwrapped(model), _text_settings(model)
+    use_cache, settings.use_cache = settings.use_cache, True
     # transformers 5.23 writes on the first process only, whichever is asked to
     inner.should_save_on_this_rank = _always
     try:
         cast(Any, model).save_pretrained(folder, safe_serialization=True)
     finally:
-        config.use_cache = use_cache
+        settings.use_cache = use_cache
         del inner.should_save_on_this_rank
     if hasattr(model, "peft_config"):  # PEFT leaves out the generation config, and writes a form to fill in
         unwrapped(model).generation_config.save_pretrained(folder)
-        (folder / "README.md").write_text(adapter_readme(model))
+        (folder / "README.md").write_text(adapter_readme(model, class_of(inner.config).__name__))
     tokenizer.save_pretrained(folder)
     make_readable(folder)
+
+
+def _text_settings(model: Any) -> Any:
+    """Return the settings of a model that reads and writes text: its own, or its part's if it sees as well."""
+    return model.config.get_text_config(decoder=True)
 
 
 def _always(is_main_process: bool) -> bool:

@@ -59,9 +59,48 @@ def load_model_config(
     names = getattr(config, "architectures", None) or []
     if expect == "reward" and names and not any("SequenceClassification" in name for name in names):
         raise UserError(f"{key}={pretrained!r} is a {names[0]}, not a sequence-classification model")
-    if expect == "causal-lm" and any("SequenceClassification" in name for name in names):
-        raise UserError(f"{key}={pretrained!r} is a {names[0]}, not a language model that can answer")
+    if expect == "causal-lm" and (
+        any("SequenceClassification" in name for name in names) or class_of(config) is None
+    ):
+        kind = names[0] if names else f"{config.model_type!r} model"
+        raise UserError(f"{key}={pretrained!r} is a {kind}, not a language model that can answer")
     return config
+
+
+def model_class(pretrained: str, *, key: str, trust_remote_code: bool) -> Any:
+    """Return transformers' class to load a causal language model by, ``AutoModelForCausalLM`` for most.
+
+    Raises:
+        UserError: naming ``key``, if there is none.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if hub_location(pretrained)[1]:
+        return AutoModelForCausalLM  # to read a .gguf file's config takes seconds
+    return class_of(
+        load_model_config(pretrained, key=key, trust_remote_code=trust_remote_code, expect="causal-lm")
+    )
+
+
+def class_of(model_config: PretrainedConfig) -> Any:
+    """Return what :func:`model_class` does; ``None`` if the model cannot answer.
+
+    A model that sees as well, and comes without a class for text alone, is loaded as what it is.
+
+    Args:
+        model_config: its settings.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    of_its_own: dict[str, str] = getattr(model_config, "auto_map", None) or {}
+    if "AutoModelForCausalLM" in of_its_own or type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText if type(model_config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else None
 
 
 def load_tokenizer(pretrained: str, *, key: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:

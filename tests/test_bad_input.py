@@ -704,6 +704,10 @@ def test_some_non_finite_rewards_drop_their_prompts(tiny_policy: Path, tmp_path:
             "ModelParallelStrategy with data_parallel_size=auto, tensor_parallel_size=auto for 1 processes",
         ),
         (
+            {"trainer__strategy": "lightning.pytorch.strategies.ModelParallelStrategy"},
+            "ModelParallelStrategy with data_parallel_size=auto, tensor_parallel_size=auto for 1 processes",
+        ),
+        (
             {"trainer__strategy": "fsdp"},
             "strategy=fsdp is not supported: use one device or ddp; for a model larger than a device FSDP2: strategy: "
             "{class_path: lightning.pytorch.strategies.ModelParallelStrategy, init_args: {data_parallel_size: 1, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen2Config
 
+from sppo_lightning.adapters import beside_text
+from sppo_lightning.forward_trial import Trial
 from sppo_lightning.generation import SampleRequest
 from sppo_lightning.losses import DPOLoss
 from sppo_lightning.module import PreferenceModule
-from sppo_lightning.pair_forward import PairForward, PlainForward, SharedForward
+from sppo_lightning.pair_forward import AutoForward, PairForward, PlainForward, SharedForward
 from sppo_lightning.policy import (
     check_updates_survive,
     disable_dropout,
@@ -396,3 +399,50 @@ def test_a_modules_fingerprint_follows_its_weights_and_is_taken_once(
     assert digests[0] == digests[1]
     assert len(set(digests)) == len(taken) == 3
     assert digests[-1] == fingerprint(module.policy, str(tiny_policy))
+
+
+# ---------------------------------------------------------------- models that see
+
+SEEING = ("gemma3_seeing", "gemma4_seeing", "mistral3_seeing")
+BLIND = ("vision_tower", "multi_modal_projector", "embed_vision")  # what text never passes through
+
+
+def seeing_policy(kind: str, folder: Path, lora: LoRAConfig | None = None) -> nn.Module:
+    new_model(kind).save_pretrained(folder)
+    return load_policy(PolicyConfig(str(folder), lora=lora), compute_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("kind", SEEING)
+@pytest.mark.parametrize(
+    "lora",
+    [None, LoRAConfig(rank=2, alpha=4), LoRAConfig(rank=2, alpha=4, target_modules=["q_proj"])],
+    ids=["full", "all-linear", "q_proj"],
+)
+def test_all_that_is_trained_of_a_model_that_sees_gets_a_gradient(
+    kind: str, lora: LoRAConfig | None, tmp_path: Path
+) -> None:
+    """DDP waits for the gradient of each; the eyes have layers of the same names."""
+    model = seeing_policy(kind, tmp_path, lora)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    eyes = {name for name, _ in model.named_parameters() if any(f".{part}." in f".{name}" for part in BLIND)}
+    assert eyes
+    assert trained
+    assert not trained & eyes
+    forward = AutoForward()
+    forward.prepare(model, Trial(40, nullcontext, bool))
+    logps = forward.token_logps(model, batch_of(pairs_of(), forward.layout(PAD)).rows)
+    logps.sum().backward()
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
+    if lora is None:
+        assert trained | eyes == {name for name, _ in model.named_parameters()}
+
+
+def test_an_adapter_that_names_only_eyes_matches_nothing(tmp_path: Path) -> None:
+    lora = LoRAConfig(rank=2, alpha=4, target_modules=["patch_conv", "ln_pre"])
+    with pytest.raises(UserError, match=r"^model\.policy\.lora\.target_modules: "):
+        seeing_policy("mistral3_seeing", tmp_path, lora)
+
+
+def test_a_model_for_text_has_nothing_beside_it() -> None:
+    for kind in ("llama", "gemma3", "qwen3_5", "gpt2", "opt", "bart"):
+        assert beside_text(new_model(kind)) == []

@@ -12,12 +12,18 @@ import pytest
 import torch
 from conftest import SPECIAL, byte_tokenizer, tiny_config
 from test_generation import greedy
-from tiny import Source, alone, pairs_of, random_tokens
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
+from tiny import OTHER_CONFIGS, TRAINED_CONFIGS, Source, alone, pairs_of, random_tokens
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    LlamaForCausalLM,
+    T5Config,
+)
 
 from sppo_lightning.policy import end_token_ids, load_policy
 from sppo_lightning.policy_config import PolicyConfig
-from sppo_lightning.pretrained import hub_location, load_model_config, load_tokenizer
+from sppo_lightning.pretrained import class_of, hub_location, load_model_config, load_tokenizer, model_class
 from sppo_lightning.types import Message, UserError
 
 KEY = "model.policy.pretrained"
@@ -231,3 +237,31 @@ def test_models_of_the_wrong_kind(tiny_policy: Path, tiny_reward_model: Path) ->
         UserError, match=r"is a LlamaForSequenceClassification, not a language model that can answer$"
     ):
         config_of(tiny_reward_model)
+
+
+def test_a_model_that_reads_to_translate_cannot_answer(tmp_path: Path) -> None:
+    T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path / "named")
+    T5Config().save_pretrained(tmp_path / "nameless")
+    for place, kind in (("named", "T5ForConditionalGeneration"), ("nameless", "'t5' model")):
+        with pytest.raises(UserError, match=f" is a {kind}, not a language model that can answer$"):
+            config_of(tmp_path / place)
+
+
+def test_a_model_that_sees_is_loaded_by_the_class_for_text_where_there_is_one(tmp_path: Path) -> None:
+    for kind, expected in (
+        ("llama", AutoModelForCausalLM),
+        ("gemma3_seeing", AutoModelForCausalLM),
+        ("mistral3_seeing", AutoModelForImageTextToText),
+    ):
+        config = {**TRAINED_CONFIGS, **OTHER_CONFIGS}[kind]
+        assert class_of(config) is expected
+        config.save_pretrained(tmp_path / kind)
+        options: dict[str, Any] = {"key": "model.policy.pretrained", "trust_remote_code": False}
+        assert model_class(str(tmp_path / kind), **options) is expected
+
+
+def test_a_models_own_code_is_trusted_to_answer() -> None:
+    config = T5Config()
+    assert class_of(config) is None
+    config.auto_map = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    assert class_of(config) is AutoModelForCausalLM

@@ -12,7 +12,6 @@ import torch
 from conftest import byte_tokenizer, tiny_config
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
     BartConfig,
     BertConfig,
     Cohere2Config,
@@ -20,7 +19,9 @@ from transformers import (
     DeepseekV3Config,
     FalconH1Config,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
+    Gemma4Config,
     Gemma4TextConfig,
     GPT2Config,
     GptOssConfig,
@@ -29,6 +30,7 @@ from transformers import (
     Lfm2Config,
     Llama4TextConfig,
     Mamba2Config,
+    Mistral3Config,
     MistralConfig,
     OPTConfig,
     PreTrainedModel,
@@ -41,6 +43,7 @@ from transformers import (
 
 from sppo_lightning.batching import PairBatch, StepSlot, collate
 from sppo_lightning.layouts import PairLayout
+from sppo_lightning.pretrained import class_of
 from sppo_lightning.types import PreferencePair, Ranks
 
 VOCABULARY = 259
@@ -100,7 +103,15 @@ TRAINED_CONFIGS = {
         num_local_experts=4,
         num_experts_per_tok=2,
     ),
-    "qwen3_5": Qwen3_5TextConfig(**_SHAPE, head_dim=8, layer_types=["linear_attention", "full_attention"]),
+    "qwen3_5": Qwen3_5TextConfig(
+        **_SHAPE,
+        head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    ),
     "llama4": Llama4TextConfig(
         **_SHAPE, head_dim=8, attention_chunk_size=6, num_local_experts=2, intermediate_size_mlp=64
     ),
@@ -123,6 +134,15 @@ _MAMBA = {
     "mamba_expand": 2,
     "mamba_chunk_size": 8,
 }
+_EYES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_ENDS = {name: _SHAPE[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 OTHER_CONFIGS = {
     # latent attention; attention beside a state in every layer; states alone; mixed with attention; positions counted
     "deepseek_v3": DeepseekV3Config(
@@ -157,6 +177,33 @@ OTHER_CONFIGS = {
         is_decoder=True,
         is_encoder_decoder=False,
     ),
+    # with eyes; transformers has a class for causal language models for the first two only
+    "gemma3_seeing": Gemma3Config(
+        text_config={**_SHAPE, **_GEMMA, "layer_types": _MIXED},
+        vision_config=_EYES,
+        mm_tokens_per_image=4,
+        image_token_index=VOCABULARY - 1,
+        **_ENDS,
+    ),
+    "gemma4_seeing": Gemma4Config(
+        text_config={
+            **_SHAPE,
+            "head_dim": 8,
+            "global_head_dim": 8,
+            "sliding_window": 6,
+            "layer_types": _MIXED,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+        },
+        vision_config={**_EYES, "num_key_value_heads": 2, "head_dim": 8},
+        audio_config=None,
+        **_ENDS,
+    ),
+    "mistral3_seeing": Mistral3Config(
+        text_config={**_SHAPE, "model_type": "mistral", "head_dim": 8},
+        vision_config={**_EYES, "model_type": "pixtral"},
+        **_ENDS,
+    ),
     "bert": BertConfig(
         **_SMALL, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, initializer_range=0.3
     ),
@@ -172,9 +219,8 @@ def tiny_model(kind: str = "llama") -> PreTrainedModel:
 def new_model(kind: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random model to train, the same at every call."""
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        copy.deepcopy({**TRAINED_CONFIGS, **OTHER_CONFIGS}[kind])
-    )
+    config = copy.deepcopy({**TRAINED_CONFIGS, **OTHER_CONFIGS}[kind])
+    model: PreTrainedModel = class_of(config).from_config(config)
     return model.to(dtype)  # type: ignore[arg-type]
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 
 import sppo_lightning
+from sppo_lightning.adapters import base_arguments, opened_by_peft
 from sppo_lightning.export.check import Distance
 from sppo_lightning.export.run import FinishedRun
 from sppo_lightning.policy_config import LoRAConfig
@@ -41,6 +42,7 @@ def model_card(
     pairs: Sequence[PreferencePair],
     altered: Sequence[str] = (),
     moved: float | None = None,
+    loader: str = "AutoModelForCausalLM",
 ) -> str:
     """Return an exported folder's ``README.md``. It holds no paths, addresses of servers or keys of this machine.
 
@@ -51,6 +53,7 @@ def model_card(
         pairs: that it was made on.
         altered: weights in the folder that are not what was to be written.
         moved: what training changed in the log-probs of their responses, nats per token, where that is known.
+        loader: name of transformers' class to load the model by, or the base of an adapter.
     """
     base = model_name(source.policy.pretrained)
     front = {
@@ -69,7 +72,7 @@ def model_card(
         "## Settings",
         _table(("setting", "value"), settings(source)),
         "## How to load it",
-        *_loading(source, format),
+        *_loading(source, format, loader),
         "## Check",
         *_check(source, distances, pairs, moved),
         *_bits(source, format, altered),
@@ -178,38 +181,39 @@ def _results(source: FinishedRun) -> list[str]:
     ]
 
 
-def _loading(source: FinishedRun, format: str) -> Iterator[str]:
+def _loading(source: FinishedRun, format: str, loader: str) -> Iterator[str]:
     base = source.policy.pretrained
-    local = Path(base).exists()
     if format == "gguf-ready":
         yield "With llama.cpp's converter:"
         yield f"```sh\npython convert_hf_to_gguf.py {HERE} --outtype bf16 --outfile model.gguf\n```"
         yield "It is a Hugging Face folder like any other, too:"
     if format != "adapter":
         yield _python(
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            f'model = AutoModelForCausalLM.from_pretrained("{HERE}")',
+            f"from transformers import {loader}, AutoTokenizer",
+            f'model = {loader}.from_pretrained("{HERE}")',
         )
         return
-    if base.endswith(".gguf"):
-        yield f"PEFT cannot open {model_name(base)}, the base, by itself:"
-        yield _python(
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            f'base = AutoModelForCausalLM.from_pretrained("path/to/its/folder", gguf_file="{model_name(base)}")',
-            f'model = PeftModel.from_pretrained(base, "{HERE}")',
-        )
-    else:
+    if opened_by_peft(base, loader):
         yield _python(
             "from peft import AutoPeftModelForCausalLM",
             "from transformers import AutoTokenizer",
             f'model = AutoPeftModelForCausalLM.from_pretrained("{HERE}")',
         )
-        if local:
+        if Path(base).exists():
             yield (
                 f"The base, {model_name(base)}, was a folder where this was written: where it lies elsewhere, correct "
                 "`base_model_name_or_path` in `adapter_config.json`."
             )
+    else:
+        local = Path(base).exists() or base.endswith(".gguf")
+        shown = f"path/to/its/folder/{model_name(base)}" if local else base
+        yield f"PEFT cannot open {model_name(base)}, the base, by itself:"
+        yield _python(
+            "from peft import PeftModel",
+            f"from transformers import {loader}, AutoTokenizer",
+            f"base = {loader}.from_pretrained({base_arguments(shown)})",
+            f'model = PeftModel.from_pretrained(base, "{HERE}")',
+        )
     yield from _adapter_notes(source)
 
 

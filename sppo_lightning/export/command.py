@@ -85,7 +85,13 @@ def export(
     if format == "gguf-ready":
         write_for_gguf(fresh, job.tokenizer, pretrained=source.policy.pretrained)
     card = model_card(
-        source, format=format, distances=job.distances, pairs=job.pairs, altered=job.altered, moved=job.moved
+        source,
+        format=format,
+        distances=job.distances,
+        pairs=job.pairs,
+        altered=job.altered,
+        moved=job.moved,
+        loader=job.loader.__name__,
     )
     write_atomically(fresh / "README.md", card.encode())
     require(job.distances, altered=job.altered, folder=fresh)

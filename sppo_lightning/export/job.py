@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from sppo_lightning import policy as policies
-from sppo_lightning.adapters import adapted_layers, merge_into_base, merged_weight, unwrapped
+from sppo_lightning.adapters import adapted_layers, merge_into_base, merged_weight, opened_by_peft, unwrapped
 from sppo_lightning.export.check import (
     AdapterLogps,
     Distance,
@@ -29,7 +29,7 @@ from sppo_lightning.export.check import (
 from sppo_lightning.export.files import write_adapter, write_model
 from sppo_lightning.export.run import FinishedRun
 from sppo_lightning.policy_config import PolicyConfig
-from sppo_lightning.pretrained import load_tokenizer
+from sppo_lightning.pretrained import class_of, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +63,15 @@ class ExportJob:
         self.distances: list[Distance] = []  # outcome of the check
         self.altered: list[str] = []  # weights that are not what was to be written
         self.moved: float | None = None  # by training, nats per token; known for a fresh adapter
-        self.base_dtype = source.base_dtype() if source.adapted else torch.float32
+        model_config = source.model_config()
+        self.loader: Any = class_of(model_config)  # transformers' class to load the model by
+        named = getattr(model_config, "dtype", None) if source.adapted else None
+        self.base_dtype: torch.dtype = named or torch.float32  # a .gguf file names none
+
+    @property
+    def opened_by_peft(self) -> bool:
+        """Whether PEFT finds and loads an adapter's base by itself."""
+        return opened_by_peft(self.source.policy.pretrained, self.loader.__name__)
 
     def write_whole(self) -> None:
         """Write the weights of a run that trained all of them."""
@@ -132,9 +140,7 @@ class ExportJob:
         return exported_logps(model, self.pairs)
 
     def _whole(self, folder: Path) -> PreTrainedModel:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=self.trust)
+        model = self.loader.from_pretrained(folder, trust_remote_code=self.trust)
         return cast("PreTrainedModel", cast(nn.Module, model).to(self.device).eval())
 
     def _trained_logps(self) -> AdapterLogps:
@@ -181,7 +187,7 @@ class ExportJob:
         """Return the exported adapter as PEFT loads it by its folder's name alone, where it can."""
         from peft import AutoPeftModelForCausalLM
 
-        if self.source.policy.pretrained.endswith(".gguf"):
+        if not self.opened_by_peft:
             return self._adapted(self._plain_base, self.base_dtype, self.folder)
         model = AutoPeftModelForCausalLM.from_pretrained(self.folder, trust_remote_code=self.trust)
         return cast(nn.Module, model).to(self.device).eval()

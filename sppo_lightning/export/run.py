@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -18,6 +18,9 @@ from sppo_lightning.pretrained import DTYPES, load_model_config
 from sppo_lightning.rollouts import RunFolder
 from sppo_lightning.trainer import COMPUTE_DTYPES
 from sppo_lightning.types import UserError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
 RECORD = "run.json"  # in a policy's folder: its iteration and fingerprint
@@ -74,16 +77,20 @@ class FinishedRun:
         found = self.iteration if stays else 0  # a fresh adapter changes nothing
         return found if (self.folder.iteration(found).folder / "pairs.parquet").exists() else None
 
-    def base_dtype(self) -> torch.dtype:
-        """Return the dtype that the base's config names; float32 where it names none, as of a ``.gguf`` file.
+    def model_config(self) -> PretrainedConfig:
+        """Return the settings of the trained model, or of the base that an adapter was trained on.
 
         Raises:
             UserError: if the base is not there any more.
         """
         pretrained, trust = self.policy.pretrained, self.policy.trust_remote_code
+        if not self.adapted:
+            return load_model_config(
+                str(self.place), key="the run's policy", trust_remote_code=trust, expect="causal-lm"
+            )
         given = self.config["model"]["policy"]["pretrained"]
         try:
-            config = load_model_config(
+            return load_model_config(
                 pretrained, key="model.policy.pretrained", trust_remote_code=trust, expect="causal-lm"
             )
         except UserError as error:
@@ -92,7 +99,6 @@ class FinishedRun:
                 f"names {given}, which from here is {Path(given).resolve() if Path(given).exists() else 'not there'}. "
                 f"If the base moved, correct base_model_name_or_path in {self.place / ADAPTER_CONFIG}"
             ) from error
-        return getattr(config, "dtype", None) or torch.float32
 
     def adapter_settings(self) -> dict[str, Any]:
         """Return the ``adapter_config.json`` of a trained adapter."""

@@ -1,0 +1,88 @@
+"""Whole runs on models other than plain decoders of text: trained, stored, exported, and the policy's own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import byte_tokenizer, cli_arguments
+from safetensors.torch import load_file
+from tiny import new_model
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from sppo_lightning.__main__ import main
+
+WritePrompts = Callable[..., Path]
+LORA = {"model__policy__lora__rank": 4, "model__policy__lora__alpha": 8}
+
+
+@pytest.fixture
+def fit(write_prompts: WritePrompts, tmp_path: Path) -> Callable[..., Path]:
+    """Train a tiny model of a kind; returns the run's folder, the model lies beside it."""
+
+    def run(kind: str, **changes: Any) -> Path:
+        new_model(kind).save_pretrained(tmp_path / "model")
+        byte_tokenizer().save_pretrained(tmp_path / "model")
+        main(["fit", *cli_arguments(tmp_path / "model", write_prompts(), tmp_path / "run", **changes)])
+        return tmp_path / "run"
+
+    return run
+
+
+def check_pairs(run: Path, model: Any) -> None:
+    """The reference's log-probs are those of the model that the run began with, read plainly."""
+    pairs = pq.read_table(run / "iterations/000/pairs.parquet").to_pylist()
+    assert pairs
+    for pair in pairs:
+        prompt, response = pair["prompt_token_ids"], pair["chosen_token_ids"]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0]
+        logps = logits.double().log_softmax(-1)[len(prompt) - 1 : -1]
+        expected = logps.gather(-1, torch.tensor(response)[:, None]).sum().item()
+        assert pair["reference_chosen_logp"] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "lfm2", "granite_hybrid", "gpt_oss", "deepseek_v3"])
+def test_layers_of_other_kinds(kind: str, fit: Callable[..., Path]) -> None:
+    run = fit(kind)
+    check_pairs(run, new_model(kind).eval())
+    main(["export", str(run), "--format", "hf"])
+    trained, exported = (load_file(run / place / "model.safetensors") for place in ("policy", "export-hf"))
+    assert trained.keys() == exported.keys()
+    assert all(torch.equal(trained[name], exported[name]) for name in trained)
+    assert AutoModelForCausalLM.from_pretrained(run / "export-hf").config.use_cache
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("kind", ["qwen3_5", "gemma3_seeing", "mistral3_seeing"])
+def test_an_adapter_on_them(kind: str, quantization: str, fit: Callable[..., Path]) -> None:
+    run = fit(kind, model__policy__quantization=quantization, **LORA)
+    weights = load_file(run / "policy/adapter_model.safetensors")
+    assert weights
+    assert not [name for name in weights if re.search("vision|multi_modal", name)]
+    for format in ("adapter", "merged"):
+        main(["export", str(run), "--format", format])  # compares log-probs
+    merged = AutoModelForImageTextToText if kind == "mistral3_seeing" else AutoModelForCausalLM
+    assert merged.from_pretrained(run / "export-merged").config.get_text_config().use_cache
+    loaded_by_peft = "AutoPeftModelForCausalLM" in (run / "export-adapter/README.md").read_text()
+    assert loaded_by_peft == (kind != "mistral3_seeing")
+    assert loaded_by_peft == ("AutoPeftModelForCausalLM" in (run / "policy/README.md").read_text())
+
+
+@pytest.mark.parametrize("kind", ["gemma3_seeing", "gemma4_seeing", "mistral3_seeing"])
+def test_eyes_stay_as_they_were(kind: str, fit: Callable[..., Path], tmp_path: Path) -> None:
+    run = fit(kind)
+    check_pairs(run, new_model(kind).eval())
+    before, after = (load_file(place / "model.safetensors") for place in (tmp_path / "model", run / "policy"))
+    assert before.keys() == after.keys()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    constant = {name for name in before if name.endswith("layer_scalar")}  # of Gemma 4
+    assert same - constant == {name for name in before if re.search("vision|multi_modal", name)} != set()
+    main(["export", str(run), "--format", "hf"])
+    text = (run / "export-hf/README.md").read_text()
+    assert ("AutoModelForImageTextToText" in text) == (kind == "mistral3_seeing")
