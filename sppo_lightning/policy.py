@@ -19,6 +19,7 @@ from sppo_lightning.policy_config import PolicyConfig
 from sppo_lightning.pretrained import (
     DTYPES,
     class_of,
+    copy_processor,
     forget_gguf,
     hub_location,
     model_class,
@@ -168,7 +169,10 @@ def _zero_dropout_rates(holder: object) -> None:
 
 
 def write_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write model (an adapter in PEFT's layout and a README), tokenizer, chat template and generation config."""
+    """Write model (an adapter in PEFT's layout and a README), tokenizer, chat template and generation config.
+
+    With a model that also sees or hears goes what prepares its images and sounds.
+    """
     inner, settings = unwrapped(model), _text_settings(model)
     use_cache, settings.use_cache = settings.use_cache, True
     # transformers 5.23 writes on the first process only, whichever is asked to
@@ -181,6 +185,8 @@ def write_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
     if hasattr(model, "peft_config"):  # PEFT leaves out the generation config, and writes a form to fill in
         unwrapped(model).generation_config.save_pretrained(folder)
         (folder / "README.md").write_text(adapter_readme(model, class_of(inner.config).__name__))
+    elif beside_text(model):
+        copy_processor(inner.name_or_path, folder)
     tokenizer.save_pretrained(folder)
     make_readable(folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -13,6 +14,7 @@ from sppo_lightning.types import UserError, first_line
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -126,6 +128,27 @@ def load_tokenizer(pretrained: str, *, key: str, trust_remote_code: bool) -> Pre
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def copy_processor(pretrained: str, folder: Path) -> None:
+    """Copy what a model's images and sounds are prepared by, as far as it lies beside the model and can be reached.
+
+    Args:
+        pretrained: folder or hub id of a model that also sees or hears.
+        folder: where to.
+    """
+    from transformers.utils.hub import cached_file
+
+    for name in PROCESSOR_FILES:
+        found = cached_file(
+            pretrained,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if found is not None:
+            shutil.copyfile(found, folder / name)
 
 
 def check_quantization(kind: str, device: torch.device | None, *, key: str) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from sppo_lightning.__main__ import main
 
 WritePrompts = Callable[..., Path]
+EYES = '{"image_processor_type": "SiglipImageProcessor", "size": {"height": 28, "width": 28}}'
 LORA = {"model__policy__lora__rank": 4, "model__policy__lora__alpha": 8}
 
 
@@ -28,6 +29,7 @@ def fit(write_prompts: WritePrompts, tmp_path: Path) -> Callable[..., Path]:
     def run(kind: str, **changes: Any) -> Path:
         new_model(kind).save_pretrained(tmp_path / "model")
         byte_tokenizer().save_pretrained(tmp_path / "model")
+        (tmp_path / "model/preprocessor_config.json").write_text(EYES)
         main(["fit", *cli_arguments(tmp_path / "model", write_prompts(), tmp_path / "run", **changes)])
         return tmp_path / "run"
 
@@ -69,6 +71,8 @@ def test_an_adapter_on_them(kind: str, quantization: str, fit: Callable[..., Pat
         main(["export", str(run), "--format", format])  # compares log-probs
     merged = AutoModelForImageTextToText if kind == "mistral3_seeing" else AutoModelForCausalLM
     assert merged.from_pretrained(run / "export-merged").config.get_text_config().use_cache
+    prepared = run / "export-merged/preprocessor_config.json"
+    assert (prepared.read_text() == EYES) if kind.endswith("_seeing") else not prepared.exists()
     loaded_by_peft = "AutoPeftModelForCausalLM" in (run / "export-adapter/README.md").read_text()
     assert loaded_by_peft == (kind != "mistral3_seeing")
     assert loaded_by_peft == ("AutoPeftModelForCausalLM" in (run / "policy/README.md").read_text())
@@ -84,5 +88,7 @@ def test_eyes_stay_as_they_were(kind: str, fit: Callable[..., Path], tmp_path: P
     constant = {name for name in before if name.endswith("layer_scalar")}  # of Gemma 4
     assert same - constant == {name for name in before if re.search("vision|multi_modal", name)} != set()
     main(["export", str(run), "--format", "hf"])
+    for place in ("policy", "export-hf"):
+        assert (run / place / "preprocessor_config.json").read_text() == EYES
     text = (run / "export-hf/README.md").read_text()
     assert ("AutoModelForImageTextToText" in text) == (kind == "mistral3_seeing")
