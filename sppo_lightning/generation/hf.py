@@ -61,7 +61,8 @@ class HFGenerator(Generator):
     """Samples with the policy itself: a prompt is prefilled once for all its responses that grow at once.
 
     Responses depend on their seeds only: batch size and order change none of them in float32 (in bfloat16 a
-    near-tie may fall the other way).
+    near-tie may fall the other way). The first policy is tried before anything is sampled: prompts of any length may
+    grow together, or of one length only, or the model is refused.
 
     Args:
         batch_size: responses that grow at once; ``None``: what the memory holds. Too many are halved and tried again.

@@ -5,6 +5,7 @@ Shapes: P prompts, B rows (responses that grow), T tokens of the prompts, V voca
 
 from __future__ import annotations
 
+import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -126,14 +127,16 @@ def read(
         position_ids=positions,
         use_cache=True,
         logits_to_keep=1,
-        **{_cache_argument(model): cache},
+        **{_cache_argument(unwrapped(model).__class__): cache},
         **options,
     )
     last: Tensor = output.logits[:, -1]
     return last.to(torch.float32)
 
 
-def _cache_argument(model: nn.Module) -> str:
-    """Return what a model calls its cache; those of states alone have another name for it."""
-    takes = inspect.signature(unwrapped(model).forward).parameters
-    return "cache_params" if "cache_params" in takes else "past_key_values"
+@functools.cache
+def _cache_argument(kind: type[nn.Module]) -> str:
+    """Return what models of a kind call their cache; those of states alone have another name for it."""
+    return (
+        "cache_params" if "cache_params" in inspect.signature(kind.forward).parameters else "past_key_values"
+    )
