@@ -122,7 +122,7 @@ def _fresh_config(lora: LoRAConfig, beside: list[str]) -> LoraConfig:
 
 def _read_config(lora: LoRAConfig, pretrained: str) -> LoraConfig:
     """Read the settings of the adapter to start from."""
-    from peft import LoraConfig, PeftConfig
+    from peft import LoraConfig, PeftConfig, PeftType
 
     assert lora.adapter is not None
     given = f"{KEY}.adapter={lora.adapter!r}"
@@ -134,7 +134,9 @@ def _read_config(lora: LoRAConfig, pretrained: str) -> LoraConfig:
             "adapter_model.safetensors, or a hub id that can be reached"
         ) from error
     if not isinstance(config, LoraConfig):
-        raise UserError(f"{given} is a {config.peft_type} adapter: only LoRA adapters can be trained here")
+        raise UserError(
+            f"{given} is a {PeftType(config.peft_type).value} adapter: only LoRA adapters can be trained here"
+        )
     usual = LoraConfig()
     settings = [field.name for field in fields(config) if field.name not in OWN]
     extra = [name for name in settings if getattr(config, name) != getattr(usual, name)]

@@ -196,9 +196,10 @@ class ServerClient:
     def _said(self, error: BaseException) -> str:
         """Return what an error says, in one short line and without the key."""
         text = first_line(error)
-        body = getattr(error, "body", None)
-        if isinstance(body, dict):
-            message = body.get("message") or body.get("detail") or body
+        message: Any = getattr(error, "body", None)
+        if isinstance(message, dict):
+            message = message.get("message") or message.get("detail") or message
+        if message:  # what the client's own text holds of it depends on its version
             text = " ".join(f"{getattr(error, 'status_code', '')} {message}".split())
         if self._secret:
             text = text.replace(self._secret, "…")

@@ -181,7 +181,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other kind": (
         lambda folder: changed_config(folder, peft_type="IA3"),
-        r"is a PeftType\.IA3 adapter: only LoRA adapters can be trained here",
+        r"is a IA3 adapter: only LoRA adapters can be trained here",
     ),
     "not everywhere": (
         lambda folder: changed_config(folder, alora_invocation_tokens=[5, 6]),
