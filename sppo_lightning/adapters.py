@@ -88,19 +88,36 @@ def decoders(model: nn.Module) -> list[Any]:
 
 
 def beside_text(model: nn.Module) -> list[str]:
-    """Return the names of a model's parts that text never passes through: those that see or hear.
+    """Return the names of a model's modules that text never passes through: those that see or hear.
 
     Args:
         model: a causal language model, PEFT's wrapper around it or not; the names are those inside the wrapper.
     """
+    reached = _reached_by_text(model)
+    return list(_apart(unwrapped(model), reached, "")) if reached else []
+
+
+def freeze_beside_text(model: nn.Module) -> None:
+    """Train nothing that text never passes through: it gets no gradient, for which DDP would wait.
+
+    Args:
+        model: as :func:`beside_text` takes it.
+    """
+    reached = _reached_by_text(model)
+    within = {id(parameter) for part in reached for parameter in part.parameters()}
+    for parameter in unwrapped(model).parameters():
+        if reached and id(parameter) not in within:
+            parameter.requires_grad_(False)
+
+
+def _reached_by_text(model: nn.Module) -> set[Any]:
+    """Return decoder and head of a model that does more than read and write text; none if it does not."""
     inner = unwrapped(model)
     text_config = inner.config.get_text_config(decoder=True)
     if text_config is inner.config:
-        return []
-    reached = {part for part in decoders(model) if type(part.config) is type(text_config)}
-    if not reached:
-        return []
-    return list(_apart(inner, reached | {inner.get_output_embeddings()}, ""))
+        return set()
+    found = {part for part in decoders(model) if type(part.config) is type(text_config)}
+    return found | {inner.get_output_embeddings()} if found else set()
 
 
 def _apart(module: nn.Module, reached: set[Any], prefix: str) -> Iterator[str]:

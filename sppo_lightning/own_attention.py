@@ -93,10 +93,12 @@ def window_of(model: nn.Module) -> int | None:
     types = layer_types(model)
     if types and "sliding_attention" not in types:
         return None
-    window: int | None = getattr(unwrapped(model).config.get_text_config(), "sliding_window", None)
+    window: int | None = getattr(
+        unwrapped(model).config.get_text_config(decoder=True), "sliding_window", None
+    )
     return window
 
 
 def layer_types(model: nn.Module) -> set[str]:
     """Return the types of a model's layers, as far as its config says them."""
-    return set(getattr(unwrapped(model).config.get_text_config(), "layer_types", None) or ())
+    return set(getattr(unwrapped(model).config.get_text_config(decoder=True), "layer_types", None) or ())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from sppo_lightning.adapters import adapter_readme, beside_text, unwrapped
+from sppo_lightning.adapters import adapter_readme, beside_text, freeze_beside_text, unwrapped
 from sppo_lightning.durable import make_readable
 from sppo_lightning.lora import with_adapter
 from sppo_lightning.policy_config import PolicyConfig
@@ -20,6 +20,7 @@ from sppo_lightning.pretrained import (
     DTYPES,
     class_of,
     copy_processor,
+    fetch_processor,
     forget_gguf,
     hub_location,
     model_class,
@@ -67,6 +68,8 @@ def load_base_model(
         ) from error
     if "gguf_file" in extra:
         forget_gguf(model)
+    if beside_text(model):
+        fetch_processor(location)
     keep_head_input_contiguous(model)
     make_steady(model)
     return model
@@ -145,8 +148,7 @@ def _trainable(model: PreTrainedModel, config: PolicyConfig) -> nn.Module:
     trained: nn.Module = model
     if config.lora is not None:
         trained = with_adapter(model, config.lora, pretrained=config.pretrained)
-    for name in beside_text(trained):  # without a gradient for them, DDP would wait for one
-        unwrapped(trained).get_submodule(name).requires_grad_(False)
+    freeze_beside_text(trained)
     return trained
 
 
@@ -184,11 +186,17 @@ def write_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
         del inner.should_save_on_this_rank
     if hasattr(model, "peft_config"):  # PEFT leaves out the generation config, and writes a form to fill in
         unwrapped(model).generation_config.save_pretrained(folder)
-        (folder / "README.md").write_text(adapter_readme(model, class_of(inner.config).__name__))
+        (folder / "README.md").write_text(adapter_readme(model, loader_name(inner)))
     elif beside_text(model):
         copy_processor(inner.name_or_path, folder)
     tokenizer.save_pretrained(folder)
     make_readable(folder)
+
+
+def loader_name(model: PreTrainedModel) -> str:
+    """Return the name of transformers' class that a model was loaded by."""
+    found = class_of(model.config)  # none knows the settings that a part of Llama 3.2 Vision has of its own
+    return "AutoModelForCausalLM" if found is None else str(found.__name__)
 
 
 def _text_settings(model: Any) -> Any:

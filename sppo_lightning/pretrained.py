@@ -85,7 +85,7 @@ def model_class(pretrained: str, *, key: str, trust_remote_code: bool) -> Any:
 
 
 def class_of(model_config: PretrainedConfig) -> Any:
-    """Return what :func:`model_class` does; ``None`` if the model cannot answer.
+    """Return what :func:`model_class` does; ``None`` for a model that is known not to go on from its prompt.
 
     A model that sees as well, and comes without a class for text alone, is loaded as what it is.
 
@@ -102,7 +102,24 @@ def class_of(model_config: PretrainedConfig) -> Any:
     of_its_own: dict[str, str] = getattr(model_config, "auto_map", None) or {}
     if "AutoModelForCausalLM" in of_its_own or type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM
-    return AutoModelForImageTextToText if type(model_config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else None
+    text_config: Any = model_config.get_text_config(decoder=True)
+    translates = model_config.is_encoder_decoder or text_config.is_encoder_decoder
+    if translates or type(model_config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return None
+    return AutoModelForImageTextToText
+
+
+def stored_dtype(model_config: PretrainedConfig) -> torch.dtype | None:
+    """Return the dtype of a model's weights, as far as its settings, or those of its part for text, say it.
+
+    Args:
+        model_config: its settings.
+    """
+    for config in (model_config, model_config.get_text_config(decoder=True)):
+        dtype: torch.dtype | None = getattr(config, "dtype", None)
+        if dtype is not None:
+            return dtype
+    return None
 
 
 def load_tokenizer(pretrained: str, *, key: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -130,23 +147,47 @@ def load_tokenizer(pretrained: str, *, key: str, trust_remote_code: bool) -> Pre
     return tokenizer
 
 
+def file_beside(pretrained: str, name: str, *, fetch: bool = True) -> str | None:
+    """Return where a file lies that belongs to a model; ``None`` if there is none, or it cannot be reached.
+
+    Args:
+        pretrained: folder, hub id or ``.gguf`` file.
+        name: of the file.
+        fetch: from the hub, if it is not here.
+    """
+    from transformers.utils.hub import cached_file
+
+    location, extra = hub_location(pretrained)
+    if extra:
+        return None
+    try:
+        found: str | None = cached_file(
+            location, name, local_files_only=not fetch, _raise_exceptions_for_missing_entries=False
+        )
+    except OSError:
+        return None
+    return found
+
+
+def fetch_processor(pretrained: str) -> None:
+    """Have what a model's images and sounds are prepared by at hand for :func:`copy_processor`.
+
+    Args:
+        pretrained: folder or hub id of a model that also sees or hears.
+    """
+    for name in PROCESSOR_FILES:
+        file_beside(pretrained, name)
+
+
 def copy_processor(pretrained: str, folder: Path) -> None:
-    """Copy what a model's images and sounds are prepared by, as far as it lies beside the model and can be reached.
+    """Copy what a model's images and sounds are prepared by, as far as it is here.
 
     Args:
         pretrained: folder or hub id of a model that also sees or hears.
         folder: where to.
     """
-    from transformers.utils.hub import cached_file
-
     for name in PROCESSOR_FILES:
-        found = cached_file(
-            pretrained,
-            name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        found = file_beside(pretrained, name, fetch=False)
         if found is not None:
             shutil.copyfile(found, folder / name)
 

@@ -152,14 +152,14 @@ def assemble(
     """Gather a spread model one weight at a time, a collective; return it, in host memory, on the first process.
 
     Args:
-        model: spread; with an adapter only what is trained is gathered, and the base stays on the meta device.
+        model: spread; of one with an adapter that alone is gathered, and the base stays on the meta device.
         skeleton: returns the same model on the meta device.
         dtype: of the weights; ``None``: their own.
     """
     first, adapted = is_first(model), hasattr(model, "peft_config")
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad or not adapted:
+        if not adapted or cast(Any, model).base_model.prefix in name:
             value = whole(parameter.detach())
             if first:
                 found[name] = value.to("cpu", dtype, copy=True)

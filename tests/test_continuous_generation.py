@@ -538,6 +538,31 @@ def test_the_faster_engine_is_taken_and_said(caplog: pytest.LogCaptureFixture) -
     assert record.message.endswith(" tokens/s here, continuous batching " + record.message.split()[-1])
 
 
+def refused(self: HFGenerator, policy: Any) -> None:
+    raise UserError("HFGenerator cannot sample from this one")
+
+
+def test_continuous_batching_is_taken_where_the_other_engine_is_refused(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HFGenerator, "load", refused)
+    hf = HFGenerator(max_new_tokens=2, temperature=1.0)
+    continuous = ContinuousBatchingGenerator(max_new_tokens=2, temperature=1.0)
+    with caplog.at_level(logging.INFO, "sppo_lightning"):
+        assert faster_engine(hf, continuous, Source(tiny_model(), NEVER), sampled(*PROMPTS)) is continuous
+    assert caplog.messages == ["Sampling with continuous batching: HFGenerator cannot sample from this one"]
+
+
+def test_where_both_are_refused_that_is_said_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HFGenerator, "load", refused)
+    generator = AutoGenerator(max_new_tokens=2, temperature=1.0)
+    with caplog.at_level(logging.INFO, "sppo_lightning"), pytest.raises(UserError, match=r"from this one$"):
+        generator.load(Source(tiny_model(), NEVER))
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize(
     ("sound", "reason"),
     [

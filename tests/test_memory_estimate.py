@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_config
 from test_memory_dry_run import peak_of, step
-from tiny import TRAINED_CONFIGS, Source
+from tiny import OTHER_CONFIGS, TRAINED_CONFIGS, Source, new_model
 from transformers import (
     AutoModelForCausalLM,
     BltConfig,
@@ -238,6 +238,15 @@ def test_a_reference_that_stays_is_read_again() -> None:
     assert phases(reference="initial")["reference"]["initial weights"] == 4 * weight_count()
     adapted = phases(reference="initial", policy=PolicyConfig("x", lora=LORA))
     assert "initial weights" not in adapted["reference"]
+
+
+def test_eyes_are_copied_and_read_again_though_they_are_not_trained() -> None:
+    config = OTHER_CONFIGS["mistral3_seeing"]
+    count = sum(parameter.numel() for parameter in new_model("mistral3_seeing").parameters())
+    found = phases(model_config=config, reference="initial")
+    assert found["sampling"]["copy to sample from"] == 2 * count
+    assert found["reference"]["initial weights"] == 4 * count
+    assert found["training"]["gradients"] < 4 * count
 
 
 def test_optimizer_states_that_are_carried_stay() -> None:

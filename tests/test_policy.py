@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,9 +28,9 @@ from tiny import (
 )
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MllamaTextConfig, Qwen2Config
 
-from sppo_lightning.adapters import beside_text
+from sppo_lightning.adapters import beside_text, freeze_beside_text
 from sppo_lightning.forward_trial import Trial
 from sppo_lightning.generation import SampleRequest
 from sppo_lightning.losses import DPOLoss
@@ -41,7 +42,9 @@ from sppo_lightning.policy import (
     fingerprint,
     load_base_model,
     load_policy,
+    loader_name,
     sampling_copy,
+    write_folder,
 )
 from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
 from sppo_lightning.types import PreferencePair, UserError
@@ -438,11 +441,40 @@ def test_all_that_is_trained_of_a_model_that_sees_gets_a_gradient(
 
 
 def test_an_adapter_that_names_only_eyes_matches_nothing(tmp_path: Path) -> None:
-    lora = LoRAConfig(rank=2, alpha=4, target_modules=["patch_conv", "ln_pre"])
-    with pytest.raises(UserError, match=r"^model\.policy\.lora\.target_modules: "):
+    lora = LoRAConfig(rank=2, alpha=4, target_modules=["patch_conv"])
+    with pytest.raises(UserError, match=r"^model\.policy\.lora\.target_modules: No modules were targeted"):
         seeing_policy("mistral3_seeing", tmp_path, lora)
 
 
 def test_a_model_for_text_has_nothing_beside_it() -> None:
     for kind in ("llama", "gemma3", "qwen3_5", "gpt2", "opt", "bart"):
         assert beside_text(new_model(kind)) == []
+
+
+def test_weights_that_hang_beside_modules_are_frozen_too() -> None:
+    """LLaVA-NeXT's mark of a new line is one."""
+    model = new_model("gemma3_seeing")
+    model.model.image_newline = nn.Parameter(torch.zeros(32))
+    freeze_beside_text(model)
+    assert not model.model.image_newline.requires_grad
+    assert model.lm_head.weight.requires_grad
+    plain = new_model()
+    freeze_beside_text(plain)
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+
+
+def test_a_part_of_a_model_with_settings_of_its_own_is_loaded_by_the_usual_class() -> None:
+    """Llama 3.2 Vision's, which no mapping of transformers knows."""
+    model = new_model()
+    assert loader_name(model) == "AutoModelForCausalLM"
+    model.config = MllamaTextConfig()
+    assert loader_name(model) == "AutoModelForCausalLM"
+    assert loader_name(new_model("mistral3_seeing")) == "AutoModelForImageTextToText"
+
+
+def test_a_policy_is_written_though_its_base_is_gone(tmp_path: Path) -> None:
+    """Without what prepares images, which was there."""
+    model = seeing_policy("gemma3_seeing", tmp_path / "base")
+    shutil.rmtree(tmp_path / "base")
+    write_folder(model, byte_tokenizer(), tmp_path / "policy")
+    assert (tmp_path / "policy/model.safetensors").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -16,14 +17,24 @@ from tiny import OTHER_CONFIGS, TRAINED_CONFIGS, Source, alone, pairs_of, random
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    Florence2Config,
     GenerationConfig,
+    LlamaConfig,
     LlamaForCausalLM,
     T5Config,
 )
 
 from sppo_lightning.policy import end_token_ids, load_policy
 from sppo_lightning.policy_config import PolicyConfig
-from sppo_lightning.pretrained import class_of, hub_location, load_model_config, load_tokenizer, model_class
+from sppo_lightning.pretrained import (
+    class_of,
+    file_beside,
+    hub_location,
+    load_model_config,
+    load_tokenizer,
+    model_class,
+    stored_dtype,
+)
 from sppo_lightning.types import Message, UserError
 
 KEY = "model.policy.pretrained"
@@ -258,6 +269,28 @@ def test_a_model_that_sees_is_loaded_by_the_class_for_text_where_there_is_one(tm
         config.save_pretrained(tmp_path / kind)
         options: dict[str, Any] = {"key": "model.policy.pretrained", "trust_remote_code": False}
         assert model_class(str(tmp_path / kind), **options) is expected
+
+
+def test_a_model_that_sees_and_translates_cannot_answer() -> None:
+    assert class_of(Florence2Config()) is None
+
+
+def test_the_dtype_of_stored_weights_may_stand_in_the_settings_of_the_text() -> None:
+    config = copy.deepcopy(OTHER_CONFIGS["gemma3_seeing"])
+    config.dtype, config.text_config.dtype = None, torch.bfloat16
+    assert stored_dtype(config) == torch.bfloat16
+    config.dtype = torch.float16
+    assert stored_dtype(config) == torch.float16
+    assert stored_dtype(LlamaConfig()) is None
+
+
+def test_a_file_beside_a_model_is_found_or_not(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_text("x")
+    assert file_beside(str(tmp_path), "tokenizer.model") == str(tmp_path / "tokenizer.model")
+    assert file_beside(str(tmp_path), "other.json") is None
+    assert file_beside(str(tmp_path / "gone"), "tokenizer.model", fetch=False) is None
+    assert file_beside("nobody/nothing", "tokenizer.model", fetch=False) is None
+    assert file_beside(str(tmp_path / "model.gguf"), "tokenizer.model") is None
 
 
 def test_a_models_own_code_is_trusted_to_answer() -> None:

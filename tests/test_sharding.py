@@ -15,7 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import byte_tokenizer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from safetensors.torch import load_file
 from tiny import batch_of, new_model, pairs_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -269,6 +271,30 @@ def test_a_spread_policy_shows_the_faces_of_a_whole_one(
 ) -> None:
     """Fingerprint, sampling model, exports and the initial policy."""
     together(show_faces, tiny_policy, tmp_path, lora)
+
+
+def hand_over_eyes(mesh: DeviceMesh, model: Path, adapter: Path, folder: Path) -> None:
+    """An adapter that another tool put on the eyes too goes along as it was."""
+    policy = live(model, folder, mesh, lora=LoRAConfig(adapter=str(adapter)))
+    change(policy)
+    policy.publish(Processes(mesh), wanted=True)
+    found = load_file(folder / ".sampling/policy/adapter_model.safetensors")
+    given = load_file(adapter / "adapter_model.safetensors")
+    assert found.keys() == given.keys()
+    same = {name for name in found if torch.equal(found[name], given[name])}
+    assert same == {name for name in found if "vision_tower" in name} != set()
+
+
+def test_a_spread_adapter_on_eyes_is_handed_over_whole(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    new_model("mistral3_seeing").save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = get_peft_model(new_model("mistral3_seeing"), config)
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "model")
+    adapted.save_pretrained(tmp_path / "adapter")
+    together(hand_over_eyes, tmp_path / "model", tmp_path / "adapter", tmp_path / "run")
 
 
 def swap_adapters(mesh: DeviceMesh, tiny: Path, folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sppo_lightning import policy as policies
 from sppo_lightning.durable import write_atomically
 from sppo_lightning.export.run import FinishedRun
-from sppo_lightning.pretrained import hub_location
+from sppo_lightning.pretrained import file_beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,20 +89,6 @@ def write_for_gguf(folder: Path, tokenizer: PreTrainedTokenizerBase, *, pretrain
                 "rope_scaling", {name: value for name, value in rope.items() if name != "rope_theta"}
             )
     write_atomically(path, json.dumps(config, indent=2, sort_keys=True).encode())
-    vocabulary = _file_of_base(pretrained, "tokenizer.model")
+    vocabulary = file_beside(pretrained, "tokenizer.model")
     if vocabulary is not None:
         shutil.copyfile(vocabulary, folder / "tokenizer.model")
-
-
-def _file_of_base(pretrained: str, name: str) -> str | None:
-    """Return where a file of the base lies; ``None`` if it has none, or cannot be reached."""
-    from transformers.utils.hub import cached_file
-
-    location, extra = hub_location(pretrained)
-    if extra:
-        return None
-    try:
-        found: str | None = cached_file(location, name, _raise_exceptions_for_missing_entries=False)
-    except OSError:
-        return None
-    return found

@@ -29,7 +29,7 @@ from sppo_lightning.export.check import (
 from sppo_lightning.export.files import write_adapter, write_model
 from sppo_lightning.export.run import FinishedRun
 from sppo_lightning.policy_config import PolicyConfig
-from sppo_lightning.pretrained import class_of, load_tokenizer
+from sppo_lightning.pretrained import class_of, load_tokenizer, stored_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,8 +65,8 @@ class ExportJob:
         self.moved: float | None = None  # by training, nats per token; known for a fresh adapter
         model_config = source.model_config()
         self.loader: Any = class_of(model_config)  # transformers' class to load the model by
-        named = getattr(model_config, "dtype", None) if source.adapted else None
-        self.base_dtype: torch.dtype = named or torch.float32  # a .gguf file names none
+        named = stored_dtype(model_config) if source.adapted else None
+        self.base_dtype = named or torch.float32  # a .gguf file names none
 
     @property
     def opened_by_peft(self) -> bool:

@@ -75,6 +75,8 @@ class AutoGenerator(Generator):
         try:
             self._chosen.load(policy)
         except UserError as refusal:  # of a later policy
+            if self._chosen is self._hf:
+                raise
             logger.info("Sampling with HFGenerator from here on: %s", refusal)
             self._chosen = self._hf
             self._chosen.load(policy)
@@ -108,7 +110,11 @@ def faster_engine(
     except UserError as refusal:
         logger.info("Sampling with HFGenerator: %s", refusal)
         return hf
-    rates = Rates(sampling_rate(hf, policy, requests), rate)
+    try:
+        rates = Rates(sampling_rate(hf, policy, requests), rate)
+    except UserError as refusal:
+        logger.info("Sampling with continuous batching: %s", refusal)
+        return continuous
     chosen = continuous if continuous_is_worth_it(rates) else hf
     logger.info(
         "Sampling with %s: HFGenerator makes %.0f tokens/s here, continuous batching %.0f",

@@ -233,7 +233,7 @@ def _trial(model: nn.Module, kind: type[PlainSteps] | type[FixedSteps]) -> Tenso
     device = next(model.parameters()).device
     config = unwrapped(model).config
     generator = torch.Generator().manual_seed(0)
-    vocabulary = config.get_text_config().vocab_size
+    vocabulary = config.get_text_config(decoder=True).vocab_size
     prompts = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in TRIAL_PROMPTS]
     tokens = torch.randint(vocabulary, (len(TRIAL_PROMPTS), TRIAL_STEPS), generator=generator).to(device)
     ids, mask, positions = left_padded(prompts, TRIAL_STEPS, device)

@@ -230,11 +230,15 @@ class _Sum:
     def _copy(self) -> int:
         """Bytes of the policy that responses are sampled from, beside the one that is trained."""
         workload, weights = self.workload, self.weights
-        as_trained = workload.policy.lora is not None or not workload.samples_a_copy
-        trained = weights.trained if as_trained else weights.trained_count * workload.compute_dtype.itemsize
-        if workload.spread:
-            return weights.frozen + trained  # a whole one
-        return trained if workload.samples_a_copy else 0
+        if not workload.samples_a_copy:
+            return weights.weights if workload.spread else 0
+        copied = (weights.trained_count + weights.frozen_count) * workload.compute_dtype.itemsize
+        return copied + self._buffers if workload.spread else copied
+
+    @property
+    def _buffers(self) -> int:
+        """Bytes of a policy without an adapter that are no weights."""
+        return self.weights.frozen - self.weights.frozen_count * self.workload.weights_dtype.itemsize
 
     def _scoring(self) -> dict[str, int]:
         return {"reward model": self.reward.weights, "one conversation": self.reward.conversation}
@@ -243,7 +247,10 @@ class _Sum:
         again = 0
         policy = self.workload.policy
         if self.workload.reference == "initial" and (policy.lora is None or policy.lora.adapter is not None):
-            again = self.weights.trained // self.workload.shards
+            held = self.weights.trained
+            if policy.lora is None:  # what was not trained is read again, too
+                held += self.weights.frozen_count * self.workload.weights_dtype.itemsize
+            again = held // self.workload.shards
         parts = {"initial weights": again, "activations": self.passes.reference + self.weights.widest}
         return parts if self.gathered is None else {**parts, "gathered weights": self.gathered.reading}
 

@@ -33,6 +33,7 @@ class Footprint(NamedTuple):
     frozen: int  # bytes of weights that are not trained, and of buffers
     trained: int  # bytes of weights that are trained
     trained_count: int  # weights that are trained
+    frozen_count: int  # weights that are not, each of a quantised matrix counted
     widest: int  # bytes of the largest quantised matrix once it is dequantised; 0: none is quantised
 
     @property
@@ -133,15 +134,16 @@ def footprint(
             quantized[id(weight)] = matrix_bytes(outputs, weight.numel() // outputs)
             widest = max(widest, weight.nbytes)
     frozen = sum(buffer.nbytes for buffer in model.buffers())
-    trained = count = 0
+    trained = trained_count = frozen_count = 0
     for parameter in model.parameters():
         size = quantized.get(id(parameter), parameter.nbytes)
         if parameter.requires_grad:
             trained += size
-            count += parameter.numel()
+            trained_count += parameter.numel()
         else:
             frozen += size
-    return Footprint(frozen, trained, count, widest)
+            frozen_count += parameter.numel()
+    return Footprint(frozen, trained, trained_count, frozen_count, widest)
 
 
 def quantized_matrix(kind: Literal["none", "nf4", "int8"], *, double: bool = True) -> MatrixBytes | None:

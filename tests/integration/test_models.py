@@ -12,13 +12,23 @@ import pytest
 import torch
 from conftest import byte_tokenizer, cli_arguments
 from safetensors.torch import load_file
-from tiny import new_model
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from tiny import TRAINED_CONFIGS, new_model
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen3_5Config
 
 from sppo_lightning.__main__ import main
 
 WritePrompts = Callable[..., Path]
 EYES = '{"image_processor_type": "SiglipImageProcessor", "size": {"height": 28, "width": 28}}'
+QWEN = Qwen3_5Config(
+    text_config={**TRAINED_CONFIGS["qwen3_5"].to_dict(), "vocab_size": 264},  # its tokenizer has one more
+    vision_config={
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "depth": 1,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+    },
+)
 LORA = {"model__policy__lora__rank": 4, "model__policy__lora__alpha": 8}
 
 
@@ -27,7 +37,12 @@ def fit(write_prompts: WritePrompts, tmp_path: Path) -> Callable[..., Path]:
     """Train a tiny model of a kind; returns the run's folder, the model lies beside it."""
 
     def run(kind: str, **changes: Any) -> Path:
-        new_model(kind).save_pretrained(tmp_path / "model")
+        if kind == "qwen3_5_seeing":  # new_model would leave its eyes out, as training does
+            torch.manual_seed(0)
+            whole = AutoModelForImageTextToText.from_config(QWEN).bfloat16()
+            whole.save_pretrained(tmp_path / "model")
+        else:
+            new_model(kind).save_pretrained(tmp_path / "model")
         byte_tokenizer().save_pretrained(tmp_path / "model")
         (tmp_path / "model/preprocessor_config.json").write_text(EYES)
         main(["fit", *cli_arguments(tmp_path / "model", write_prompts(), tmp_path / "run", **changes)])
@@ -92,3 +107,17 @@ def test_eyes_stay_as_they_were(kind: str, fit: Callable[..., Path], tmp_path: P
         assert (run / place / "preprocessor_config.json").read_text() == EYES
     text = (run / "export-hf/README.md").read_text()
     assert ("AutoModelForImageTextToText" in text) == (kind == "mistral3_seeing")
+
+
+def test_qwen_is_trained_and_written_without_its_eyes(fit: Callable[..., Path], tmp_path: Path) -> None:
+    """Its weights lie under other names beside eyes, their dtype in the settings of the text."""
+    run = fit("qwen3_5_seeing", **LORA)
+    main(["export", str(run), "--format", "merged"])
+    before, after = (
+        load_file(place / "model.safetensors") for place in (tmp_path / "model", run / "export-merged")
+    )
+    assert {weight.dtype for weight in after.values()} == {torch.bfloat16}
+    assert after.keys() == {name for name in before if "visual" not in name} < before.keys()
+    same = {name for name in after if torch.equal(after[name], before[name])}
+    assert "model.language_model.embed_tokens.weight" in same
+    assert not [name for name in same if name.endswith("self_attn.q_proj.weight")]
