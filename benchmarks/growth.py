@@ -89,7 +89,7 @@ def fit(folder: Path, new_tokens: int) -> dict[str, float]:
     from sppo_lightning.datamodule import SelfPlayDataModule
     from sppo_lightning.losses import DPOLoss
     from sppo_lightning.module import PreferenceModule
-    from sppo_lightning.policy_config import PolicyConfig
+    from sppo_lightning.policy.config import PolicyConfig
     from sppo_lightning.rewards import FunctionReward
     from sppo_lightning.selection import Easiest
     from sppo_lightning.types import PhaseProgress

@@ -23,12 +23,12 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 from workload import TokenPair
 
-from sppo_lightning.batching import PairDataset, StepSampler
 from sppo_lightning.losses import DPOLoss, PairLogps, PreferenceLoss, PreferenceTerms
-from sppo_lightning.metrics_csv import MetricsCSV
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.pair_forward import AutoForward, PairForward, PlainForward
-from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
+from sppo_lightning.resume.metrics_csv import MetricsCSV
+from sppo_lightning.training.batching import PairDataset, StepSampler
 from sppo_lightning.types import PreferencePair
 
 

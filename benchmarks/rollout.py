@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from sppo_lightning.generation import ContinuousBatchingGenerator, Generator, HFGenerator, SampleRequest
-from sppo_lightning.policy import keep_head_input_contiguous
+from sppo_lightning.policy.loading import keep_head_input_contiguous
 
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}
 ENGINES: dict[str, Callable[..., Generator]] = {

@@ -29,8 +29,8 @@ STEP_PAIRS = 256
 
 def prompts_of(count: int) -> Any:
     """Return the encoded prompts by id, packed as a run holds them."""
-    from sppo_lightning.prompt_table import EncodedPrompts, PromptTable
-    from sppo_lightning.ragged import RaggedColumn
+    from sppo_lightning.prompts.ragged import RaggedColumn
+    from sppo_lightning.prompts.table import EncodedPrompts, PromptTable
     from sppo_lightning.types import Message, Prompt
 
     table, tokens = PromptTable(), RaggedColumn("i")
@@ -63,10 +63,10 @@ class Steps:
     """
 
     def __init__(self, root: Path, count: int) -> None:
+        from sppo_lightning.iteration.rules import IterationRules
         from sppo_lightning.pairing import BestWorst
-        from sppo_lightning.rollouts import RunFolder
-        from sppo_lightning.rules import IterationRules
         from sppo_lightning.selection import AllPairs, AllPrompts, Easiest
+        from sppo_lightning.store.iterations import RunFolder
 
         self.count = count
         self.folder = RunFolder(root)
@@ -86,7 +86,7 @@ class Steps:
 
     def write(self) -> Callable[[], Any]:
         """Write the scored shards."""
-        from sppo_lightning.shards import prompts_per_shard
+        from sppo_lightning.rollouts.shard_size import prompts_per_shard
         from sppo_lightning.types import Rollout
 
         prompts, words = prompts_of(self.count), vocabulary()
@@ -114,7 +114,7 @@ class Steps:
 
     def keys(self) -> Callable[[], Any]:
         """Ask what every shard holds, as a phase does when a run is started again."""
-        from sppo_lightning.shards import prompts_per_shard
+        from sppo_lightning.rollouts.shard_size import prompts_per_shard
 
         shards = range(
             -(-self.count // prompts_per_shard(self.count, SAMPLES // 2, max_new_tokens=MAX_TOKENS))
@@ -129,7 +129,7 @@ class Steps:
 
     def _difficulty(self) -> Any:
         from sppo_lightning.difficulty import empty_difficulty_table
-        from sppo_lightning.iteration import difficulty_after
+        from sppo_lightning.iteration.builder import difficulty_after
 
         rewards = self.store.shards.rewards()
         return difficulty_after(rewards, empty_difficulty_table(), iteration=0, smoothing=0.0)
@@ -152,8 +152,8 @@ class Steps:
         prompts = prompts_of(self.count)
 
         def run() -> None:
+            from sppo_lightning.iteration.pairing_pass import PairingPass
             from sppo_lightning.pairing import pair_statistics
-            from sppo_lightning.pairing_pass import PairingPass
 
             table, selected = self.store.read_difficulty()
             made = PairingPass(self.rules, prompts, 0)
@@ -169,10 +169,10 @@ class Steps:
 
     def epoch(self) -> Callable[[], Any]:
         """Read the pairs and put an epoch's steps in order; 100 micro-batches."""
-        from sppo_lightning.batching import PairDataset
-        from sppo_lightning.iteration_state import IterationState
-        from sppo_lightning.layouts import SharedLayout
+        from sppo_lightning.iteration.state import IterationState
+        from sppo_lightning.pair_forward.layouts import SharedLayout
         from sppo_lightning.selection import EasyToHard
+        from sppo_lightning.training.batching import PairDataset
 
         class Alone:
             rank, world_size = 0, 1
@@ -203,7 +203,7 @@ def measure(name: str, root: Path, count: int) -> dict[str, float]:
     """Run one step in this process."""
     import torch
 
-    import sppo_lightning.iteration_state  # noqa: F401
+    import sppo_lightning.iteration.state  # noqa: F401
 
     torch.set_num_threads(1)
     empty = peak_bytes()

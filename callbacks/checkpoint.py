@@ -13,12 +13,12 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from sppo_lightning.batching import PairBatch
-from sppo_lightning.checkpoint_files import DurableCheckpointIO, sharded_path, switch_to_sharded
 from sppo_lightning.datamodule import self_play_data
-from sppo_lightning.metrics_csv import MetricsCSV
-from sppo_lightning.pruning import prune
-from sppo_lightning.trainer import is_dev_run
+from sppo_lightning.resume.checkpoints import DurableCheckpointIO, sharded_path, switch_to_sharded
+from sppo_lightning.resume.metrics_csv import MetricsCSV
+from sppo_lightning.store.pruning import prune
+from sppo_lightning.training.batching import PairBatch
+from sppo_lightning.training.hardware import is_dev_run
 
 KEY = "sppo_lightning.RunCheckpoint"
 

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 
 from sppo_lightning.datamodule import self_play_data
 from sppo_lightning.difficulty import Reestimation
-from sppo_lightning.rules import IterationRules
+from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.seeding import random_keys
 from sppo_lightning.types import UserError
 

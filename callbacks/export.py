@@ -11,11 +11,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
 from sppo_lightning.datamodule import self_play_data
-from sppo_lightning.durable import sync_folder, sync_tree, write_atomically
-from sppo_lightning.export.run import RECORD
-from sppo_lightning.live_policy import LivePolicy
+from sppo_lightning.export.finished_run import RECORD
 from sppo_lightning.module import PreferenceModule
-from sppo_lightning.trainer import is_dev_run
+from sppo_lightning.policy.live import LivePolicy
+from sppo_lightning.system.durable import sync_folder, sync_tree, write_atomically
+from sppo_lightning.training.hardware import is_dev_run
 
 
 class PolicyExport(pl.Callback):

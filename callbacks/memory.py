@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
 from sppo_lightning.callbacks.times import PhaseMeter
-from sppo_lightning.memory.device import PeakMemory
+from sppo_lightning.system.device_memory import PeakMemory
 
 GIB = 2**30
 

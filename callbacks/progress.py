@@ -11,8 +11,8 @@ import transformers.utils.logging
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from sppo_lightning.batching import PairBatch
 from sppo_lightning.datamodule import SelfPlayDataModule, self_play_data
+from sppo_lightning.training.batching import PairBatch
 from sppo_lightning.types import PhaseProgress
 
 SECONDS_BETWEEN_LINES = 10.0  # where the output is a file

@@ -7,8 +7,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
-from sppo_lightning.durable import write_atomically
-from sppo_lightning.trainer import is_dev_run
+from sppo_lightning.system.durable import write_atomically
+from sppo_lightning.training.hardware import is_dev_run
 
 
 class RunConfigFile(pl.Callback):

@@ -9,8 +9,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from sppo_lightning.datamodule import self_play_data
-from sppo_lightning.durable import write_atomically
-from sppo_lightning.evaluation import load_evaluation
+from sppo_lightning.evaluation.held_out import load_evaluation
+from sppo_lightning.system.durable import write_atomically
 from sppo_lightning.types import Rollout
 
 

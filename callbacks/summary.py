@@ -8,9 +8,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
 from sppo_lightning.datamodule import self_play_data
-from sppo_lightning.evaluation import load_evaluation
-from sppo_lightning.results import HEADINGS, held_out_results
-from sppo_lightning.rollouts import RunFolder
+from sppo_lightning.evaluation.held_out import load_evaluation
+from sppo_lightning.evaluation.results import HEADINGS, held_out_results
+from sppo_lightning.store.iterations import RunFolder
 
 
 class RunSummary(pl.Callback):

@@ -9,8 +9,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from sppo_lightning.batching import PairBatch
 from sppo_lightning.datamodule import self_play_data
+from sppo_lightning.training.batching import PairBatch
 from sppo_lightning.types import PhaseProgress
 
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from sppo_lightning.durable import disk_error
-from sppo_lightning.run_lock import is_first_process
+from sppo_lightning.system.durable import disk_error
+from sppo_lightning.system.lock import is_first_process
 from sppo_lightning.types import Stopped, UserError
 
 
@@ -21,7 +21,7 @@ def main(args: list[str] | None = None) -> None:
 
             export(given[1:])
         else:
-            from sppo_lightning.cli import run
+            from sppo_lightning.cli.main import run
 
             run(given)
     except UserError as error:

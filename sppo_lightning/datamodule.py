@@ -12,28 +12,34 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from sppo_lightning.batching import PairBatch, PairDataset, steps_taken
-from sppo_lightning.collect import Collector
 from sppo_lightning.difficulty import Reestimation, StatisticsTable
-from sppo_lightning.evaluation import EvaluationLoader, HeldOut, write_predictions
+from sppo_lightning.evaluation.held_out import EvaluationLoader, HeldOut, write_predictions
 from sppo_lightning.generation import Generator
-from sppo_lightning.iteration import IterationBuilder
-from sppo_lightning.iteration_state import IterationState
-from sppo_lightning.layouts import PairLayout
+from sppo_lightning.iteration.builder import IterationBuilder
+from sppo_lightning.iteration.rules import IterationRules
+from sppo_lightning.iteration.state import IterationState
 from sppo_lightning.module import PreferenceModule
+from sppo_lightning.pair_forward.layouts import PairLayout
 from sppo_lightning.pairing import BestWorst, Pairing
-from sppo_lightning.pairs import PairTable
 from sppo_lightning.preflight import Preflight, read_stage_prompts, shrink
-from sppo_lightning.prompt_sets import PromptSets
-from sppo_lightning.prompt_table import EncodedPrompts
-from sppo_lightning.rendezvous import FileRanks
+from sppo_lightning.prompts.sets import PromptSets
+from sppo_lightning.prompts.table import EncodedPrompts
 from sppo_lightning.rewards import Reward
-from sppo_lightning.rollouts import RunFolder, describe
-from sppo_lightning.rules import IterationRules
-from sppo_lightning.scoring import UnfinishedRule
+from sppo_lightning.rollouts.collector import Collector
+from sppo_lightning.rollouts.scoring import UnfinishedRule
 from sppo_lightning.selection import AllPairs, AllPrompts, Curriculum, RandomOrder, Schedule, Selection
-from sppo_lightning.stop_signal import StopSignal
-from sppo_lightning.trainer import fit_position, is_dev_run, keep_to_own_signals, meet, stand_before_epoch
+from sppo_lightning.store.iterations import RunFolder, describe
+from sppo_lightning.store.pairs import PairTable
+from sppo_lightning.system.rendezvous import FileRanks
+from sppo_lightning.system.signals import StopSignal
+from sppo_lightning.training.batching import PairBatch, PairDataset, steps_taken
+from sppo_lightning.training.hardware import (
+    fit_position,
+    is_dev_run,
+    keep_to_own_signals,
+    meet,
+    stand_before_epoch,
+)
 from sppo_lightning.types import PhaseObserver, ResumeMode, UserError, first_line
 
 Sources = str | list[str]
@@ -62,7 +68,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         predict_prompts: prompts of ``predict``.
         max_prompt_tokens: longer prompts are dropped and counted, never truncated.
         prompts_per_shard: prompts of one rollout file, the unit of work and of recovery; ``None``: by the number of
-            prompts and of their responses, see :func:`~sppo_lightning.shards.prompts_per_shard`.
+            prompts and of their responses, see :func:`~sppo_lightning.rollouts.shard_size.prompts_per_shard`.
         keep_iterations: how many of the latest finished iterations keep their responses on disk; the others keep
             manifest, difficulties and pairs. ``None``: all.
         system_prompt: opens the conversations that have no system message of their own; the policy sees it, the

@@ -14,28 +14,28 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sppo_lightning import policy as policies
-from sppo_lightning.adapters import unwrapped
-from sppo_lightning.batching import PairBatch
-from sppo_lightning.forward_trial import Trial, trial_pairs
-from sppo_lightning.layouts import PairLayout
-from sppo_lightning.live_policy import LivePolicy
 from sppo_lightning.losses import PairLogps, PreferenceLoss
-from sppo_lightning.metrics import EvaluationBatch, EvaluationMetrics, StepMetrics
-from sppo_lightning.optimizers import (
+from sppo_lightning.pair_forward import AutoForward, PairForward
+from sppo_lightning.pair_forward.layouts import PairLayout
+from sppo_lightning.pair_forward.parity import Trial, trial_pairs
+from sppo_lightning.policy import loading as policies
+from sppo_lightning.policy.anatomy import unwrapped
+from sppo_lightning.policy.config import PolicyConfig
+from sppo_lightning.policy.live import LivePolicy
+from sppo_lightning.policy.sharding import load_rest, local
+from sppo_lightning.schedules import LearningRateSchedule, Linear
+from sppo_lightning.seeding import derive_seed
+from sppo_lightning.training.batching import PairBatch
+from sppo_lightning.training.hardware import check_hardware, compute_dtype
+from sppo_lightning.training.metrics import EvaluationBatch, EvaluationMetrics, StepMetrics
+from sppo_lightning.training.optimizers import (
     OptimizerFactory,
     build_optimizer,
     clip_gradients,
     clips_unscaled,
     forget,
 )
-from sppo_lightning.pair_forward import AutoForward, PairForward
-from sppo_lightning.policy_config import PolicyConfig
-from sppo_lightning.reference_checks import check_reference_is_frozen, check_same_logps
-from sppo_lightning.schedules import LearningRateSchedule, Linear
-from sppo_lightning.seeding import derive_seed
-from sppo_lightning.sharding import load_rest, local
-from sppo_lightning.trainer import check_hardware, compute_dtype
+from sppo_lightning.training.reference import check_reference_is_frozen, check_same_logps
 from sppo_lightning.types import UserError
 
 MOVED_SAMPLE = 1 << 20  # weights watched through the first optimizer step

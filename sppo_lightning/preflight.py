@@ -10,18 +10,18 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
-from sppo_lightning.batching import accumulation_steps
 from sppo_lightning.generation import Generator
+from sppo_lightning.iteration.rules import IterationRules
+from sppo_lightning.memory.check import check_memory, workload_of
 from sppo_lightning.memory.workload import Workload
-from sppo_lightning.memory_check import check_memory, workload_of
 from sppo_lightning.module import PreferenceModule
-from sppo_lightning.prompt_sets import PromptSets
-from sppo_lightning.prompt_table import EncodedPrompts
-from sppo_lightning.prompts import check_disjoint
+from sppo_lightning.prompts.reading import check_disjoint
+from sppo_lightning.prompts.sets import PromptSets
+from sppo_lightning.prompts.table import EncodedPrompts
 from sppo_lightning.rewards import Reward
-from sppo_lightning.rules import IterationRules
 from sppo_lightning.selection import Curriculum, EasyToHard, HardToEasy
-from sppo_lightning.trainer import is_dev_run
+from sppo_lightning.training.batching import accumulation_steps
+from sppo_lightning.training.hardware import is_dev_run
 from sppo_lightning.types import EncodedPrompt, Ranks, UserError
 
 PROMPTS_OF = {"validate": "eval_prompts", "test": "test_prompts", "predict": "predict_prompts"}

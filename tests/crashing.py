@@ -229,8 +229,9 @@ def _folder(event: str, found: tuple[Any, ...]) -> list[int]:
 
 def serve() -> NoReturn:
     """Answer orders until the input ends."""
-    from sppo_lightning import cli, run_config  # noqa: F401  everything that a run imports, before the fork
     from sppo_lightning.__main__ import main
+    from sppo_lightning.cli import main as cli  # noqa: F401  everything that a run imports, before the fork
+    from sppo_lightning.resume import run_config  # noqa: F401  everything that a run imports, before the fork
 
     for line in sys.stdin:
         order = json.loads(line)

@@ -13,7 +13,7 @@ from tiny import new_model
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from sppo_lightning.adapters import merge_into_base, merged_weight, merged_weights, unwrapped
+from sppo_lightning.policy.anatomy import merge_into_base, merged_weight, merged_weights, unwrapped
 from sppo_lightning.types import UserError
 
 IDS = torch.arange(3, 40)[None]

@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
-from sppo_lightning.batching import PairDataset, StepSampler, StepSlot, accumulation_steps, collate
-from sppo_lightning.layouts import PairLayout
 from sppo_lightning.losses import DPOLoss, PairLogps, dpo_loss
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.pair_forward import PairForward, PlainForward, SharedForward
-from sppo_lightning.policy_config import PolicyConfig
+from sppo_lightning.pair_forward.layouts import PairLayout
+from sppo_lightning.policy.config import PolicyConfig
+from sppo_lightning.training.batching import PairDataset, StepSampler, StepSlot, accumulation_steps, collate
 from sppo_lightning.types import PreferencePair
 
 # the steps are too small on purpose

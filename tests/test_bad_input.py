@@ -20,7 +20,7 @@ from conftest import byte_tokenizer, cli_arguments, letter_reward, tiny_config
 from lightning.pytorch.cli import LightningCLI
 
 from sppo_lightning.__main__ import main
-from sppo_lightning.cli import SelfPlayCLI
+from sppo_lightning.cli.main import SelfPlayCLI
 
 Arguments = Callable[..., list[str]]
 Refused = Callable[[list[str]], str]
@@ -59,7 +59,7 @@ def arguments(weightless: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     fit = {"fit": LightningCLI.subcommands()["fit"]}
     monkeypatch.setattr(SelfPlayCLI, "subcommands", staticmethod(lambda: fit))
-    monkeypatch.setattr("sppo_lightning.policy.load_policy", refuse)
+    monkeypatch.setattr("sppo_lightning.policy.loading.load_policy", refuse)
     prompts = write(tmp_path / "good.jsonl", RECORDS)
     return lambda **changes: ["fit", *cli_arguments(weightless, prompts, tmp_path / "run", **changes)]
 

@@ -16,7 +16,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from sppo_lightning.generation import HFGenerator, SampleRequest, batch_trial, hf
 from sppo_lightning.generation.batch_trial import Batching, try_batching
-from sppo_lightning.memory.cache_size import RowBytes
+from sppo_lightning.generation.cache_size import RowBytes
 from sppo_lightning.types import UserError
 
 TAKEN = sorted({*TRAINED_CONFIGS, *OTHER_CONFIGS} - {"bart", "bert"})

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sppo_lightning.batching import (
+from sppo_lightning.pair_forward.layouts import PairLayout, PlainLayout, SharedLayout
+from sppo_lightning.training.batching import (
     MicroBatch,
     PairDataset,
     StepSampler,
@@ -20,7 +21,6 @@ from sppo_lightning.batching import (
     pairs_consumed,
     steps_taken,
 )
-from sppo_lightning.layouts import PairLayout, PlainLayout, SharedLayout
 from sppo_lightning.types import PreferencePair, UserError
 
 QUICK = settings(max_examples=50, deadline=None)

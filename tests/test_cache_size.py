@@ -11,8 +11,8 @@ from tiny import CONFIGS, OTHER_CONFIGS, TRAINED_CONFIGS
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from sppo_lightning.generation.cache import reserved_cache
+from sppo_lightning.generation.cache_size import RowBytes, cache_bytes, held_bytes
 from sppo_lightning.generation.steps import read
-from sppo_lightning.memory.cache_size import RowBytes, cache_bytes, held_bytes
 from sppo_lightning.memory.workload import PassMeter
 
 ALL_CONFIGS = {**TRAINED_CONFIGS, **OTHER_CONFIGS, "gemma4_wide": GEMMA4}

@@ -20,10 +20,10 @@ from sppo_lightning.callbacks import (
     SampleTable,
     SelfPlayProgress,
 )
-from sppo_lightning.lora import with_adapter
-from sppo_lightning.policy import write_folder
-from sppo_lightning.policy_config import LoRAConfig
-from sppo_lightning.rollouts import RunFolder, write_rollouts
+from sppo_lightning.policy.config import LoRAConfig
+from sppo_lightning.policy.loading import write_folder
+from sppo_lightning.policy.lora import with_adapter
+from sppo_lightning.store.iterations import RunFolder, write_rollouts
 from sppo_lightning.types import PhaseProgress, Rollout
 
 RULES = SimpleNamespace(seed=3, probe_samples=2)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from crashing import Change, watch
 
-from sppo_lightning.checkpoint_files import DurableCheckpointIO, sharded_path, switch_to_sharded
+from sppo_lightning.resume.checkpoints import DurableCheckpointIO, sharded_path, switch_to_sharded
 from sppo_lightning.types import UserError
 
 SHARDS = ("__0_0.distcp", "__1_0.distcp", ".metadata")

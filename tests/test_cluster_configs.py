@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from sppo_lightning.__main__ import main
-from sppo_lightning.batching import accumulation_steps
+from sppo_lightning.training.batching import accumulation_steps
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "configs/cluster"

@@ -17,7 +17,6 @@ import torch
 from conftest import byte_tokenizer
 from tiny import Source, random_tokens, tiny_model
 
-from sppo_lightning.collect import Collector, Wanted, WantedRows
 from sppo_lightning.generation import (
     Generator,
     HFGenerator,
@@ -26,8 +25,9 @@ from sppo_lightning.generation import (
     SampleRequest,
 )
 from sppo_lightning.rewards import Reward
-from sppo_lightning.rollouts import ShardStore, by_prompt, merged, write_rollouts
+from sppo_lightning.rollouts.collector import Collector, Wanted, WantedRows
 from sppo_lightning.seeding import derive_seed
+from sppo_lightning.store.iterations import ShardStore, by_prompt, merged, write_rollouts
 from sppo_lightning.types import (
     EncodedPrompt,
     Message,

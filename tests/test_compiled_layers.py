@@ -14,10 +14,10 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import LlamaForCausalLM
 
-from sppo_lightning.forward_trial import Trial
 from sppo_lightning.pair_forward import AutoForward, PairForward, PlainForward, SharedForward
-from sppo_lightning.policy import load_policy
-from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
+from sppo_lightning.pair_forward.parity import Trial
+from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy.loading import load_policy
 
 pytestmark = pytest.mark.skipif(
     shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"

@@ -38,8 +38,8 @@ from sppo_lightning.generation.parity import (
     logit_gaps,
     probe_prompts,
 )
-from sppo_lightning.policy import load_policy
-from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy.loading import load_policy
 from sppo_lightning.types import Response, UserError
 
 LONGEST = 12

@@ -28,9 +28,9 @@ from torch import nn
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from sppo_lightning.__main__ import main
-from sppo_lightning.layouts import PairLayout, PlainLayout, SharedLayout
 from sppo_lightning.pair_forward import PlainForward, SharedForward, VarlenForward
-from sppo_lightning.policy import fingerprint
+from sppo_lightning.pair_forward.layouts import PairLayout, PlainLayout, SharedLayout
+from sppo_lightning.policy.loading import fingerprint
 from sppo_lightning.rewards import SequenceClassificationReward
 
 PAD = 2

@@ -14,7 +14,7 @@ from conftest import CrashError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sppo_lightning.durable import (
+from sppo_lightning.system.durable import (
     changed_files,
     disk_error,
     record_sizes,

@@ -14,12 +14,12 @@ from jsonargparse import Namespace
 from transformers import LlamaConfig
 
 from sppo_lightning.__main__ import main
-from sppo_lightning.estimate import Hardware, planned_hardware
+from sppo_lightning.cli.estimate import Hardware, planned_hardware
 from sppo_lightning.generation import HFGenerator
+from sppo_lightning.memory.check import check_memory
 from sppo_lightning.memory.workload import Workload
-from sppo_lightning.memory_check import check_memory
 from sppo_lightning.pair_forward import AutoForward
-from sppo_lightning.policy_config import PolicyConfig
+from sppo_lightning.policy.config import PolicyConfig
 from sppo_lightning.rewards import FunctionReward
 from sppo_lightning.types import Ranks, UserError
 
@@ -98,10 +98,10 @@ def test_a_run_that_does_not_fit_is_refused_and_may_be_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Before any weight is read; what it proposes helps."""
-    monkeypatch.setattr("sppo_lightning.memory_check.available_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr("sppo_lightning.memory.check.available_bytes", lambda device: 1 << 20)
     args = ["fit", *cli_arguments(tiny_policy, write_prompts(), tmp_path / "run", data__iterations=1)]
     with monkeypatch.context() as patch:
-        patch.setattr("sppo_lightning.policy.load_policy", None)
+        patch.setattr("sppo_lightning.policy.loading.load_policy", None)
         with pytest.raises(SystemExit) as stop:
             main(args)
     assert stop.value.code == 2
@@ -120,7 +120,7 @@ def test_estimating_reads_and_writes_nothing(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sppo_lightning.policy.load_policy", None)
+    monkeypatch.setattr("sppo_lightning.policy.loading.load_policy", None)
     args = cli_arguments(tiny_policy, tmp_path / "no-such-prompts.jsonl", tmp_path / "run")
     found, _ = estimated(capsys, *args)
     assert len(found["total"]) == 4
@@ -189,7 +189,7 @@ def test_scaled_gradients_that_are_clipped_take_more(
     )
     seen: list[Workload] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sppo_lightning.estimate.verdict", lambda estimator, load, found: seen.append(load))
+        patch.setattr("sppo_lightning.cli.estimate.verdict", lambda estimator, load, found: seen.append(load))
         for clip in ([], ["--trainer.gradient_clip_val=1"]):
             estimated(capsys, *args, "--memory=24", *clip)
     assert [load.clips_unscaled for load in seen] == [False, True]
@@ -284,7 +284,7 @@ def test_all_processes_decide_alike(tiny_policy: Path, monkeypatch: pytest.Monke
     first = TwoRanks(0)
     with pytest.raises(UserError, match="needs about") as refused:
         check_memory(load, first, otherwise="refuse")
-    monkeypatch.setattr("sppo_lightning.memory_check.Estimator", None)  # the second asks nobody
+    monkeypatch.setattr("sppo_lightning.memory.check.Estimator", None)  # the second asks nobody
     with pytest.raises(UserError) as also:
         check_memory(load, TwoRanks(1, first.said), otherwise="refuse")
     assert str(also.value) == str(refused.value)

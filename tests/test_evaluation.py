@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_collect import Alone, Digits, Echo, Threads, collector, encoded, same, together
 
-from sppo_lightning.evaluation import (
+from sppo_lightning.evaluation.held_out import (
     BATCH,
     EvaluationLoader,
     HeldOut,
@@ -24,9 +24,9 @@ from sppo_lightning.evaluation import (
     paired_difference,
     write_predictions,
 )
-from sppo_lightning.metrics import EvaluationBatch
-from sppo_lightning.results import held_out_results
-from sppo_lightning.rollouts import RunFolder
+from sppo_lightning.evaluation.results import held_out_results
+from sppo_lightning.store.iterations import RunFolder
+from sppo_lightning.training.metrics import EvaluationBatch
 from sppo_lightning.types import Rollout, UserError
 
 NAN, INF = math.nan, math.inf

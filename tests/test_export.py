@@ -18,7 +18,6 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-from sppo_lightning import adapters
 from sppo_lightning.__main__ import main as command
 from sppo_lightning.export import check as export_check
 from sppo_lightning.export import job as export_job
@@ -32,8 +31,9 @@ from sppo_lightning.export.check import (
 )
 from sppo_lightning.export.command import Format, export, main
 from sppo_lightning.export.files import name_end_tokens
-from sppo_lightning.export.run import open_run
-from sppo_lightning.pretrained import quantization_options
+from sppo_lightning.export.finished_run import open_run
+from sppo_lightning.policy import anatomy as adapters
+from sppo_lightning.policy.pretrained import quantization_options
 from sppo_lightning.types import PreferencePair, UserError
 
 IDS = torch.arange(3, 40)[None]

@@ -12,8 +12,8 @@ import yaml
 from sppo_lightning import __version__
 from sppo_lightning.export.card import component, model_card, model_name, settings
 from sppo_lightning.export.check import Distance
-from sppo_lightning.export.run import FinishedRun, open_run
-from sppo_lightning.rollouts import IterationStore, write_rollouts
+from sppo_lightning.export.finished_run import FinishedRun, open_run
+from sppo_lightning.store.iterations import IterationStore, write_rollouts
 from sppo_lightning.types import Rollout
 
 PASSED = Distance("the export and the trained policy", 3e-6, 1e-4, "0.0001 for float32 arithmetic")

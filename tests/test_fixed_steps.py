@@ -300,8 +300,8 @@ def test_recorded_responses_do_not_depend_on_the_batch() -> None:
 def test_recorded_steps_of_an_adapter_on_quantised_weights(quantization: str, tmp_path: Any) -> None:
     from conftest import byte_tokenizer
 
-    from sppo_lightning.policy import load_policy
-    from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
+    from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
+    from sppo_lightning.policy.loading import load_policy
 
     torch.manual_seed(0)
     LlamaForCausalLM(tiny_config(hidden_size=64, intermediate_size=128)).save_pretrained(tmp_path)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaForCausalLM, MistralForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from sppo_lightning import forward_trial, shared_attention
-from sppo_lightning.forward_trial import Trial
-from sppo_lightning.pair_forward import (
+from sppo_lightning.pair_forward import parity as forward_trial
+from sppo_lightning.pair_forward import shared_attention
+from sppo_lightning.pair_forward.forwards import (
     PLAIN,
     SHARED,
     AutoForward,
@@ -26,7 +26,8 @@ from sppo_lightning.pair_forward import (
     SharedForward,
     VarlenForward,
 )
-from sppo_lightning.shared_attention import MaskedAttention
+from sppo_lightning.pair_forward.parity import Trial
+from sppo_lightning.pair_forward.shared_attention import MaskedAttention
 from sppo_lightning.types import UserError
 
 ADVICE = "use sppo_lightning.pair_forward.AutoForward"

@@ -18,8 +18,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sppo_lightning.generation import HFGenerator, PolicySource, SampleRequest, batch_trial, hf
 from sppo_lightning.generation.batch_trial import Batching
+from sppo_lightning.generation.cache_size import RowBytes
 from sppo_lightning.generation.steps import PlainSteps
-from sppo_lightning.memory.cache_size import RowBytes
 from sppo_lightning.types import Response, UserError
 
 LONGEST = 12

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from sppo_lightning.difficulty import empty_difficulty_table, estimate_difficulty, reward_statistics
-from sppo_lightning.integrity import check_iterations, check_trained, is_whole
-from sppo_lightning.pairs import PairTable
-from sppo_lightning.rollouts import IterationStore, RunFolder
+from sppo_lightning.store.integrity import check_iterations, check_trained, is_whole
+from sppo_lightning.store.iterations import IterationStore, RunFolder
+from sppo_lightning.store.pairs import PairTable
 from sppo_lightning.types import PreferencePair, Rollout, UserError
 
 PAIR = PreferencePair("a", (1,), (2,), (3,), "c", "r", 1.0, 0.0)

@@ -8,21 +8,21 @@ from typing import Any, cast
 import pytest
 import torch
 
-from sppo_lightning.batching import MicroBatch
 from sppo_lightning.difficulty import (
     Reestimation,
     empty_difficulty_table,
     estimate_difficulty,
     reward_statistics,
 )
-from sppo_lightning.iteration import IterationBuilder
-from sppo_lightning.iteration_state import IterationState
+from sppo_lightning.iteration.builder import IterationBuilder
+from sppo_lightning.iteration.rules import IterationRules
+from sppo_lightning.iteration.state import IterationState
 from sppo_lightning.pairing import BestWorst
-from sppo_lightning.pairs import PairTable
-from sppo_lightning.rendezvous import FileRanks
-from sppo_lightning.rollouts import IterationStore, RunFolder
-from sppo_lightning.rules import IterationRules
 from sppo_lightning.selection import AllPairs, AllPrompts, Easiest, RandomOrder
+from sppo_lightning.store.iterations import IterationStore, RunFolder
+from sppo_lightning.store.pairs import PairTable
+from sppo_lightning.system.rendezvous import FileRanks
+from sppo_lightning.training.batching import MicroBatch
 from sppo_lightning.types import PreferencePair, Rollout, UserError
 
 MANIFEST = {

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
 
-from sppo_lightning.layouts import PairLayout, PairRows, PlainLayout, SharedLayout, SharedPrompts
+from sppo_lightning.pair_forward.layouts import PairLayout, PairRows, PlainLayout, SharedLayout, SharedPrompts
 
 QUICK = settings(max_examples=50, deadline=None)
 PROMPT = st.lists(st.integers(3, 99), min_size=1, max_size=6).map(tuple)

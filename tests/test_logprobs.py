@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sppo_lightning.logprobs import response_sums, token_logps
+from sppo_lightning.pair_forward.logprobs import response_sums, token_logps
 
 QUICK = settings(max_examples=50, deadline=None)
 

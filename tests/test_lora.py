@@ -17,10 +17,10 @@ from tiny import batch_of, gradients, pairs_of
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from sppo_lightning.lora import copied_weights, replaced_weights, with_adapter
 from sppo_lightning.pair_forward import PlainForward, SharedForward
-from sppo_lightning.policy import fingerprint, load_policy, skeleton, write_folder
-from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy.loading import fingerprint, load_policy, skeleton, write_folder
+from sppo_lightning.policy.lora import copied_weights, replaced_weights, with_adapter
 from sppo_lightning.types import UserError
 
 LORA = LoRAConfig(rank=4, alpha=8)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sppo_lightning.memory import device as memory
-from sppo_lightning.memory.device import Peak, PeakMemory, TokenBudget, free_bytes, ran_out, release
+from sppo_lightning.system.device_memory import Peak, PeakMemory, TokenBudget, free_bytes, ran_out, release
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)

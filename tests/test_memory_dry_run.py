@@ -16,15 +16,15 @@ from tiny import TRAINED_CONFIGS, new_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from sppo_lightning import policy as policies
 from sppo_lightning.generation.cache import reserved_cache
-from sppo_lightning.lora import with_adapter
 from sppo_lightning.losses import DPOLoss, PairLogps
-from sppo_lightning.memory.device import PeakMemory
 from sppo_lightning.memory.dry_run import DryRun, PairShape, _live_bytes, optimizer_memory, stand_ins
-from sppo_lightning.memory.footprint import footprint
 from sppo_lightning.pair_forward import AutoForward, PairForward, PlainForward, SharedForward, VarlenForward
-from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy import loading as policies
+from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy.footprint import footprint
+from sppo_lightning.policy.lora import with_adapter
+from sppo_lightning.system.device_memory import PeakMemory
 
 CONFIG = tiny_config(
     vocab_size=1000, hidden_size=64, intermediate_size=176, num_hidden_layers=3, tie_word_embeddings=False

@@ -58,11 +58,11 @@ from sppo_lightning.memory.estimate import (
     PhaseNeed,
     available_bytes,
 )
-from sppo_lightning.memory.footprint import CannotEstimateError, footprint, quantized_matrix
 from sppo_lightning.memory.workload import Workload, rule_of_thumb
 from sppo_lightning.pair_forward import AutoForward, SharedForward
-from sppo_lightning.policy import disable_dropout, load_policy
-from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy.footprint import CannotEstimateError, footprint, quantized_matrix
+from sppo_lightning.policy.loading import disable_dropout, load_policy
 from sppo_lightning.rewards import (
     CombinedReward,
     FunctionReward,

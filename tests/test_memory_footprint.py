@@ -18,15 +18,15 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-from sppo_lightning.memory.footprint import (
+from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy.footprint import (
     CannotEstimateError,
     footprint,
     loaded_footprint,
     quantized_matrix,
 )
-from sppo_lightning.policy import skeleton
-from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
-from sppo_lightning.pretrained import quantization_options
+from sppo_lightning.policy.loading import skeleton
+from sppo_lightning.policy.pretrained import quantization_options
 
 KINDS: list[tuple[Literal["nf4", "int8"], bool]] = [("nf4", True), ("nf4", False), ("int8", True)]
 LARGER = tiny_config(

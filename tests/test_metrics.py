@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sppo_lightning.metrics import MeanWithError, mean_with_error
+from sppo_lightning.training.metrics import MeanWithError, mean_with_error
 
 NAN, INF = float("nan"), float("inf")
 

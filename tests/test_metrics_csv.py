@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sppo_lightning.metrics_csv import MetricsCSV
+from sppo_lightning.resume.metrics_csv import MetricsCSV
 
 Log = tuple[int, dict[str, float]]
 

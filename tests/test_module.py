@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from sppo_lightning.losses import DPOLoss
 from sppo_lightning.module import PreferenceModule
-from sppo_lightning.policy_config import PolicyConfig
+from sppo_lightning.policy.config import PolicyConfig
 from sppo_lightning.types import UserError
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sppo_lightning.optimizers import build_optimizer, clip_gradients, forget
+from sppo_lightning.training.optimizers import build_optimizer, clip_gradients, forget
 
 
 def parameters() -> list[nn.Parameter]:

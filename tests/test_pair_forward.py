@@ -26,11 +26,8 @@ from tiny import (
 )
 from torch import Tensor, nn
 
-from sppo_lightning import shared_attention
-from sppo_lightning.batching import PairBatch, collate
-from sppo_lightning.forward_trial import Trial
-from sppo_lightning.layouts import PlainLayout
-from sppo_lightning.pair_forward import (
+from sppo_lightning.pair_forward import shared_attention
+from sppo_lightning.pair_forward.forwards import (
     PLAIN,
     SHARED,
     AutoForward,
@@ -39,8 +36,11 @@ from sppo_lightning.pair_forward import (
     SharedForward,
     VarlenForward,
 )
-from sppo_lightning.policy import load_policy, sampling_copy
-from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
+from sppo_lightning.pair_forward.layouts import PlainLayout
+from sppo_lightning.pair_forward.parity import Trial
+from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy.loading import load_policy, sampling_copy
+from sppo_lightning.training.batching import PairBatch, collate
 from sppo_lightning.types import PreferencePair
 
 PAD = 2

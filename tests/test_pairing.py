@@ -23,7 +23,7 @@ from sppo_lightning.pairing import (
     pair_responses,
     pair_statistics,
 )
-from sppo_lightning.pairs import PairTable
+from sppo_lightning.store.pairs import PairTable
 from sppo_lightning.types import EncodedPrompt, PreferencePair, Prompt, Rollout
 
 QUICK = settings(max_examples=50, deadline=None)

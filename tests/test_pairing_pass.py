@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
+from sppo_lightning.iteration.pairing_pass import PairingPass
+from sppo_lightning.iteration.rules import IterationRules
+from sppo_lightning.iteration.tally import ResponseTally
 from sppo_lightning.pairing import BestRandom, pair_responses
-from sppo_lightning.pairing_pass import PairingPass
-from sppo_lightning.rollouts import ShardStore
-from sppo_lightning.rules import IterationRules
 from sppo_lightning.seeding import derive_seed
 from sppo_lightning.selection import AllPairs, AllPrompts, Easiest
-from sppo_lightning.tally import ResponseTally
+from sppo_lightning.store.iterations import ShardStore
 from sppo_lightning.types import EncodedPrompt, Prompt, Rollout
 
 RULES = IterationRules(

@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sppo_lightning import ragged as ragged_module
-from sppo_lightning.pairs import PAIR_SCHEMA, PairTable
+from sppo_lightning.prompts import ragged as ragged_module
+from sppo_lightning.store.pairs import PAIR_SCHEMA, PairTable
 from sppo_lightning.types import PreferencePair
 
 TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=4).map(tuple)

@@ -16,7 +16,7 @@ from conftest import cli_arguments
 from sppo_lightning.__main__ import main
 from sppo_lightning.callbacks import PhaseMemory
 from sppo_lightning.memory import device as memory
-from sppo_lightning.memory.device import Peak, PeakMemory
+from sppo_lightning.system.device_memory import Peak, PeakMemory
 from sppo_lightning.types import Phase, PhaseProgress
 
 GIB = 2**30

@@ -30,13 +30,14 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MllamaTextConfig, Qwen2Config
 
-from sppo_lightning.adapters import beside_text, freeze_beside_text
-from sppo_lightning.forward_trial import Trial
 from sppo_lightning.generation import SampleRequest
 from sppo_lightning.losses import DPOLoss
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.pair_forward import AutoForward, PairForward, PlainForward, SharedForward
-from sppo_lightning.policy import (
+from sppo_lightning.pair_forward.parity import Trial
+from sppo_lightning.policy.anatomy import beside_text, freeze_beside_text
+from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy.loading import (
     check_updates_survive,
     disable_dropout,
     fingerprint,
@@ -46,7 +47,6 @@ from sppo_lightning.policy import (
     sampling_copy,
     write_folder,
 )
-from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
 from sppo_lightning.types import PreferencePair, UserError
 
 PAD = 2
@@ -390,7 +390,8 @@ def test_a_modules_fingerprint_follows_its_weights_and_is_taken_once(
     module.configure_model()
     taken: list[str] = []
     monkeypatch.setattr(
-        "sppo_lightning.policy.fingerprint", lambda *given: taken.append(fingerprint(*given)) or taken[-1]
+        "sppo_lightning.policy.loading.fingerprint",
+        lambda *given: taken.append(fingerprint(*given)) or taken[-1],
     )
     assert module.policy is not None
     digests = [module.live.fingerprint(), module.live.fingerprint()]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
 from sppo_lightning.types import UserError
 
 

@@ -24,9 +24,9 @@ from transformers import (
     T5Config,
 )
 
-from sppo_lightning.policy import end_token_ids, load_policy
-from sppo_lightning.policy_config import PolicyConfig
-from sppo_lightning.pretrained import (
+from sppo_lightning.policy.config import PolicyConfig
+from sppo_lightning.policy.loading import end_token_ids, load_policy
+from sppo_lightning.policy.pretrained import (
     class_of,
     file_beside,
     hub_location,

@@ -17,8 +17,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sppo_lightning.prompt_table import EncodedPrompts, PromptTable, user_text
-from sppo_lightning.ragged import RaggedColumn
+from sppo_lightning.prompts.ragged import RaggedColumn
+from sppo_lightning.prompts.table import EncodedPrompts, PromptTable, user_text
 from sppo_lightning.types import EncodedPrompt, Message, Prompt
 
 TEXT = st.text(st.characters(exclude_categories=()), max_size=6)  # halves of surrogate pairs among them

@@ -13,15 +13,15 @@ from conftest import byte_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from sppo_lightning import prompts as prompts_module
-from sppo_lightning.prompt_table import PromptTable
-from sppo_lightning.prompts import (
+from sppo_lightning.prompts import reading as prompts_module
+from sppo_lightning.prompts.reading import (
     check_disjoint,
     encode_prompts,
     read_prompts,
     single_bos,
     template_token_ids,
 )
+from sppo_lightning.prompts.table import PromptTable
 from sppo_lightning.types import Message, Prompt, UserError
 
 BOS, EOS = 0, 1

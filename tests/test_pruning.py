@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from sppo_lightning.difficulty import StatisticsTable, empty_difficulty_table
-from sppo_lightning.durable import unsealed
-from sppo_lightning.iteration_state import IterationState
-from sppo_lightning.pairs import PairTable
-from sppo_lightning.pruning import prune
-from sppo_lightning.rollouts import RunFolder
+from sppo_lightning.iteration.state import IterationState
+from sppo_lightning.store.iterations import RunFolder
+from sppo_lightning.store.pairs import PairTable
+from sppo_lightning.store.pruning import prune
+from sppo_lightning.system.durable import unsealed
 from sppo_lightning.types import PreferencePair, Rollout, UserError
 
 

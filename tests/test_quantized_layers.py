@@ -10,8 +10,8 @@ import torch
 from conftest import tiny_config
 from transformers import LlamaForCausalLM
 
-from sppo_lightning.policy import load_base_model
-from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy.loading import load_base_model
 
 
 @pytest.fixture(params=["nf4", "int8"])

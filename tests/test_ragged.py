@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sppo_lightning import ragged as ragged_module
-from sppo_lightning.ragged import RaggedColumn
+from sppo_lightning.prompts import ragged as ragged_module
+from sppo_lightning.prompts.ragged import RaggedColumn
 
 QUICK = settings(max_examples=50, deadline=None)
 TOKENS = st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=5), max_size=6)

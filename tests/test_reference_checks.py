@@ -16,12 +16,12 @@ from tiny import batch_of, pairs_of
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from sppo_lightning.lora import copied_weights
 from sppo_lightning.losses import PairLogps
 from sppo_lightning.pair_forward import PlainForward
-from sppo_lightning.policy import load_policy
-from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
-from sppo_lightning.reference_checks import check_reference_is_frozen, check_same_logps
+from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy.loading import load_policy
+from sppo_lightning.policy.lora import copied_weights
+from sppo_lightning.training.reference import check_reference_is_frozen, check_same_logps
 
 
 @pytest.fixture(params=["none", "nf4"])

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sppo_lightning.batching import PairBatch
-from sppo_lightning.layouts import PlainLayout
+from sppo_lightning.iteration.reference_pass import reference_pass
 from sppo_lightning.losses import PairLogps
-from sppo_lightning.pairs import PairTable
-from sppo_lightning.reference_parts import MOST, ReferenceParts, cut_into_parts
-from sppo_lightning.reference_pass import reference_pass
-from sppo_lightning.rendezvous import FileRanks
+from sppo_lightning.pair_forward.layouts import PlainLayout
+from sppo_lightning.store.pairs import PairTable
+from sppo_lightning.store.reference_parts import MOST, ReferenceParts, cut_into_parts
+from sppo_lightning.system.rendezvous import FileRanks
+from sppo_lightning.training.batching import PairBatch
 from sppo_lightning.types import PreferencePair, UserError
 
 ALONE = FileRanks(Path(), rank=0, world_size=1)

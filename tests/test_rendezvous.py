@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from sppo_lightning.rendezvous import SESSIONS, FileRanks, open_session
+from sppo_lightning.system.rendezvous import SESSIONS, FileRanks, open_session
 from sppo_lightning.types import UserError
 
 PROCESSES: Any = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["sppo_lightning.rendezvous"])  # torch is imported once
+PROCESSES.set_forkserver_preload(["sppo_lightning.system.rendezvous"])  # torch is imported once
 BEAT_S = 0.1
 KINDS: list[Any] = [
     *(None, True, 7, -(2**70), 2.5, math.inf, "naïve\n", "", b"\x00\xff"),
@@ -345,7 +345,7 @@ child.wait()
 CHILD = """
 import os, sys, time
 from pathlib import Path
-from sppo_lightning.rendezvous import FileRanks
+from sppo_lightning.system.rendezvous import FileRanks
 ranks = FileRanks(Path(sys.argv[1]), rank=1, world_size=2, parent=os.getppid(), beat_s=0.1)
 print("ready", flush=True)
 time.sleep(60)

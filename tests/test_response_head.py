@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM
 
-from sppo_lightning import response_head
 from sppo_lightning.pair_forward import AutoForward, PairForward, PlainForward, SharedForward, VarlenForward
-from sppo_lightning.response_head import response_logps
+from sppo_lightning.pair_forward import head as response_head
+from sppo_lightning.pair_forward.head import response_logps
 
 # scaled or capped logits, more in a decoder's output, a decoder inside the decoder or under another name
 HEADS = [

@@ -19,8 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sppo_lightning.difficulty import DIFFICULTY_COLUMNS, StatisticsTable
-from sppo_lightning.pairs import PAIR_SCHEMA, PairTable
-from sppo_lightning.rollouts import (
+from sppo_lightning.store.iterations import (
     DIFFICULTY_SCHEMA,
     ROLLOUT_SCHEMA,
     IterationStore,
@@ -30,6 +29,7 @@ from sppo_lightning.rollouts import (
     read_rollouts,
     write_rollouts,
 )
+from sppo_lightning.store.pairs import PAIR_SCHEMA, PairTable
 from sppo_lightning.types import PreferencePair, Rollout, UserError
 
 QUICK = settings(max_examples=30, deadline=None)

@@ -19,7 +19,7 @@ from conftest import cli_arguments
 from sppo_lightning.__main__ import main
 from sppo_lightning.callbacks import RunCheckpoint
 from sppo_lightning.datamodule import self_play_data
-from sppo_lightning.stop_signal import StopSignal
+from sppo_lightning.system.signals import StopSignal
 from sppo_lightning.types import Stopped
 
 WritePrompts = Callable[..., Path]
@@ -231,7 +231,7 @@ def test_a_signal_in_a_step_waits_for_its_end(
 
 
 def test_a_second_signal_does_not_wait(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sppo_lightning.stop_signal.SAME_SIGNAL_S", 0.0)
+    monkeypatch.setattr("sppo_lightning.system.signals.SAME_SIGNAL_S", 0.0)
     Watching.begin(send(signal.SIGTERM, signal.SIGTERM, at=(1, 2)))
     with pytest.raises(SystemExit):
         fit()

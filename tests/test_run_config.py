@@ -13,9 +13,9 @@ import pytest
 import torch
 import yaml
 
-from sppo_lightning.durable import record_sizes
-from sppo_lightning.rollouts import RunFolder
-from sppo_lightning.run_config import check_checkpoint, resume_path, verify_checkpoint
+from sppo_lightning.resume.run_config import check_checkpoint, resume_path, verify_checkpoint
+from sppo_lightning.store.iterations import RunFolder
+from sppo_lightning.system.durable import record_sizes
 from sppo_lightning.types import ResumeMode, UserError
 
 CONFIG: dict[str, Any] = {

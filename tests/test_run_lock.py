@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from sppo_lightning.run_lock import RunLock, is_first_process
+from sppo_lightning.system.lock import RunLock, is_first_process
 from sppo_lightning.types import UserError
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from sppo_lightning.run_lock import RunLock
+from sppo_lightning.system.lock import RunLock
 with RunLock(Path(sys.argv[1])):
     {inside}
     print("held", flush=True)

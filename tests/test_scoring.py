@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from test_collect import Digits, Echo, collector, encoded, files, same, wanted_of
 
-from sppo_lightning.collect import Collector
 from sppo_lightning.generation import PromptResponses, SampleRequest
 from sppo_lightning.rewards import FunctionReward, Reward
 from sppo_lightning.rewards.protocol import Scores
-from sppo_lightning.rollouts import ShardStore
-from sppo_lightning.scoring import FailureWatch, ScoredRows, UnfinishedRule, score_rows
+from sppo_lightning.rollouts.collector import Collector
+from sppo_lightning.rollouts.scoring import FailureWatch, ScoredRows, UnfinishedRule, score_rows
+from sppo_lightning.store.iterations import ShardStore
 from sppo_lightning.types import Prompt, Response, Rollout, UserError
 
 PROMPTS = {name: Prompt(name, f"text {name}", ()) for name in "abc"}

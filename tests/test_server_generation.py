@@ -36,7 +36,7 @@ from sppo_lightning.generation.weight_sync import (
     WeightSync,
     exported,
 )
-from sppo_lightning.policy import fingerprint
+from sppo_lightning.policy.loading import fingerprint
 from sppo_lightning.types import Ranks, Response, UserError
 
 BOS, END, PAD = 0, 1, 2

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from sppo_lightning.servers import NO_KEY, Failure, ServerClient
+from sppo_lightning.system.servers import NO_KEY, Failure, ServerClient
 from sppo_lightning.types import UserError
 
 SOON = 20.0  # seconds that nothing here may take, far below the time-outs of the requests
@@ -310,7 +310,7 @@ def test_a_key_with_a_strange_character_is_refused_without_being_shown(
 
 def test_a_missing_client_library(monkeypatch: pytest.MonkeyPatch) -> None:
     ServerClient("data.generator", "http://localhost:1/v1").check()
-    monkeypatch.setattr("sppo_lightning.servers.find_spec", lambda name: None)
+    monkeypatch.setattr("sppo_lightning.system.servers.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"talks to a server: pip install 'sppo-lightning\[server\]'"):
         ServerClient("data.generator", "http://localhost:1/v1").check()
 
@@ -416,7 +416,7 @@ def test_an_exception_in_a_call_surfaces_at_once() -> None:
 ENDING = """
 import signal, sys, time
 from functools import partial
-from sppo_lightning.servers import ServerClient
+from sppo_lightning.system.servers import ServerClient
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 client = ServerClient("data.generator", sys.argv[2])
 client.open()

@@ -22,20 +22,21 @@ from tiny import batch_of, new_model, pairs_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from sppo_lightning import reference_parts, sharding
-from sppo_lightning.forward_trial import Trial
-from sppo_lightning.layouts import PlainLayout
-from sppo_lightning.live_policy import LivePolicy
-from sppo_lightning.lora import copied_weights, replaced_weights
-from sppo_lightning.optimizers import build_optimizer, clip_gradients
+from sppo_lightning.iteration.reference_pass import reference_pass
 from sppo_lightning.pair_forward import AutoForward, PlainForward
-from sppo_lightning.pairs import PairTable
-from sppo_lightning.policy import check_updates_survive, disable_dropout, fingerprint
-from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
-from sppo_lightning.reference_checks import check_reference_is_frozen
-from sppo_lightning.reference_parts import ReferenceParts
-from sppo_lightning.reference_pass import reference_pass
-from sppo_lightning.trainer import check_hardware
+from sppo_lightning.pair_forward.layouts import PlainLayout
+from sppo_lightning.pair_forward.parity import Trial
+from sppo_lightning.policy import sharding
+from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy.live import LivePolicy
+from sppo_lightning.policy.loading import check_updates_survive, disable_dropout, fingerprint
+from sppo_lightning.policy.lora import copied_weights, replaced_weights
+from sppo_lightning.store import reference_parts
+from sppo_lightning.store.pairs import PairTable
+from sppo_lightning.store.reference_parts import ReferenceParts
+from sppo_lightning.training.hardware import check_hardware
+from sppo_lightning.training.optimizers import build_optimizer, clip_gradients
+from sppo_lightning.training.reference import check_reference_is_frozen
 from sppo_lightning.types import UserError
 
 WORLD = 2

@@ -14,11 +14,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sppo_lightning.collect import Collector, WantedRows
 from sppo_lightning.generation import Generator, PolicySource, PromptResponses, SampleRequest
 from sppo_lightning.rewards import FunctionReward
-from sppo_lightning.rollouts import ShardStore, read_rollouts
-from sppo_lightning.shards import prompts_per_shard
+from sppo_lightning.rollouts.collector import Collector, WantedRows
+from sppo_lightning.rollouts.shard_size import prompts_per_shard
+from sppo_lightning.store.iterations import ShardStore, read_rollouts
 from sppo_lightning.types import EncodedPrompt, Prompt, Ranks, Response, T, UserError
 
 

@@ -15,10 +15,15 @@ from tiny import batch_of, new_model, pairs_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, FalconConfig, LlamaForCausalLM
 
-from sppo_lightning import shared_attention
-from sppo_lightning.layouts import SharedLayout, SharedPrompts
-from sppo_lightning.own_attention import CannotAttendError, detach
-from sppo_lightning.shared_attention import MaskedAttention, SharedAttention, VarlenAttention, attach
+from sppo_lightning.pair_forward import shared_attention
+from sppo_lightning.pair_forward.layouts import SharedLayout, SharedPrompts
+from sppo_lightning.pair_forward.shared_attention import (
+    MaskedAttention,
+    SharedAttention,
+    VarlenAttention,
+    attach,
+)
+from sppo_lightning.policy.attention import CannotAttendError, detach
 
 HEADS, WIDTH = 4, 8
 Lengths = Sequence[tuple[int, int, int]]  # tokens of prompt, chosen, rejected

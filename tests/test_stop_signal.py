@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sppo_lightning.stop_signal import StopSignal
+from sppo_lightning.system.signals import StopSignal
 from sppo_lightning.types import Stopped
 
 
@@ -58,7 +58,7 @@ def test_a_second_signal_does_not_wait(stop: StopSignal, monkeypatch: pytest.Mon
     stop.hold()
     send(signal.SIGTERM)
     send(signal.SIGINT)
-    monkeypatch.setattr("sppo_lightning.stop_signal.SAME_SIGNAL_S", 0.0)
+    monkeypatch.setattr("sppo_lightning.system.signals.SAME_SIGNAL_S", 0.0)
     with pytest.raises(Stopped) as left:
         send(signal.SIGINT)
     assert left.value.signal is signal.SIGTERM

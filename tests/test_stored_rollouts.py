@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sppo_lightning.rollouts import ShardStore
-from sppo_lightning.stored_rollouts import StoredRollout, TokenColumn
+from sppo_lightning.store.iterations import ShardStore
+from sppo_lightning.store.rows import StoredRollout, TokenColumn
 from sppo_lightning.types import Rollout, ScoredRollout
 
 FIELDS = (

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sppo_lightning.tally import ResponseTally
+from sppo_lightning.iteration.tally import ResponseTally
 from sppo_lightning.types import Rollout
 
 REASONS = ["too_long_to_score", "failed_score", "server_error", "unfinished"]

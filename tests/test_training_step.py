@@ -21,8 +21,8 @@ from sppo_lightning.__main__ import main
 from sppo_lightning.losses import DPOLoss
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.pair_forward import AutoForward, PairForward, PlainForward, SharedForward
-from sppo_lightning.policy import load_base_model
-from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy.loading import load_base_model
 
 LORA = LoRAConfig(rank=4, alpha=8)
 
@@ -77,7 +77,7 @@ def test_weights_are_loaded_once(
 ) -> None:
     loaded: list[int] = []
     monkeypatch.setattr(
-        "sppo_lightning.policy.load_base_model",
+        "sppo_lightning.policy.loading.load_base_model",
         lambda *given, **options: loaded.append(1) or load_base_model(*given, **options),
     )
     changes = {"data__generator__max_new_tokens": 4, "data__pairs_per_step": 2, **settings}

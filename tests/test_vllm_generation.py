@@ -26,12 +26,12 @@ from tiny import CONFIGS, END, Source, random_tokens, tiny_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
-from sppo_lightning.adapters import merged_weights
 from sppo_lightning.generation import Generator, HFGenerator, SampleRequest
 from sppo_lightning.generation.parity import ParityError
 from sppo_lightning.generation.vllm import VLLMGenerator
-from sppo_lightning.policy import load_policy
-from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy.anatomy import merged_weights
+from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy.loading import load_policy
 from sppo_lightning.types import Response, UserError
 
 LONGEST = 12

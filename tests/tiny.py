@@ -41,9 +41,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from sppo_lightning.batching import PairBatch, StepSlot, collate
-from sppo_lightning.layouts import PairLayout
-from sppo_lightning.pretrained import class_of
+from sppo_lightning.pair_forward.layouts import PairLayout
+from sppo_lightning.policy.pretrained import class_of
+from sppo_lightning.training.batching import PairBatch, StepSlot, collate
 from sppo_lightning.types import PreferencePair, Ranks
 
 VOCABULARY = 259

@@ -31,9 +31,9 @@ def fetch_gguf(folder: Path) -> Path:
 
 def convert(gguf: Path, target: Path) -> None:
     """Write the model and tokenizer in ``gguf`` as a Hugging Face folder, replacing it in one step."""
-    from sppo_lightning.policy import load_base_model
-    from sppo_lightning.policy_config import PolicyConfig
-    from sppo_lightning.pretrained import load_tokenizer
+    from sppo_lightning.policy.config import PolicyConfig
+    from sppo_lightning.policy.loading import load_base_model
+    from sppo_lightning.policy.pretrained import load_tokenizer
 
     config = PolicyConfig(pretrained=str(gguf), dtype="bfloat16")
     model = load_base_model(config, compute_dtype=torch.bfloat16)

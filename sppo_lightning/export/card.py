@@ -10,12 +10,12 @@ from typing import Any, Literal
 import yaml
 
 import sppo_lightning
-from sppo_lightning.adapters import base_arguments, opened_by_peft
+from sppo_lightning.evaluation.results import HEADINGS, held_out_results
 from sppo_lightning.export.check import Distance
-from sppo_lightning.export.run import FinishedRun
-from sppo_lightning.policy_config import LoRAConfig
-from sppo_lightning.results import HEADINGS, held_out_results
-from sppo_lightning.rollouts import FREE_SETTINGS
+from sppo_lightning.export.finished_run import FinishedRun
+from sppo_lightning.policy.anatomy import base_arguments, opened_by_peft
+from sppo_lightning.policy.config import LoRAConfig
+from sppo_lightning.store.iterations import FREE_SETTINGS
 from sppo_lightning.types import PreferencePair
 
 HERE = "path/to/this/folder"

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from sppo_lightning.adapters import adapted_layers, merged_weight, unwrapped
-from sppo_lightning.logprobs import token_logps
-from sppo_lightning.reference_checks import RATIO_TOLERANCE
+from sppo_lightning.pair_forward.logprobs import token_logps
+from sppo_lightning.policy.anatomy import adapted_layers, merged_weight, unwrapped
+from sppo_lightning.training.reference import RATIO_TOLERANCE
 from sppo_lightning.types import PreferencePair, UserError
 
 EXACT = 1e-4  # mean distance in nats per token that float32 arithmetic explains

@@ -13,13 +13,13 @@ from typing import Literal
 
 import torch
 
-from sppo_lightning.durable import write_atomically
 from sppo_lightning.export.card import model_card
 from sppo_lightning.export.check import require
 from sppo_lightning.export.files import write_for_gguf
+from sppo_lightning.export.finished_run import FinishedRun, open_run
 from sppo_lightning.export.job import ROUNDED, ExportJob
-from sppo_lightning.export.run import FinishedRun, open_run
-from sppo_lightning.pretrained import DTYPES
+from sppo_lightning.policy.pretrained import DTYPES
+from sppo_lightning.system.durable import write_atomically
 from sppo_lightning.types import UserError, first_line
 
 Format = Literal["hf", "adapter", "merged", "gguf-ready"]

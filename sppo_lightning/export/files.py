@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from sppo_lightning import policy as policies
-from sppo_lightning.durable import write_atomically
-from sppo_lightning.export.run import FinishedRun
-from sppo_lightning.pretrained import file_beside
+from sppo_lightning.export.finished_run import FinishedRun
+from sppo_lightning.policy import loading as policies
+from sppo_lightning.policy.pretrained import file_beside
+from sppo_lightning.system.durable import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from sppo_lightning import policy as policies
-from sppo_lightning.adapters import adapted_layers, merge_into_base, merged_weight, opened_by_peft, unwrapped
 from sppo_lightning.export.check import (
     AdapterLogps,
     Distance,
@@ -27,9 +25,17 @@ from sppo_lightning.export.check import (
     sample_pairs,
 )
 from sppo_lightning.export.files import write_adapter, write_model
-from sppo_lightning.export.run import FinishedRun
-from sppo_lightning.policy_config import PolicyConfig
-from sppo_lightning.pretrained import class_of, load_tokenizer, stored_dtype
+from sppo_lightning.export.finished_run import FinishedRun
+from sppo_lightning.policy import loading as policies
+from sppo_lightning.policy.anatomy import (
+    adapted_layers,
+    merge_into_base,
+    merged_weight,
+    opened_by_peft,
+    unwrapped,
+)
+from sppo_lightning.policy.config import PolicyConfig
+from sppo_lightning.policy.pretrained import class_of, load_tokenizer, stored_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

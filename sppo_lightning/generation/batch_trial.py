@@ -11,13 +11,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from sppo_lightning.adapters import unwrapped
-from sppo_lightning.forward_trial import off_by_a_rounding
 from sppo_lightning.generation.cache import reserved_cache
+from sppo_lightning.generation.cache_size import RowBytes, held_bytes
 from sppo_lightning.generation.parity import drift_tolerance, rounding
 from sppo_lightning.generation.steps import PlainSteps, left_padded, read
-from sppo_lightning.memory.cache_size import RowBytes, held_bytes
-from sppo_lightning.memory.device import ran_out
+from sppo_lightning.pair_forward.parity import off_by_a_rounding
+from sppo_lightning.policy.anatomy import unwrapped
+from sppo_lightning.system.device_memory import ran_out
 from sppo_lightning.types import UserError, first_line
 
 UNLIKE, ALIKE = (3, 9), (6, 6)  # tokens of two prompts

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from sppo_lightning.adapters import embedding_rows
 from sppo_lightning.generation.parity import PROBE_TOKENS, ProbeAnswer, check_parity
 from sppo_lightning.generation.protocol import (
     EngineMemory,
@@ -19,6 +18,7 @@ from sppo_lightning.generation.protocol import (
     PromptResponses,
     SampleRequest,
 )
+from sppo_lightning.policy.anatomy import embedding_rows
 from sppo_lightning.seeding import derive_seed
 from sppo_lightning.types import Response, UserError, first_line
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sppo_lightning.memory.device import ran_out
+from sppo_lightning.system.device_memory import ran_out
 from sppo_lightning.types import first_line
 
 

@@ -17,14 +17,14 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from sppo_lightning import own_attention
-from sppo_lightning.adapters import unwrapped
 from sppo_lightning.generation.cache import ReservedLayer, reserved_cache
 from sppo_lightning.generation.cuda_graph import RecordedStep
 from sppo_lightning.generation.parity import drift_tolerance, rounding
 from sppo_lightning.generation.steps import DecodingSteps, PlainSteps, left_padded, read
-from sppo_lightning.memory.device import ran_out
-from sppo_lightning.own_attention import CannotAttendError
+from sppo_lightning.policy import attention as own_attention
+from sppo_lightning.policy.anatomy import unwrapped
+from sppo_lightning.policy.attention import CannotAttendError
+from sppo_lightning.system.device_memory import ran_out
 from sppo_lightning.types import first_line
 
 NAME = "sppo_fixed_steps"

@@ -24,7 +24,7 @@ from sppo_lightning.generation.protocol import (
     SampleRequest,
 )
 from sppo_lightning.generation.sampling import sample_tokens
-from sppo_lightning.memory.device import TokenBudget, free_bytes, ran_out, release
+from sppo_lightning.system.device_memory import TokenBudget, free_bytes, ran_out, release
 from sppo_lightning.types import Response, UserError
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from sppo_lightning.generation.protocol import (
     SampleRequest,
 )
 from sppo_lightning.generation.weight_sync import WeightSync
-from sppo_lightning.servers import Failure, ServerClient
+from sppo_lightning.system.servers import Failure, ServerClient
 from sppo_lightning.types import Response, UserError
 
 if TYPE_CHECKING:

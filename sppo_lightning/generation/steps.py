@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from sppo_lightning.adapters import unwrapped
+from sppo_lightning.policy.anatomy import unwrapped
 
 
 class DecodingSteps(ABC):

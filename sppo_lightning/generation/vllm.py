@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from sppo_lightning.adapters import embedding_rows, merged_weights, unwrapped
 from sppo_lightning.generation.parity import PROBE_TOKENS, ProbeAnswer, check_parity
 from sppo_lightning.generation.protocol import (
     EngineMemory,
@@ -22,6 +21,7 @@ from sppo_lightning.generation.protocol import (
     PromptResponses,
     SampleRequest,
 )
+from sppo_lightning.policy.anatomy import embedding_rows, merged_weights, unwrapped
 from sppo_lightning.types import UserError
 
 DISCARD = 2  # the level of vLLM's sleep that gives up weights and cache, since new weights come anyway

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from uuid import uuid4
 
 from sppo_lightning.generation.protocol import PolicySource
-from sppo_lightning.servers import Failure, ServerClient
+from sppo_lightning.system.servers import Failure, ServerClient
 from sppo_lightning.types import UserError
 
 KEY = "data.generator.weight_sync"

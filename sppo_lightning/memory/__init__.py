@@ -1,1 +1,1 @@
-"""What a run takes of its device: estimated before anything loads, and measured while it runs."""
+"""How much memory a run takes, estimated from its config before any weights load."""

@@ -20,7 +20,7 @@ from sppo_lightning.generation import (
 )
 from sppo_lightning.memory.estimate import GIB, Estimator, MemoryEstimate
 from sppo_lightning.memory.workload import Workload
-from sppo_lightning.policy_config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rewards.protocol import RewardMemory
 

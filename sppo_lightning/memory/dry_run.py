@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from sppo_lightning.layouts import PairRows
+from sppo_lightning.generation.cache_size import held_bytes
 from sppo_lightning.losses import DPOLoss, PairLogps
-from sppo_lightning.memory.cache_size import held_bytes
-from sppo_lightning.optimizers import OptimizerFactory, build_optimizer
 from sppo_lightning.pair_forward import AutoForward, PairForward, PlainForward, SharedForward, VarlenForward
-from sppo_lightning.response_head import CHUNK_LOGITS
+from sppo_lightning.pair_forward.head import CHUNK_LOGITS
+from sppo_lightning.pair_forward.layouts import PairRows
+from sppo_lightning.training.optimizers import OptimizerFactory, build_optimizer
 
 if TYPE_CHECKING:
     from transformers import DynamicCache

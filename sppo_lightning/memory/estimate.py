@@ -9,12 +9,12 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from sppo_lightning.memory.device import free_bytes
 from sppo_lightning.memory.dry_run import OptimizerMemory, optimizer_memory
-from sppo_lightning.memory.footprint import CannotEstimateError, Footprint, Gathered, layer_count
 from sppo_lightning.memory.workload import Passes, PassMeter, Workload, vocabulary_of
+from sppo_lightning.policy.footprint import CannotEstimateError, Footprint, Gathered, layer_count
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rewards.protocol import RewardMemory
+from sppo_lightning.system.device_memory import free_bytes
 
 GIB = 2**30
 # of CUDA: the context with its kernels; 0.69 GiB on an H100 with those of products, attention and bitsandbytes

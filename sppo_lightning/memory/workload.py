@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 
-from sppo_lightning import policy as policies
 from sppo_lightning.generation import Generator
-from sppo_lightning.memory.cache_size import cache_bytes
+from sppo_lightning.generation.cache_size import cache_bytes
 from sppo_lightning.memory.dry_run import DryRun, PairShape, stand_ins
-from sppo_lightning.memory.footprint import (
+from sppo_lightning.pair_forward import PairForward
+from sppo_lightning.policy import loading as policies
+from sppo_lightning.policy.config import PolicyConfig
+from sppo_lightning.policy.footprint import (
     Footprint,
     Gathered,
     gathered,
@@ -21,11 +23,9 @@ from sppo_lightning.memory.footprint import (
     loaded_footprint,
     required,
 )
-from sppo_lightning.optimizers import OptimizerFactory
-from sppo_lightning.pair_forward import PairForward
-from sppo_lightning.policy_config import PolicyConfig
-from sppo_lightning.pretrained import DTYPES
+from sppo_lightning.policy.pretrained import DTYPES
 from sppo_lightning.rewards import Reward
+from sppo_lightning.training.optimizers import OptimizerFactory
 from sppo_lightning.types import first_line
 
 if TYPE_CHECKING:

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
-from sppo_lightning.memory.device import release
-from sppo_lightning.memory.footprint import loaded_footprint
-from sppo_lightning.pretrained import (
+from sppo_lightning.policy.footprint import loaded_footprint
+from sppo_lightning.policy.pretrained import (
     DTYPES,
     check_quantization,
     load_model_config,
     load_tokenizer,
     quantization_options,
 )
-from sppo_lightning.prompts import template_token_ids
+from sppo_lightning.prompts.reading import template_token_ids
 from sppo_lightning.rewards.classifier_forward import ACTIVATIONS, ClassifierForward
 from sppo_lightning.rewards.protocol import Reward, RewardMemory, Scores
+from sppo_lightning.system.device_memory import release
 from sppo_lightning.types import Message, Prompt, UserError, first_line
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sppo_lightning.memory.device import TokenBudget, free_bytes, ran_out, release
+from sppo_lightning.system.device_memory import TokenBudget, free_bytes, ran_out, release
 from sppo_lightning.types import UserError, first_line
 
 Encoded = Mapping[str, list[int]]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sppo_lightning.rewards.pairwise import Comparison, Judge
-from sppo_lightning.servers import Failure, ServerClient
+from sppo_lightning.system.servers import Failure, ServerClient
 from sppo_lightning.types import Message, Prompt, UserError
 
 INSTRUCTIONS = """\

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sppo_lightning.pretrained import load_tokenizer
-from sppo_lightning.prompts import template_token_ids
+from sppo_lightning.policy.pretrained import load_tokenizer
+from sppo_lightning.prompts.reading import template_token_ids
 from sppo_lightning.rewards.protocol import Reward, Scores
-from sppo_lightning.servers import Failure, ServerClient
+from sppo_lightning.system.servers import Failure, ServerClient
 from sppo_lightning.types import Message, Prompt, UserError
 
 if TYPE_CHECKING:

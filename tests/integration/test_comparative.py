@@ -12,7 +12,7 @@ import pytest
 from conftest import cli_arguments
 
 from sppo_lightning.__main__ import main
-from sppo_lightning.rollouts import read_rollouts
+from sppo_lightning.store.iterations import read_rollouts
 
 CHANGES: dict[str, Any] = {
     "data__reward": "sppo_lightning.rewards.PairwiseReward",

@@ -20,8 +20,8 @@ from conftest import cli_arguments
 
 from sppo_lightning.__main__ import main
 from sppo_lightning.datamodule import self_play_data
-from sppo_lightning.run_config import verify_checkpoint
-from sppo_lightning.run_lock import RunLock
+from sppo_lightning.resume.run_config import verify_checkpoint
+from sppo_lightning.system.lock import RunLock
 from sppo_lightning.types import PhaseProgress
 
 Arguments = Callable[..., list[str]]

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sppo_lightning.__main__ import main
-from sppo_lightning.live_policy import LivePolicy
+from sppo_lightning.policy.live import LivePolicy
 
 WritePrompts = Callable[..., Path]
 LORA = {"model__policy__lora__rank": 4, "model__policy__lora__alpha": 8}

@@ -188,7 +188,7 @@ def test_a_probe_larger_than_the_pairs_samples_tops_nothing_up(
 def test_curriculum_orders_the_steps_by_difficulty(
     tiny_policy: Path, write_prompts: WritePrompts, tmp_path: Path, curriculum: str, monkeypatch: Any
 ) -> None:
-    from sppo_lightning.batching import StepSampler
+    from sppo_lightning.training.batching import StepSampler
 
     orders: list[list[int]] = []
     original = StepSampler.__init__

@@ -1,0 +1,302 @@
+"""LightningCLI wiring: defaults, derived keys and checks of the config; no logic of the loop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pkgutil
+import sys
+import warnings
+from contextlib import ExitStack
+from inspect import signature
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from sppo_lightning.callbacks import (
+    PhaseMemory,
+    PhaseTimes,
+    PolicyExport,
+    RunCheckpoint,
+    RunSummary,
+    SampleTable,
+    SelfPlayProgress,
+)
+from sppo_lightning.callbacks.run_config import RunConfigFile
+from sppo_lightning.cli.estimate import SelfPlayTrainer, check_plannable, planned_hardware
+from sppo_lightning.cli.parse_errors import check_config_files, explain
+from sppo_lightning.datamodule import SelfPlayDataModule
+from sppo_lightning.module import PreferenceModule
+from sppo_lightning.policy.config import PolicyConfig
+from sppo_lightning.resume.metrics_csv import MetricsCSV
+from sppo_lightning.resume.run_config import check_checkpoint, check_writable, resume_path, verify_checkpoint
+from sppo_lightning.system.durable import remove_leftovers
+from sppo_lightning.system.lock import RunLock, is_first_process
+from sppo_lightning.types import UserError
+
+# Trainer flags that the loop sets by itself: the value they must keep, and what to do instead
+FIXED_FLAGS: dict[str, tuple[Any, str]] = {
+    "max_time": (None, "stop the run by a signal instead: it goes on from its last optimizer step"),
+    "max_steps": (-1, "set data.iterations and data.epochs_per_iteration instead"),
+    "min_epochs": (None, "set data.iterations and data.epochs_per_iteration instead"),
+    "min_steps": (None, "set data.iterations and data.epochs_per_iteration instead"),
+    "limit_train_batches": (None, "set data.schedule instead, e.g. RandomSubset"),
+    "limit_val_batches": (None, "name a smaller data.eval_prompts file instead"),
+    "limit_test_batches": (None, "name a smaller data.test_prompts file instead"),
+    "limit_predict_batches": (None, "name a smaller data.predict_prompts file instead"),
+    "overfit_batches": (0, "name a small data.prompts file instead"),
+    "val_check_interval": (None, "leave it out (an evaluation of data.eval_prompts follows each iteration)"),
+    "accumulate_grad_batches": (1, "set data.pairs_per_step and data.batch_size instead"),
+    "reload_dataloaders_every_n_epochs": (
+        1,
+        "leave it out (data.epochs_per_iteration says when new pairs are made)",
+    ),
+    "num_sanity_val_steps": (0, "leave it out (data.eval_prompts are evaluated before the first step)"),
+    "use_distributed_sampler": (False, "leave it out (data.pairs_per_step is split between devices)"),
+    "barebones": (False, "leave it out"),
+}
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are one line, without hundreds of lines of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the error and leave."""
+        if not self.exit_on_error:  # a component's own parser: the outer one reports, with the whole key
+            super().error(message, ex)
+        sections = {"trainer": Trainer, "model": PreferenceModule, "model.policy": PolicyConfig}
+        sections["data"] = SelfPlayDataModule
+        keys = [f"{name}.{key}" for name, owner in sections.items() for key in signature(owner).parameters]
+        print(f"sppo-lightning: error: {explain(message, keys)}", file=sys.stderr)
+        sys.exit(2)
+
+
+class SelfPlayCLI(LightningCLI):
+    """``fit``, ``validate``, ``test``, ``predict`` and ``estimate`` of the self-play trainer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.start: Path | None = None  # checkpoint of the run folder that fit goes on from
+        with ExitStack() as self._held:
+            super().__init__(*args, **kwargs)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the commands, and which of their arguments the command line does not take."""
+        return {**LightningCLI.subcommands(), "estimate": {"model", "datamodule", "hardware"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Set the loop's defaults."""
+        parser.usage = "%(prog)s [--config FILE] [--KEY VALUE ...]"
+        parser.set_defaults(
+            {
+                "trainer.default_root_dir": "runs/default",
+                "trainer.log_every_n_steps": 1,
+                "trainer.enable_model_summary": False,
+                "trainer.reload_dataloaders_every_n_epochs": 1,
+                "trainer.check_val_every_n_epoch": None,
+                "trainer.num_sanity_val_steps": 0,
+                "trainer.use_distributed_sampler": False,
+                "model.lr_schedule": {"class_path": "sppo_lightning.schedules.Linear"},
+                "data.seed": None,
+                "data.schedule": {"class_path": "sppo_lightning.selection.AllPrompts"},
+                "data.curriculum": {"class_path": "sppo_lightning.selection.RandomOrder"},
+                "data.pairing": {"class_path": "sppo_lightning.pairing.BestWorst"},
+                "data.pair_selection": {"class_path": "sppo_lightning.selection.AllPairs"},
+            }
+        )
+
+    def _set_seed(self) -> None:
+        """Seed everything."""
+        seed = self.config[self.subcommand].seed_everything
+        if isinstance(seed, bool) or not 0 <= seed < 2**32:
+            raise UserError(
+                f"seed_everything={seed} must be a number from 0 to {2**32 - 1}: every random choice derives from it"
+            )
+        super()._set_seed()
+
+    def _parse_ckpt_path(self) -> None:
+        """Take nothing from a checkpoint: the command line's config is what counts."""
+
+    def before_instantiate_classes(self) -> None:
+        """Check the config against the Trainer, the run folder and the run that it may hold."""
+        config = self.config[self.subcommand]
+        for name, (value, instead) in FIXED_FLAGS.items():
+            given = config.trainer.get(name)
+            if given not in (value, None):
+                raise UserError(f"trainer.{name}={given} would break the self-play loop: {instead}")
+        self.root = Path(config.trainer.default_root_dir)
+        self.run_config = yaml.safe_load(self._parser(self.subcommand).dump(config))
+        for name in ("ckpt_path", "weights_only", "verbose", "return_predictions", "config"):
+            self.run_config.pop(name, None)
+        self._derive(config)
+        self._check_optimizer(config.model.optimizer)
+        wanted = config.trainer  # a strategy that does not serve is refused before any process starts
+        self.hardware = planned_hardware(
+            wanted.accelerator, wanted.devices, wanted.num_nodes, wanted.strategy, wanted.precision
+        )
+        if self.subcommand == "estimate":
+            check_plannable(wanted.accelerator)
+            wanted.accelerator, wanted.devices, wanted.num_nodes, wanted.strategy = "cpu", 1, 1, "auto"
+            wanted.precision = "32-true" if self.hardware.float16 else wanted.precision
+        elif not config.trainer.fast_dev_run:
+            check_writable(self.root)
+            if is_first_process(os.environ):
+                self._hold_folder()
+            if self.subcommand == "fit":
+                given = config.get("ckpt_path")
+                self.start = resume_path(
+                    self.root,
+                    config.data.resume,
+                    self.run_config,
+                    given=None if given is None else Path(given),
+                )
+
+    def _hold_folder(self) -> None:
+        """Keep other runs out of the run folder until this one has ended."""
+        lock = RunLock(self.root)
+        self._held.enter_context(lock)
+        if lock.held:
+            remove_leftovers(self.root)
+
+    def _check_optimizer(self, optimizer: Any) -> None:
+        """Refuse optimizer settings that the module sets by itself."""
+        if optimizer is None:
+            return
+        defaults = signature(pkgutil.resolve_name(optimizer.class_path)).parameters
+        for name in ("lr", "weight_decay"):
+            given = optimizer.get("init_args", {}).get(name)
+            if name in defaults and given not in (None, defaults[name].default):
+                key = {"lr": "model.learning_rate", "weight_decay": "model.weight_decay"}[name]
+                raise UserError(
+                    f"model.optimizer.init_args.{name}={given} would be overridden: set {key} instead"
+                )
+
+    def _derive(self, config: Any) -> None:
+        """Set what follows from other keys, and refuse another value by hand."""
+        epochs = config.data.epochs_per_iteration
+        derived = {
+            "trainer.max_epochs": (
+                config.data.iterations * epochs,
+                "data.iterations and data.epochs_per_iteration",
+            ),
+            "trainer.check_val_every_n_epoch": (epochs, "data.epochs_per_iteration"),
+            "data.seed": (config.seed_everything, "seed_everything"),
+        }
+        for key, (value, source) in derived.items():
+            if config[key] not in (value, None):
+                raise UserError(f"{key}={config[key]} would break the self-play loop: set {source} instead")
+            config[key] = value
+
+    def instantiate_classes(self) -> None:
+        """Instantiate; a component or a Trainer that refuses its settings is a user's error."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, ImportError, MisconfigurationException) as error:
+            raise UserError(explain(str(error), ())) from error
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Add the callbacks and loggers that a run has by default."""
+        given = config.get("callbacks") or []
+        given = [*(given if isinstance(given, list) else [given]), *callbacks]
+        defaults: list[Callback] = [PhaseTimes(), PhaseMemory(), SampleTable(), PolicyExport(), RunSummary()]
+        if config["enable_progress_bar"] is not False:
+            defaults.append(SelfPlayProgress())
+        if config["enable_checkpointing"] is not False:
+            defaults.append(RunCheckpoint())  # beside a user's own one: the run goes on from it
+        defaults.append(RunConfigFile(yaml.safe_dump(self.run_config, sort_keys=False)))
+        for item in defaults:
+            kind = ProgressBar if isinstance(item, ProgressBar) else type(item)
+            if not any(isinstance(other, kind) for other in given):
+                given.append(item)
+        return self.trainer_class(**{**config, "callbacks": given, "logger": self._loggers(config["logger"])})
+
+    def _loggers(self, given: Any) -> list[Logger]:
+        fits = self.subcommand == "fit"  # other commands must not write into its curves
+        always: list[Logger] = [MetricsCSV(self.root / "metrics.csv")] if fits else []
+        if given is None or given is True:
+            board = TensorBoardLogger(save_dir=self.root, name="", version="tensorboard")
+            return [board, *always] if fits else []
+        if given is False:
+            return always
+        return [*(given if isinstance(given, list) else [given]), *always]
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Read checkpoints safely, and go on from the run's own one."""
+        kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "estimate":
+            return {**kwargs, "hardware": self.hardware}
+        if kwargs.get("weights_only") is False:
+            raise UserError("weights_only=false would run code from a checkpoint: leave it out")
+        kwargs["weights_only"] = True
+        given = kwargs.get("ckpt_path")
+        if given is not None:
+            check_checkpoint(Path(given), "ckpt_path")
+        elif self.start is not None:
+            if self.config[subcommand].trainer.enable_checkpointing is False:
+                raise UserError(
+                    f"trainer.enable_checkpointing=false: the run in {self.root} goes on from its checkpoint, and must "
+                    "go on writing it: leave it out"
+                )
+            print(f"Continuing the run in {self.root} from {self.start}", file=sys.stderr)
+            kwargs["ckpt_path"] = str(self.start)
+        if kwargs.get("ckpt_path") is not None and is_first_process(os.environ):
+            verify_checkpoint(Path(kwargs["ckpt_path"]))
+        return kwargs
+
+
+# warnings that a user of the loop cannot act on
+UNACTIONABLE = (
+    r".*does not have many workers.*",
+    r".*exists and is not empty.*",
+    r".*train_dataloader yielded None.*",  # a resumed run whose iteration has no step left
+    r".*args parameter is intended to run from within Python.*",
+    r".*isinstance\(treespec, LeafSpec\).*",
+    r".*module\(s\) in eval mode at the start of training.*",
+    r"Total length of `list` across ranks is zero.*",  # no data.eval_prompts
+    r".*gradient_checkpointing(_enable)?` is deprecated.*",  # transformers 5.23, for what 5.17 needs
+    r"\s*By default only one JsonargparseDeprecationWarning per type is shown",  # Lightning calls jsonargparse
+    r"\s*``instantiate_classes`` was deprecated",
+)
+
+
+def run(args: list[str]) -> None:
+    """Parse the command line and run the sub-command."""
+    check_config_files(args)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # so that a config can name a class in a file beside it
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for message in UNACTIONABLE:
+        warnings.filterwarnings("ignore", message=message)
+    _show_messages()
+    SelfPlayCLI(
+        PreferenceModule,
+        SelfPlayDataModule,
+        args=args,
+        trainer_class=SelfPlayTrainer,
+        parser_class=Parser,
+        save_config_callback=None,
+        seed_everything_default=42,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        parser_kwargs={
+            "prog": "sppo-lightning",
+            "description": "Self-play preference optimisation. One command more than those below: `sppo-lightning "
+            "export RUN --format FORMAT` writes a run's policy as a folder that other tools load (--help says more).",
+        },
+    )
+
+
+def _show_messages() -> None:
+    """Print what the engines and rewards say about their choices, on the first process."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns in every layer of every forward
+    logger = logging.getLogger("sppo_lightning")
+    logger.setLevel(logging.INFO if cast(Any, rank_zero_only).rank == 0 else logging.WARNING)
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())

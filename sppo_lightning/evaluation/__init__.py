@@ -1,0 +1,1 @@
+"""Held-out answers, and what is measured on them."""

@@ -1,0 +1,295 @@
+"""Held-out evaluation: stored, scored, greedy answers, and what is measured on them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from sppo_lightning.rollouts.collector import Collector
+from sppo_lightning.store.iterations import (
+    RunFolder,
+    ShardStore,
+    read_rollouts,
+    write_rollouts,
+)
+from sppo_lightning.system.durable import sealed, set_aside, unsealed, write_atomically
+from sppo_lightning.training.metrics import EvaluationBatch
+from sppo_lightning.types import EncodedPrompt, Ranks, Rollout, UserError
+
+LOGGER = logging.getLogger(__name__)
+BATCH = 256  # stored answers aggregated at once
+
+
+class InitialPolicy(Protocol):
+    """A policy that can stand aside for the one that the run started from."""
+
+    def initial(self) -> AbstractContextManager[Any]:
+        """Let the policy that the run started from stand in while the context lasts."""
+
+    def fingerprint(self) -> str:
+        """Return a digest of the current policy."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Evaluations of one set of held-out prompts, one folder for each number of finished iterations.
+
+    Args:
+        folder: the run.
+        prefix: tells the folders of several sets apart, e.g. ``test-``; empty for ``eval_prompts``.
+        prompts: the held-out prompts.
+        collector: samples and scores.
+        policy: who answers.
+        made_with: settings of the generator and the reward, JSON types.
+        replace_others: make stored answers anew where another policy gave them (a restarted ``fit``), instead
+            of refusing to touch them.
+    """
+
+    folder: RunFolder
+    prefix: str
+    prompts: Sequence[EncodedPrompt]
+    collector: Collector
+    policy: InitialPolicy
+    made_with: Mapping[str, Any]
+    replace_others: bool
+
+    def place(self, finished: int) -> Path:
+        """Return the folder of the evaluation after ``finished`` iterations."""
+        return self.folder.evaluation(f"{self.prefix}{finished:03d}")
+
+    def measure(self, finished: int) -> EvaluationBatch:
+        """Ensure the current policy's answers, and the initial policy's to compare with, and measure them."""
+        baseline = self._stored(0) if finished > 0 else None
+        if finished > 0 and baseline is None:
+            with self.policy.initial():
+                baseline = self.answer(0, policy_fingerprint=self.policy.fingerprint())
+        opponents = {row.prompt_id: row.response for row in baseline or () if row.drop_reason is None}
+        rows = self.answer(
+            finished, policy_fingerprint=self.policy.fingerprint(), opponents=MappingProxyType(opponents)
+        )
+        return measure(rows, rows if baseline is None else baseline)
+
+    def _asked(self) -> str:
+        """Return a digest of what decides the answers and their rewards, the policy aside."""
+        asked = [
+            [[item.prompt.id, item.token_ids, item.prompt.answer] for item in self.prompts],
+            self.made_with,
+        ]
+        return hashlib.blake2b(json.dumps(asked).encode(), digest_size=16).hexdigest()
+
+    def _stored(self, finished: int) -> list[Rollout] | None:
+        """Return the stored answers to these prompts, whichever policy gave them.
+
+        Raises:
+            UserError: if the folder holds answers to other prompts, or scores of another reward.
+        """
+        manifest = self._manifest(finished)
+        if manifest is None:
+            return None
+        place = self.place(finished)
+        if manifest["asked"] != self._asked():
+            raise UserError(
+                f"{place} holds answers to other prompts, or from another data.generator or data.reward: use "
+                "another trainer.default_root_dir, or delete that folder"
+            )
+        try:
+            return read_rollouts(place / "rollouts.parquet")
+        except UserError:
+            self._set_aside(place / "rollouts.parquet")
+            return None
+
+    def _manifest(self, finished: int) -> dict[str, Any] | None:
+        """Return what made the stored answers; one that is damaged is kept aside, since answers can be given again."""
+        path = self.place(finished) / "manifest.json"
+        if not path.exists():
+            return None
+        try:
+            return unsealed(path.read_bytes())
+        except ValueError:
+            self._set_aside(path)
+            return None
+
+    def _set_aside(self, path: Path) -> None:
+        if self.collector.ranks.rank == 0 and path.exists():
+            set_aside(path)
+
+    def answer(
+        self,
+        finished: int,
+        *,
+        policy_fingerprint: str,
+        opponents: Mapping[str, str] = MappingProxyType({}),
+    ) -> list[Rollout]:
+        """Answer and score the prompts greedily, once a policy; return the stored rows.
+
+        Args:
+            finished: self-play iterations behind the policy.
+            policy_fingerprint: of the policy.
+            opponents: by prompt id, the initial policy's answers, for a comparative reward.
+
+        Raises:
+            UserError: if the folder holds another policy's answers that are not to be replaced.
+        """
+        place = self.place(finished)
+        made_by = {"policy_fingerprint": policy_fingerprint, "asked": self._asked()}
+        stored, manifest = self._stored(finished), self._manifest(finished)
+        if stored is not None and manifest == made_by:
+            self._remove_parts(place)  # a killed run may have left them
+            return stored
+        if manifest not in (None, made_by) and not self.replace_others:
+            raise UserError(
+                f"{place} holds the answers of another policy: name this one's checkpoint with --ckpt_path, or use "
+                "another trainer.default_root_dir"
+            )
+        ranks = self.collector.ranks
+        identity = hashlib.blake2b(json.dumps(made_by).encode(), digest_size=6).hexdigest()
+        parts = place / f"parts-{identity}"
+        rows = self.collector.collect_greedy(
+            ShardStore(parts),
+            "greedy",
+            self.prompts,
+            iteration=finished,
+            phase="evaluating",
+            opponents=opponents,
+        )
+        ranks.barrier("evaluation read")
+        if ranks.rank == 0:
+            write_rollouts(place / "rollouts.parquet", rows)
+            write_atomically(place / "manifest.json", sealed(made_by))
+        self._remove_parts(place)
+        ranks.barrier("evaluation written")
+        return rows
+
+    def _remove_parts(self, place: Path) -> None:
+        if self.collector.ranks.rank == 0:
+            for parts in place.glob("parts-*"):
+                shutil.rmtree(parts)
+
+
+class EvaluationLoader:
+    """Measured answers in batches, made when the loop asks for the first one.
+
+    Lightning sets a validation loader up before training and keeps it through the first epoch, when the policy
+    to evaluate is not there yet.
+
+    Args:
+        make: returns the measurements of all answers.
+        prompts: how many answers there are.
+        ranks: the processes; each yields its share.
+    """
+
+    def __init__(self, make: Callable[[], EvaluationBatch], prompts: int, ranks: Ranks) -> None:
+        self._make = make
+        self._mine = range(ranks.rank, prompts, ranks.world_size)
+
+    def __len__(self) -> int:
+        return max(1, -(-len(self._mine) // BATCH))  # a rank without a share still helps to make the answers
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        measured = self._make()
+        for start in range(0, max(1, len(self._mine)), BATCH):
+            rows = torch.tensor(self._mine[start : start + BATCH], dtype=torch.long)
+            yield EvaluationBatch(*(column[rows] for column in measured))
+
+
+def load_evaluation(folder: Path) -> list[Rollout] | None:
+    """Return stored answers, or ``None`` if there are none that can be read."""
+    final = folder / "rollouts.parquet"
+    if not final.exists():
+        return None
+    try:
+        return read_rollouts(final)
+    except UserError as error:
+        LOGGER.warning("%s. Its numbers are left out", error)
+        return None
+
+
+def measure(rows: Sequence[Rollout], baseline: Sequence[Rollout] | None) -> EvaluationBatch:
+    """Return the measurements of ``rows`` against the initial policy's answers to the same prompts.
+
+    Raises:
+        UserError: if no answer has a finite reward.
+    """
+    rewards = [row.reward if row.reward is not None else float("nan") for row in rows]
+    if not any(math.isfinite(reward) for reward in rewards):
+        raise UserError("no held-out answer has a finite reward: check data.reward on data.eval_prompts")
+    initial = {row.prompt_id: row.reward for row in baseline or ()}
+    wins = [_win(reward, initial.get(row.prompt_id)) for row, reward in zip(rows, rewards, strict=True)]
+    return EvaluationBatch(
+        reward=torch.tensor(rewards, dtype=torch.float32),
+        win=torch.tensor(wins, dtype=torch.float32),
+        length=torch.tensor(
+            [float(len(row.token_ids)) if row.finish_reason != "failed" else math.nan for row in rows]
+        ),
+        failed=torch.tensor([0.0 if math.isfinite(reward) else 1.0 for reward in rewards]),
+    )
+
+
+def _win(reward: float, initial: float | None) -> float:
+    if initial is None or not math.isfinite(initial) or not math.isfinite(reward):
+        return float("nan")
+    return 1.0 if reward > initial else 0.5 if reward == initial else 0.0
+
+
+class PairedDifference(NamedTuple):
+    """Mean reward over the same prompts, less the baseline's."""
+
+    mean: float
+    stderr: float  # of the mean of the per-prompt differences
+    prompts: int
+
+
+def paired_difference(rows: Sequence[Rollout], baseline: Sequence[Rollout]) -> PairedDifference:
+    """Compare two evaluations prompt by prompt; prompts without two finite rewards are left out."""
+    initial = {row.prompt_id: row.reward for row in baseline}
+    differences = torch.tensor(
+        [
+            row.reward - before
+            for row in rows
+            if row.reward is not None and (before := initial.get(row.prompt_id)) is not None
+        ],
+        dtype=torch.float64,
+    )
+    differences = differences[differences.isfinite()]
+    count = len(differences)
+    stderr = float(differences.std()) / math.sqrt(count) if count > 1 else float("nan")
+    return PairedDifference(float(differences.mean()) if count else float("nan"), stderr, count)
+
+
+def write_predictions(root: Path, prompts: Sequence[EncodedPrompt], collector: Collector) -> list[str]:
+    """Answer prompts greedily into ``predictions.jsonl`` below ``root``; return its lines."""
+    parts = root / "predictions-parts"
+    if collector.ranks.rank == 0:
+        shutil.rmtree(parts, ignore_errors=True)  # of another policy, perhaps
+    collector.ranks.barrier("predictions begin")
+    rows = collector.collect_greedy(
+        ShardStore(parts), "greedy", prompts, iteration=0, phase="predicting", score=False
+    )
+    collector.ranks.barrier("predictions read")
+    lines = [
+        json.dumps(
+            {
+                "id": row.prompt_id,
+                "prompt": row.prompt,
+                "response": row.response,
+                "finish_reason": row.finish_reason,
+            },
+            ensure_ascii=False,
+        )
+        for row in rows
+    ]
+    if collector.ranks.rank == 0:
+        write_atomically(root / "predictions.jsonl", "".join(f"{line}\n" for line in lines).encode())
+        shutil.rmtree(parts)
+    return lines

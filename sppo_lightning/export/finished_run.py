@@ -1,0 +1,211 @@
+"""A run folder as it is found after training: its config, its policies, which iteration each comes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
+from sppo_lightning.policy.pretrained import DTYPES, load_model_config
+from sppo_lightning.resume.checkpoints import state_file
+from sppo_lightning.store.iterations import RunFolder
+from sppo_lightning.training.hardware import COMPUTE_DTYPES
+from sppo_lightning.types import UserError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+ADAPTER_CONFIG = "adapter_config.json"
+RECORD = "run.json"  # in a policy's folder: its iteration and fingerprint
+PRECISIONS = {"None": "32-true", "32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A policy of a run, and what made it.
+
+    Args:
+        folder: of the run.
+        config: the run's settings, as its ``config.yaml`` has them.
+        policy: how the policy was held; an adapter's base is the one that it was trained on.
+        iteration: the self-play iteration that the policy comes out of.
+        place: the policy's folder: the model, or the adapter in PEFT's layout.
+    """
+
+    folder: RunFolder
+    config: Mapping[str, Any]
+    policy: PolicyConfig
+    iteration: int
+    place: Path
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the run trained an adapter."""
+        return self.policy.lora is not None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the products in training."""
+        precision = str(self.config["trainer"].get("precision"))
+        return COMPUTE_DTYPES[PRECISIONS.get(precision, precision)]
+
+    @property
+    def held_dtype(self) -> torch.dtype:
+        """Dtype of the weights in training, quantised ones aside."""
+        return DTYPES.get(self.policy.dtype, self.compute_dtype if self.adapted else torch.float32)
+
+    @property
+    def coarsest_dtype(self) -> torch.dtype:
+        """Dtype of what was rounded most in training; quantised weights are never finer than bfloat16."""
+        if self.policy.quantization != "none":
+            return torch.bfloat16
+        return max((self.compute_dtype, self.held_dtype), key=lambda dtype: torch.finfo(dtype).eps)
+
+    @property
+    def base_as_reference(self) -> int | None:
+        """Iteration whose stored reference is the adapter's base alone; ``None`` if none is known to be."""
+        if self.policy.lora is None or self.policy.lora.adapter is not None:
+            return None
+        stays = self.config["model"]["reference"] == "initial"
+        found = self.iteration if stays else 0  # a fresh adapter changes nothing
+        return found if (self.folder.iteration(found).folder / "pairs.parquet").exists() else None
+
+    def model_config(self) -> PretrainedConfig:
+        """Return the settings of the trained model, or of the base that an adapter was trained on.
+
+        Raises:
+            UserError: if the base is not there any more.
+        """
+        pretrained, trust = self.policy.pretrained, self.policy.trust_remote_code
+        if not self.adapted:
+            return load_model_config(
+                str(self.place), key="the run's policy", trust_remote_code=trust, expect="causal-lm"
+            )
+        given = self.config["model"]["policy"]["pretrained"]
+        try:
+            return load_model_config(
+                pretrained, key="model.policy.pretrained", trust_remote_code=trust, expect="causal-lm"
+            )
+        except UserError as error:
+            raise UserError(
+                f"the base that the run's adapter was trained on, {pretrained}, cannot be read ({error}); config.yaml "
+                f"names {given}, which from here is {Path(given).resolve() if Path(given).exists() else 'not there'}. "
+                f"If the base moved, correct base_model_name_or_path in {self.place / ADAPTER_CONFIG}"
+            ) from error
+
+    def adapter_settings(self) -> dict[str, Any]:
+        """Return the ``adapter_config.json`` of a trained adapter."""
+        return _read_json(self.place / ADAPTER_CONFIG)
+
+
+def open_run(root: Path, *, iteration: int | None = None) -> FinishedRun:
+    """Find a policy of a run.
+
+    Args:
+        root: the run's folder.
+        iteration: self-play iteration to take the policy from; ``None``: the last finished one.
+
+    Raises:
+        UserError: if this is no run, or the policy is not there.
+    """
+    path = root / "config.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"{str(root)!r} is no run: it has no config.yaml; give a folder that was a fit's trainer.default_root_dir"
+        )
+    try:
+        config = yaml.safe_load(path.read_bytes())
+        settings = dict(config["model"]["policy"])
+        if settings.get("lora") is not None:
+            settings["lora"] = LoRAConfig(**settings["lora"])
+        policy = PolicyConfig(**settings)
+        precision = str(config["trainer"].get("precision"))
+        if PRECISIONS.get(precision, precision) not in COMPUTE_DTYPES:
+            raise KeyError(f"trainer.precision: {precision}")
+    except UserError:
+        raise
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read as a run's config ({' '.join(str(error).split())}): restore it, or export with "
+            "the version of sppo-lightning that wrote it"
+        ) from error
+    folder = RunFolder(root)
+    place = root / "policy"
+    latest = _iteration_of(place, folder) if place.is_dir() else None
+    if latest is None:
+        raise UserError(
+            f"{root} has no finished iteration yet, so that there is no policy to export: run fit to the end of an "
+            "iteration"
+        )
+    kept_place = root / "policies" / f"{latest if iteration is None else iteration:03d}"
+    if iteration is None:
+        iteration = latest
+    elif kept_place.is_dir():
+        place = kept_place
+    elif iteration != latest:
+        kept = sorted({*(int(path.name) for path in _kept(root)), latest})
+        raise UserError(
+            f"{root} holds no policy of iteration {iteration}, only of {', '.join(map(str, kept))}: name one of those "
+            "(callback PolicyExport with keep_every_iteration: true keeps all)"
+        )
+    return FinishedRun(folder, config, _on_its_base(policy, place), iteration, place)
+
+
+def _on_its_base(policy: PolicyConfig, place: Path) -> PolicyConfig:
+    """Return an adapter's settings with the base that it was trained on.
+
+    The adapter's folder knows it from wherever it is read; the run's config may have a path that was relative.
+    """
+    if policy.lora is None:
+        return policy
+    trained_on = _read_json(place / ADAPTER_CONFIG).get("base_model_name_or_path")
+    given = Path(policy.pretrained)
+    if not trained_on or (given.exists() and given.resolve() == Path(trained_on).resolve()):
+        return policy
+    return replace(policy, pretrained=trained_on)
+
+
+def _iteration_of(place: Path, folder: RunFolder) -> int | None:
+    """Return the iteration that ``policy/`` comes out of; ``None`` if there is no finished one."""
+    path = place / RECORD
+    if not path.is_file():
+        return _last_finished(folder)
+    try:
+        return int(_read_json(path)["iteration"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}): delete it") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}): restore it") from error
+    return content
+
+
+def _last_finished(folder: RunFolder) -> int | None:
+    """Return the run's last finished iteration, for a ``policy/`` that does not say its own."""
+    last = folder.root / "checkpoints" / "last.ckpt"
+    if last.exists():
+        try:
+            checkpoint = torch.load(state_file(last), map_location="cpu", mmap=True, weights_only=True)
+            finished = int(checkpoint["SelfPlayDataModule"]["finished"])
+        except (OSError, RuntimeError, KeyError, UnpicklingError) as error:
+            raise UserError(f"{last} is damaged ({first_line(error)}): restore or delete it") from error
+    else:
+        finished = 0
+        while folder.iteration(finished).complete:
+            finished += 1
+    return finished - 1 if finished else None
+
+
+def _kept(root: Path) -> list[Path]:
+    return [path for path in (root / "policies").glob("[0-9]*") if path.name.isdigit()]

@@ -1,0 +1,252 @@
+"""One self-play iteration's data: schedule, probe, select, top up, pair, reference.
+
+Everything lands in the iteration's store as it comes; a second call goes on where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from sppo_lightning.difficulty import (
+    Reestimation,
+    StatisticsTable,
+    estimate_difficulty,
+    reward_statistics,
+)
+from sppo_lightning.iteration.pairing_pass import PairingPass
+from sppo_lightning.iteration.reference_pass import ReferencePolicy, reference_pass
+from sppo_lightning.iteration.rules import IterationRules
+from sppo_lightning.pair_forward.layouts import PairLayout
+from sppo_lightning.pairing import main_drop_reason, pair_statistics
+from sppo_lightning.prompts.table import EncodedById
+from sppo_lightning.rollouts.collector import Collector, WantedRows
+from sppo_lightning.store.iterations import IterationStore, by_prompt, describe
+from sppo_lightning.store.pairs import PairTable
+from sppo_lightning.types import Phase, UserError
+
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class IterationBuilder:
+    """Builds one iteration's pairs in its store.
+
+    Args:
+        rules: the scientific settings.
+        prompts: encoded prompts by id, in file order.
+        too_long: prompts that were dropped before.
+        collector: samples and scores.
+        made_with: settings of the generator and the reward, for the manifest.
+        reference: the frozen reference.
+        layout: of the reference pass.
+    """
+
+    rules: IterationRules
+    prompts: EncodedById
+    too_long: Sequence[str]
+    collector: Collector
+    made_with: Mapping[str, Any]
+    reference: ReferencePolicy
+    layout: PairLayout
+
+    def build(
+        self,
+        store: IterationStore,
+        *,
+        iteration: int,
+        previous: StatisticsTable,
+        reestimation: Reestimation | None,
+        policy_fingerprint: str,
+        first_reference: str | None = None,
+    ) -> None:
+        """Make the iteration's data, or finish it.
+
+        Args:
+            store: where it goes.
+            iteration: self-play iteration.
+            previous: difficulties known so far.
+            reestimation: which of them to estimate again; ``None``: only the unknown ones.
+            policy_fingerprint: of the weights that answer.
+            first_reference: digest of iteration 0's reference; ``None``: this is iteration 0.
+
+        Raises:
+            UserError: if fewer pairs come out than one optimizer step needs, or if a reference that has to stay is
+                another one now.
+        """
+        rules = self.rules
+        first = self.collector.ranks.rank == 0
+        manifest = self._manifest(iteration, policy_fingerprint, reestimation)
+        if first and store.read_manifest() is None:
+            store.write_manifest({**manifest, "complete": False})
+        self.collector.ranks.barrier(
+            "manifest written"
+        )  # before shards: they would say nothing of their policy
+        dropped: Counter[str] = Counter({"too_long": len(self.too_long)})
+        candidates = rules.schedule.candidates(
+            list(self.prompts), iteration=iteration, iterations=rules.iterations, seed=rules.seed
+        )
+        dropped["not_scheduled"] = len(self.prompts) - len(candidates)
+
+        due = self._due(candidates, previous, reestimation)
+        samples = reestimation.samples if reestimation else rules.probe_samples
+        self._collect(store, "probe", dict.fromkeys(due, range(samples)), iteration, "probing")
+        ranked, selected = self._select(
+            store, candidates, previous, iteration=iteration, smoothing=manifest["smoothing"], dropped=dropped
+        )
+        missing = self._missing(selected, set(due), samples)
+        self._collect(store, "topup", missing, iteration, "generating")
+        made = PairingPass(rules, self.prompts, iteration)
+        pairs = made.pairs(store.shards, candidates, set(selected))
+        dropped += made.dropped
+        pairs, reference = reference_pass(
+            pairs,
+            self.reference,
+            stored=store.reference_parts,
+            layout=self.layout,
+            batch_size=rules.batch_size,
+            first_fingerprint=first_reference,
+            ranks=self.collector.ranks,
+            report=partial(self.collector.notify, "reference", iteration),
+        )
+        paired = ranked.rows(pairs.prompt_ids)
+        difficulty = dict(zip(paired.prompt_ids, paired["difficulty"].tolist(), strict=True))
+        statistics = pair_statistics(pairs.prompt_ids, pairs.statistics(), made.rewards, difficulty)
+        keep = rules.pair_selection.select(statistics, iteration=iteration, seed=rules.seed).tolist()
+        dropped["pair_not_selected"] = keep.count(False)
+        pairs = pairs.kept(keep)
+
+        counts = {"prompts": len(self.prompts) + len(self.too_long), "pairs": len(pairs)}
+        counts |= {"probed": len(due), "selected": len(selected)}
+        dropped += Counter()  # forget the reasons that dropped nothing
+        assert counts["prompts"] == counts["pairs"] + dropped.total()
+        if len(pairs) < rules.pairs_per_step:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common()) or "nothing"
+            raise UserError(
+                f"iteration {iteration} has {len(pairs)} pairs, fewer than one optimizer step of "
+                f"data.pairs_per_step={rules.pairs_per_step}; of {counts['prompts']} prompts were dropped: "
+                f"{reasons}"
+            )
+        if first:
+            store.write_pairs(pairs)
+            store.write_manifest(
+                {
+                    **manifest,
+                    "complete": True,
+                    "reference_fingerprint": reference,
+                    "counts": counts,
+                    "dropped": dict(dropped),
+                    "responses": made.tally.counts(),
+                    "metrics": {**made.tally.metrics(), **_iteration_metrics(ranked, pairs)},
+                }
+            )
+            LOGGER.info("Iteration %d: policy %s, reference %s", iteration, policy_fingerprint, reference)
+        self.collector.ranks.barrier("iteration complete")
+
+    def _manifest(
+        self, iteration: int, policy_fingerprint: str, reestimation: Reestimation | None
+    ) -> dict[str, Any]:
+        rules = self.rules
+        return {
+            "iteration": iteration,
+            "policy_fingerprint": policy_fingerprint,
+            "seed": rules.seed,
+            **self.made_with,
+            "schedule": describe(rules.schedule),
+            "selection": describe(rules.selection),
+            "pairing": describe(rules.pairing),
+            "pair_selection": describe(rules.pair_selection),
+            "samples_per_prompt": rules.samples_per_prompt,
+            "probe_samples": reestimation.samples if reestimation else rules.probe_samples,
+            "smoothing": reestimation.smoothing if reestimation else 0.0,
+            "too_long": list(self.too_long),
+        }
+
+    def _collect(
+        self, store: IterationStore, name: str, samples: Mapping[str, range], iteration: int, phase: Phase
+    ) -> None:
+        wanted = WantedRows(self.prompts.taken(samples), list(samples.values()))
+        self.collector.collect(store.shards, name, wanted, iteration=iteration, phase=phase)
+
+    def _missing(self, selected: Sequence[str], probed: set[str], samples: int) -> dict[str, range]:
+        """Return the sample indices that the selected prompts lack; ``samples``: how many the probed ones have."""
+        every = range(self.rules.samples_per_prompt)
+        others = every[samples:]
+        missing = {prompt_id: others if prompt_id in probed else every for prompt_id in selected}
+        return {prompt_id: indices for prompt_id, indices in missing.items() if indices}
+
+    def _due(
+        self, candidates: Sequence[str], previous: StatisticsTable, reestimation: Reestimation | None
+    ) -> list[str]:
+        """Return the candidates whose difficulty is unknown, or due."""
+        known = set(previous.prompt_ids)
+        again = set(reestimation.prompt_ids) if reestimation else set()
+        return [prompt_id for prompt_id in candidates if prompt_id not in known or prompt_id in again]
+
+    def _select(
+        self,
+        store: IterationStore,
+        candidates: Sequence[str],
+        previous: StatisticsTable,
+        *,
+        iteration: int,
+        smoothing: float,
+        dropped: Counter[str],
+    ) -> tuple[StatisticsTable, list[str]]:
+        """Write the difficulties after the probe; return those of the candidates, and the ids of the selected ones.
+
+        ``dropped`` gets the reasons of the others.
+        """
+        table = difficulty_after(
+            store.shards.rewards("probe"), previous, iteration=iteration, smoothing=smoothing
+        )
+        known = set(table.prompt_ids)
+        dropped.update(self._drop_reasons(store, [key for key in candidates if key not in known]))
+        ranked = table.rows([prompt_id for prompt_id in candidates if prompt_id in known])
+        keep = self.rules.selection.select(ranked, iteration=iteration, seed=self.rules.seed).tolist()
+        selected = [prompt_id for prompt_id, kept in zip(ranked.prompt_ids, keep, strict=True) if kept]
+        dropped["not_selected"] = len(ranked) - len(selected)
+        if self.collector.ranks.rank == 0:
+            store.write_difficulty(table, set(selected))
+        return ranked, selected
+
+    def _drop_reasons(self, store: IterationStore, unknown: Sequence[str]) -> Counter[str]:
+        """Return why prompts have no difficulty although they were probed."""
+        if not unknown:
+            return Counter()
+        lost = set(unknown)
+        groups = by_prompt(store.shards.stream("probe"))
+        return Counter(main_drop_reason(rows) for prompt_id, rows in groups if prompt_id in lost)
+
+
+def difficulty_after(
+    rewards: Mapping[str, Sequence[float]],
+    previous: StatisticsTable,
+    *,
+    iteration: int,
+    smoothing: float,
+) -> StatisticsTable:
+    """Return ``previous`` with the prompts that have usable ``rewards`` estimated anew."""
+    return previous.updated(
+        estimate_difficulty(reward_statistics(rewards), previous, iteration=iteration, smoothing=smoothing)
+    )
+
+
+def _iteration_metrics(ranked: StatisticsTable, pairs: PairTable) -> dict[str, float]:
+    """Return what the loggers get about difficulty and pairs at an iteration's start."""
+    quartiles = torch.quantile(ranked["difficulty"], torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    columns = pairs.statistics()
+    return {
+        "iteration/difficulty/mean": float(ranked["difficulty"].mean()),
+        "iteration/difficulty/q25": float(quartiles[0]),
+        "iteration/difficulty/q50": float(quartiles[1]),
+        "iteration/difficulty/q75": float(quartiles[2]),
+        "iteration/pairs/count": float(len(pairs)),
+        "iteration/pairs/gap": float((columns["chosen_reward"] - columns["rejected_reward"]).mean()),
+    }

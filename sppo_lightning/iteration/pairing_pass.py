@@ -1,0 +1,69 @@
+"""From an iteration's stored responses to its pairs, prompt by prompt, in one pass over the shards."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from sppo_lightning.iteration.rules import IterationRules
+from sppo_lightning.iteration.tally import ResponseTally
+from sppo_lightning.pairing import pair_responses
+from sppo_lightning.store.iterations import ShardStore, by_prompt, merged
+from sppo_lightning.store.pairs import PairTable
+from sppo_lightning.types import EncodedPrompt, PreferencePair
+
+
+@dataclass(frozen=True)
+class PairingPass:
+    """What one pass over an iteration's responses finds.
+
+    Args:
+        rules: the scientific settings.
+        prompts: encoded prompts by id.
+        iteration: self-play iteration.
+        tally: counts of all responses.
+        rewards: usable rewards of the prompts that became a pair, by prompt id.
+        dropped: why the other selected prompts became none.
+    """
+
+    rules: IterationRules
+    prompts: Mapping[str, EncodedPrompt]
+    iteration: int
+    tally: ResponseTally = field(default_factory=ResponseTally)
+    rewards: dict[str, array[float]] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def pairs(self, shards: ShardStore, candidates: Iterable[str], selected: Collection[str]) -> PairTable:
+        """Count all responses, and return the pairs of the selected prompts, in the order of the candidates.
+
+        Args:
+            shards: the scored responses, ``probe`` and ``topup``.
+            candidates: ids of all prompts that occur, in the order of the shards.
+            selected: ids of the prompts to train on.
+        """
+        return PairTable.collect(self._paired(shards, candidates, selected))
+
+    def _paired(
+        self, shards: ShardStore, candidates: Iterable[str], selected: Collection[str]
+    ) -> Iterator[PreferencePair]:
+        sources = (by_prompt(shards.stream(name)) for name in ("probe", "topup"))
+        for prompt_id, rows in merged(candidates, *sources):
+            self.tally.add(rows)
+            if prompt_id not in selected:
+                continue
+            pair, reason = pair_responses(
+                rows,
+                self.prompts[prompt_id],
+                self.rules.pairing,
+                samples_per_prompt=self.rules.samples_per_prompt,
+                iteration=self.iteration,
+                seed=self.rules.seed,
+            )
+            if pair is None:
+                self.dropped[str(reason)] += 1
+            else:
+                usable = (row.reward for row in rows if row.usable and row.reward is not None)
+                self.rewards[prompt_id] = array("d", usable)
+                yield pair

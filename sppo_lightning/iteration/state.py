@@ -1,0 +1,240 @@
+"""How far a run has come: which iteration's data is made, what is known about difficulty, what is due next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sppo_lightning.difficulty import Reestimation, StatisticsTable, empty_difficulty_table
+from sppo_lightning.iteration.builder import IterationBuilder, difficulty_after
+from sppo_lightning.iteration.rules import IterationRules
+from sppo_lightning.seeding import random_keys
+from sppo_lightning.selection import Curriculum
+from sppo_lightning.store.integrity import check_trained, is_whole
+from sppo_lightning.store.iterations import IterationStore, RunFolder
+from sppo_lightning.store.pairs import PairTable
+from sppo_lightning.training.batching import StepSampler, pairs_consumed, steps_taken
+from sppo_lightning.types import Ranks, UserError
+
+
+class IterationState:
+    """What a run carries from one self-play iteration to the next, beside the policy's weights.
+
+    The data itself lies in the run's folder. This says how far it goes, and is part of a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.current = -1  # iteration whose data was made last
+        self.known = empty_difficulty_table()  # before that iteration
+        self.pairs = PairTable.collect([])  # of that iteration, in pair order; not in a checkpoint
+        self.due: Reestimation | None = None  # when the next iteration starts
+        self.finished = 0  # iterations that the loaded checkpoint has finished
+        self._first_step = 0  # optimizer steps of the run before the current iteration
+        self._made_from: dict[str, str | None] = {}  # fingerprints behind the current iteration's data
+        self._consumed: int | None = (
+            None  # pairs of the current iteration, as a checkpoint says that was just loaded
+        )
+
+    def enter(
+        self,
+        iteration: int,
+        *,
+        folder: RunFolder,
+        policy_fingerprint: str,
+        builder: Callable[[], IterationBuilder],
+        global_step: int,
+        ranks: Ranks,
+    ) -> None:
+        """Make the data of an iteration that no optimizer step has been taken in, as far as it is not stored.
+
+        Args:
+            iteration: self-play iteration, the one after the current.
+            folder: the run.
+            policy_fingerprint: of the weights that enter the iteration.
+            builder: called only where data is missing.
+            global_step: optimizer steps of the run so far.
+            ranks: the processes that share the run.
+
+        Raises:
+            UserError: if another policy's data is stored.
+        """
+        known = self.difficulty_after(iteration - 1, folder=folder) if iteration > 0 else self.known
+        first = folder.iteration(0).read_manifest() if iteration > 0 else None
+        store = folder.iteration(iteration)
+        manifest = store.read_manifest()
+        if manifest is not None and manifest["policy_fingerprint"] != policy_fingerprint:
+            raise UserError(
+                f"{store.folder} was sampled from another policy than the one that enters iteration {iteration}: "
+                "delete the run folder to start anew, or continue from its checkpoints/last.ckpt"
+            )
+        if not is_whole(store, ranks):
+            builder().build(
+                store,
+                iteration=iteration,
+                previous=known,
+                reestimation=self.due,
+                policy_fingerprint=policy_fingerprint,
+                first_reference=None if first is None else first.get("reference_fingerprint"),
+            )
+        if ranks.rank == 0:
+            store.reference_parts.remove()
+        # only now: a checkpoint that an error saved before goes on with what was known then
+        self.known, self.current, self._first_step = known, iteration, global_step
+        self.pairs = store.read_pairs()
+        self._made_from = _made_from(store)
+
+    def reopen(self, *, folder: RunFolder) -> None:
+        """Read the pairs of the current iteration, which has been trained on, unless they are here.
+
+        Raises:
+            UserError: if they are no longer stored, or are not those that the checkpoint was trained on.
+        """
+        if self.pairs:
+            return
+        store = folder.iteration(self.current)
+        check_trained(store)
+        if _made_from(store) != self._made_from:
+            raise UserError(
+                f"{store.folder} was made from other weights than the data that the checkpoint was trained on: restore "
+                "it, or start anew in another trainer.default_root_dir"
+            )
+        self.pairs = store.read_pairs()
+
+    def epoch_to_go_on(
+        self, *, folder: RunFolder, rules: IterationRules, epochs: int, global_step: int
+    ) -> int | None:
+        """Return the run's epoch in which a loaded checkpoint goes on; ``None`` if none was loaded since the last call.
+
+        Args:
+            folder: the run.
+            rules: sizes of steps.
+            epochs: that an iteration has.
+            global_step: optimizer steps behind the checkpoint.
+        """
+        consumed, self._consumed = self._consumed, None
+        if consumed is None:
+            return None
+        first = self.current * epochs
+        self.reopen(folder=folder)
+        taken = steps_taken(consumed, pairs=len(self.pairs), pairs_per_step=rules.pairs_per_step)
+        self._first_step = global_step - taken
+        if self.finished > self.current:
+            return first + epochs
+        return first + min(
+            consumed // len(self.pairs), epochs - 1
+        )  # the last one's end may still have to come
+
+    @property
+    def ends_inside(self) -> bool:
+        """Whether the loaded checkpoint was saved before its iteration was over."""
+        return bool(self._consumed) and self.finished <= self.current
+
+    def steps_taken(self, global_step: int) -> int:
+        """Return the optimizer steps taken in the current iteration.
+
+        Args:
+            global_step: optimizer steps of the run so far.
+        """
+        return global_step - self._first_step
+
+    def steps(
+        self,
+        *,
+        folder: RunFolder,
+        rules: IterationRules,
+        curriculum: Curriculum,
+        ranks: Ranks,
+        epoch: int,
+        epochs: int,
+        taken: int,
+    ) -> StepSampler:
+        """Return the optimizer steps of one epoch over the pairs that are still to be taken, in training order.
+
+        Args:
+            folder: the run.
+            rules: sizes of steps and micro-batches; the seed.
+            curriculum: order of the pairs.
+            ranks: the processes that share a step.
+            epoch: of the iteration, from 0.
+            epochs: that the iteration has.
+            taken: optimizer steps of the iteration so far.
+        """
+        difficulty, _ = folder.iteration(self.current).read_difficulty()
+        ids = self.pairs.prompt_ids
+        keys = random_keys(ids, rules.seed, self.current, epoch, "order")
+        behind = epoch * steps_taken(len(ids), pairs=len(ids), pairs_per_step=rules.pairs_per_step)
+        return StepSampler(
+            curriculum.order(difficulty.rows(ids)["difficulty"], keys).tolist(),
+            pairs_per_step=rules.pairs_per_step,
+            batch_size=rules.batch_size,
+            lengths=self.pairs.tokens().tolist(),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            epoch=epoch,
+            epochs=epochs,
+            first_step=taken - behind,
+        )
+
+    def difficulty_after(self, iteration: int, *, folder: RunFolder) -> StatisticsTable:
+        """Return the difficulties known once ``iteration``, the current one, has all its rollouts."""
+        assert iteration == self.current
+        store = folder.iteration(iteration)
+        manifest = store.read_manifest()
+        assert manifest is not None
+        return difficulty_after(
+            store.kept_shards().rewards(),
+            self.known,
+            iteration=iteration,
+            smoothing=float(manifest["smoothing"]),
+        )
+
+    def metrics(self, folder: RunFolder) -> dict[str, float]:
+        """Return what the loggers get at the current iteration's start."""
+        manifest = folder.iteration(self.current).read_manifest()
+        assert manifest is not None
+        dropped = {f"iteration/dropped/{reason}": float(n) for reason, n in manifest["dropped"].items()}
+        return {"iteration/number": float(self.current), **manifest["metrics"], **dropped}
+
+    def state_dict(self, *, finished: int, pairs_per_step: int, global_step: int) -> dict[str, Any]:
+        """Return the state as plain containers and tensors.
+
+        Args:
+            finished: iterations trained to their end.
+            pairs_per_step: of one optimizer step, all processes together.
+            global_step: optimizer steps of the run so far.
+        """
+        due = self.due
+        consumed = (
+            pairs_consumed(
+                self.steps_taken(global_step), pairs=len(self.pairs), pairs_per_step=pairs_per_step
+            )
+            if self.pairs
+            else self._consumed or 0
+        )
+        return {
+            "iteration": self.current,
+            "finished": finished,
+            "pairs_consumed": consumed,
+            "made_from": self._made_from,
+            "table": self.known.state(),
+            "reestimation": None
+            if due is None
+            else {"prompt_ids": list(due.prompt_ids), "samples": due.samples, "smoothing": due.smoothing},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the state that :meth:`state_dict` came from."""
+        self.current = state["iteration"]
+        self.pairs = PairTable.collect([])
+        self.finished = state["finished"]
+        self._consumed = state["pairs_consumed"] if self.current >= 0 else None
+        self._made_from = state["made_from"]
+        self.known = StatisticsTable.from_state(state["table"])
+        due = state["reestimation"]
+        self.due = due and Reestimation(tuple(due["prompt_ids"]), due["samples"], due["smoothing"])
+
+
+def _made_from(store: IterationStore) -> dict[str, str | None]:
+    """Return the fingerprints of the policy that answered and of the reference."""
+    manifest = store.read_manifest() or {}
+    return {name: manifest.get(name) for name in ("policy_fingerprint", "reference_fingerprint")}

@@ -1,0 +1,204 @@
+"""The log-probs of a micro-batch of pairs: the forward pass of training, and of the reference.
+
+Shapes: B pairs, S rows of T tokens, N response tokens, H hidden width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from sppo_lightning.losses import PairLogps
+from sppo_lightning.pair_forward.compiled import compile_layers, run_plain
+from sppo_lightning.pair_forward.head import response_logps
+from sppo_lightning.pair_forward.layouts import PairLayout, PairRows, PlainLayout, SharedLayout
+from sppo_lightning.pair_forward.logprobs import response_sums
+from sppo_lightning.pair_forward.parity import Trial, objection
+from sppo_lightning.pair_forward.shared_attention import (
+    MaskedAttention,
+    SharedAttention,
+    VarlenAttention,
+    attach,
+)
+from sppo_lightning.policy.anatomy import decoders
+from sppo_lightning.policy.attention import CannotAttendError, detach, whole_mask, window_of
+from sppo_lightning.policy.sharding import as_forward
+from sppo_lightning.types import UserError
+
+ADVICE = "use sppo_lightning.pair_forward.AutoForward"
+NO_OTHER = "no forward reads this model as it reads itself"
+ELSEWHERE = "it differs on another process"
+SHARED = "a prompt is read once for both of its responses"
+PLAIN = "each response is read with its own copy of the prompt"
+
+
+class PairForward(ABC):
+    """Reads the log-probs of chosen and rejected responses.
+
+    Args:
+        chunk: positions whose logits exist at once; ``None``: as many as 2^26 logits are (2^29 on CUDA).
+        compiled: run the decoder's layers through ``torch.compile``; on a CPU that takes a C++ compiler.
+    """
+
+    half_only: ClassVar[bool] = False  # whether it computes in 16 bits only
+    failing: ClassVar[str] = "cannot share a prompt"  # what is said of a model that raises
+    differing: ClassVar[str] = "gives other log-probs when a prompt is shared"
+    serving: ClassVar[str] = SHARED  # what is said of a model that it suits
+    advice: ClassVar[str] = ADVICE
+
+    def __init__(self, chunk: int | None = None, compiled: bool = False) -> None:
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"{type(self).__name__}.chunk={chunk} must be at least 1")
+        self.chunk = chunk
+        self.compiled = compiled
+
+    def prepare(self, model: nn.Module, trial: Trial) -> str:
+        """Try the forward on the model, once, before the first batch; return what to tell the user.
+
+        Raises:
+            UserError: if the model cannot take it.
+        """
+        reason = objection(self, model, trial)
+        if not trial.agree(reason is None):
+            raise UserError(f"model.pair_forward {type(self).__name__}: {reason or ELSEWHERE}: {self.advice}")
+        return self.serving
+
+    @abstractmethod
+    def layout(self, pad_token_id: int) -> PairLayout:
+        """Return the layout that batches must have."""
+
+    @abstractmethod
+    def token_logps(self, model: nn.Module, rows: PairRows) -> Tensor:
+        """Return the log-prob of each response token, ``[N]``, nats."""
+
+    def logps(self, model: nn.Module, rows: PairRows) -> PairLogps:
+        """Return the log-prob of each response given its prompt, ``[B]`` each, float64, nats."""
+        if self.compiled:
+            compile_layers(model)
+        sums = response_sums(
+            self.token_logps(model, rows), rows.places, rows.responses, rows.longest_response
+        )
+        return PairLogps(*sums.chunk(2))
+
+    def release(self, model: nn.Module) -> None:
+        """Give the model its own attention and layers back, before anything else uses or copies it."""
+        detach(model)
+        run_plain(model)
+
+
+class PlainForward(PairForward):
+    """Each response with its own copy of the prompt, in rows that are padded on the right."""
+
+    failing = "cannot be read in padded rows"
+    differing = "gives other log-probs in padded rows"
+    serving = PLAIN
+    advice = NO_OTHER
+
+    def layout(self, pad_token_id: int) -> PairLayout:
+        """Return rows padded on the right."""
+        return PlainLayout(pad_token_id)
+
+    def token_logps(self, model: nn.Module, rows: PairRows) -> Tensor:
+        """Return the log-prob of each response token, ``[N]``, nats."""
+        return _token_logps(model, rows, self.chunk, {"attention_mask": None})
+
+
+class SharedForward(PairForward):
+    """A prompt is read once for both responses; attention by ``scaled_dot_product_attention``, on any device."""
+
+    def layout(self, pad_token_id: int) -> PairLayout:
+        """Return one row without padding."""
+        return SharedLayout()
+
+    def token_logps(self, model: nn.Module, rows: PairRows) -> Tensor:
+        """Return the log-prob of each response token, ``[N]``, nats."""
+        return _shared_token_logps(model, rows, self.chunk, MaskedAttention)
+
+
+class VarlenForward(PairForward):
+    """A prompt is read once for both responses; attention by torch's flash kernel, without padding: CUDA, 16 bits."""
+
+    half_only = True
+
+    def layout(self, pad_token_id: int) -> PairLayout:
+        """Return one row without padding."""
+        return SharedLayout()
+
+    def token_logps(self, model: nn.Module, rows: PairRows) -> Tensor:
+        """Return the log-prob of each response token, ``[N]``, nats."""
+        return _shared_token_logps(model, rows, self.chunk, VarlenAttention)
+
+
+class AutoForward(PairForward):
+    """The fastest of these forwards that gives the model's own log-probs.
+
+    On CUDA in 16 bits ``VarlenForward``, else ``SharedForward``, else ``PlainForward``.
+    """
+
+    def __init__(self, chunk: int | None = None, compiled: bool = False) -> None:
+        super().__init__(chunk, compiled)
+        self._chosen: PairForward | None = None
+
+    @property
+    def chosen(self) -> PairForward:
+        """The forward that serves."""
+        assert self._chosen is not None, "prepare() comes first"
+        return self._chosen
+
+    def prepare(self, model: nn.Module, trial: Trial) -> str:
+        """Return what to tell the user."""
+        on_cuda = next(model.parameters()).is_cuda
+        kinds: list[type[PairForward]] = [VarlenForward, SharedForward] if on_cuda else [SharedForward]
+        reasons = []
+        for candidate in (kind(self.chunk, self.compiled) for kind in kinds):
+            reason = objection(candidate, model, trial)
+            if trial.agree(reason is None):
+                self._chosen = candidate
+                return f"{SHARED} ({type(candidate).__name__})"
+            reasons.append(reason or ELSEWHERE)
+        self._chosen = PlainForward(self.chunk, self.compiled)
+        self._chosen.prepare(model, trial)
+        return f"{PLAIN}: {'; '.join(dict.fromkeys(reasons))}"
+
+    def layout(self, pad_token_id: int) -> PairLayout:
+        """Return the layout of the forward that serves."""
+        return self.chosen.layout(pad_token_id)
+
+    def token_logps(self, model: nn.Module, rows: PairRows) -> Tensor:
+        """Return the log-prob of each response token, ``[N]``, nats."""
+        return self.chosen.token_logps(model, rows)
+
+
+def _token_logps(model: nn.Module, rows: PairRows, chunk: int | None, attention: dict[str, Any]) -> Tensor:
+    """Run the decoder, and its head where response tokens are predicted."""
+
+    def read() -> Tensor:
+        output = decoders(model)[0](
+            input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False, **attention
+        )
+        hidden: Tensor = output.last_hidden_state
+        return response_logps(
+            model, hidden.flatten(0, 1).index_select(0, rows.predicting), rows.targets, chunk=chunk
+        )
+
+    return as_forward(model, read)
+
+
+def _shared_token_logps(
+    model: nn.Module, rows: PairRows, chunk: int | None, attention: type[SharedAttention]
+) -> Tensor:
+    assert rows.shared is not None
+    attach(model)
+    mask = whole_mask(rows.input_ids.device)
+    segments = attention(rows.shared)
+    logps = _token_logps(model, rows, chunk, {"attention_mask": mask, "shared_attention": segments})
+    window = window_of(model)
+    if (
+        window is not None
+        and not segments.windows
+        and window < rows.shared.prompts[1] + rows.shared.responses[1]
+    ):
+        raise CannotAttendError(f"it does not tell its attention of its window of {window} tokens")
+    return logps

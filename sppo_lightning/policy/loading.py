@@ -1,0 +1,294 @@
+"""Load a policy, copy it for sampling, and fingerprint it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sppo_lightning.policy.anatomy import adapter_readme, beside_text, freeze_beside_text, unwrapped
+from sppo_lightning.policy.config import PolicyConfig
+from sppo_lightning.policy.lora import with_adapter
+from sppo_lightning.policy.pretrained import (
+    DTYPES,
+    class_of,
+    copy_processor,
+    fetch_processor,
+    forget_gguf,
+    hub_location,
+    model_class,
+    quantization_options,
+)
+from sppo_lightning.policy.quantized_layers import make_steady
+from sppo_lightning.policy.sharding import from_first, is_first, whole
+from sppo_lightning.system.durable import make_readable
+from sppo_lightning.types import UserError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+CPU = torch.device("cpu")
+KEY = "model.policy.pretrained"
+
+
+def load_base_model(
+    config: PolicyConfig, *, compute_dtype: torch.dtype, device: torch.device = CPU
+) -> PreTrainedModel:
+    """Load the causal language model without an adapter.
+
+    Args:
+        config: what to load.
+        compute_dtype: dtype of the trainer's matrix products; the frozen base of an adapter is held in it.
+        device: where to.
+
+    Raises:
+        UserError: if there is none.
+    """
+    location, extra = hub_location(config.pretrained)
+    loader = model_class(config.pretrained, key=KEY, trust_remote_code=config.trust_remote_code)
+    options = {**extra, **_options(config, compute_dtype)}
+    if device.type != "cpu" or config.quantization != "none":
+        options["device_map"] = {"": device}  # 4-bit weights are made where they stay
+    if config.quantization != "none":
+        options["quantization_config"] = quantization_options(
+            config.quantization, compute_dtype, double=config.double_quantization
+        )
+    try:
+        model: PreTrainedModel = loader.from_pretrained(location, **options)
+    except OSError as error:
+        raise UserError(
+            f"{KEY}={config.pretrained!r} has no weights that can be read ({first_line(error)}): "
+            "put the model's safetensors files into the folder"
+        ) from error
+    if "gguf_file" in extra:
+        forget_gguf(model)
+    if beside_text(model):
+        fetch_processor(location)
+    keep_head_input_contiguous(model)
+    make_steady(model)
+    return model
+
+
+def _options(config: PolicyConfig, compute_dtype: torch.dtype) -> dict[str, Any]:
+    default = torch.float32 if config.lora is None else compute_dtype
+    options: dict[str, Any] = {
+        "dtype": DTYPES.get(config.dtype, default),
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    return options
+
+
+def keep_head_input_contiguous(model: PreTrainedModel) -> None:
+    """Keep a frozen head from being copied once per sequence.
+
+    ``logits_to_keep`` hands the head a strided slice; torch (2.13) then multiplies in batches, with the weight
+    copied for each sequence, unless the weight requires a gradient.
+    """
+    model.get_output_embeddings().register_forward_pre_hook(_contiguous_input)
+
+
+def _contiguous_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (args[0].contiguous(), *args[1:])
+
+
+def load_policy(config: PolicyConfig, *, compute_dtype: torch.dtype, device: torch.device = CPU) -> nn.Module:
+    """Load the policy to train: all weights trainable, or an adapter on a frozen base.
+
+    Args:
+        config: what to load.
+        compute_dtype: dtype of the trainer's matrix products.
+        device: where to.
+
+    Raises:
+        UserError: if the adapter does not fit.
+    """
+    return _trainable(load_base_model(config, compute_dtype=compute_dtype, device=device), config)
+
+
+def skeleton(
+    config: PolicyConfig, model_config: PretrainedConfig, *, compute_dtype: torch.dtype
+) -> nn.Module:
+    """Return the policy to train without its weights: on the meta device, and not quantised.
+
+    Args:
+        config: what :func:`load_policy` would load.
+        model_config: the model's own settings.
+        compute_dtype: dtype of the trainer's matrix products.
+
+    Raises:
+        UserError: if attention kernel or adapter do not fit the model.
+    """
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = class_of(model_config).from_config(
+                copy.deepcopy(model_config), **_options(config, compute_dtype)
+            )
+            return _trainable(model, config)
+    except (ImportError, ValueError) as error:
+        if isinstance(error, UserError) or config.attn_implementation is None:
+            raise
+        raise UserError(
+            f"model.policy.attn_implementation={config.attn_implementation} does not serve this model here "
+            f"({first_line(error)}): leave it out"
+        ) from error
+
+
+def _trainable(model: PreTrainedModel, config: PolicyConfig) -> nn.Module:
+    _text_settings(model).use_cache = False
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trained: nn.Module = model
+    if config.lora is not None:
+        trained = with_adapter(model, config.lora, pretrained=config.pretrained)
+    freeze_beside_text(trained)
+    return trained
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Switch dropout off, except an adapter's own: policy and reference must see the same network.
+
+    Dropout is a module in some architectures, a number in a module or in the config in others.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
+        _zero_dropout_rates(module)
+    _zero_dropout_rates(cast(Any, model).config)
+
+
+def _zero_dropout_rates(holder: object) -> None:
+    rates = [name for name, value in vars(holder).items() if isinstance(value, float) and "drop" in name]
+    for name in rates:
+        setattr(holder, name, 0.0)
+
+
+def write_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write model (an adapter in PEFT's layout and a README), tokenizer, chat template and generation config.
+
+    With a model that also sees or hears goes what prepares its images and sounds.
+    """
+    inner, settings = unwrapped(model), _text_settings(model)
+    use_cache, settings.use_cache = settings.use_cache, True
+    # transformers 5.23 writes on the first process only, whichever is asked to
+    inner.should_save_on_this_rank = _always
+    try:
+        cast(Any, model).save_pretrained(folder, safe_serialization=True)
+    finally:
+        settings.use_cache = use_cache
+        del inner.should_save_on_this_rank
+    if hasattr(model, "peft_config"):  # PEFT leaves out the generation config, and writes a form to fill in
+        unwrapped(model).generation_config.save_pretrained(folder)
+        (folder / "README.md").write_text(adapter_readme(model, loader_name(inner)))
+    elif beside_text(model):
+        copy_processor(inner.name_or_path, folder)
+    tokenizer.save_pretrained(folder)
+    make_readable(folder)
+
+
+def loader_name(model: PreTrainedModel) -> str:
+    """Return the name of transformers' class that a model was loaded by."""
+    found = class_of(model.config)  # none knows the settings that a part of Llama 3.2 Vision has of its own
+    return "AutoModelForCausalLM" if found is None else str(found.__name__)
+
+
+def _text_settings(model: Any) -> Any:
+    """Return the settings of a model that reads and writes text: its own, or its part's if it sees as well."""
+    return model.config.get_text_config(decoder=True)
+
+
+def _always(is_main_process: bool) -> bool:
+    return True
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Hold a model in training mode, an adapter's dropout switched off, while the context lasts.
+
+    Training mode, since 8-bit layers of bitsandbytes compute differently in eval mode.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
+def end_token_ids(
+    model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, generation: Any
+) -> set[int]:
+    """Return every token id that ends a response: the generation config's, else the model's, else the tokenizer's."""
+    for value in (
+        getattr(generation, "eos_token_id", None),
+        getattr(model_config, "eos_token_id", None),
+        tokenizer.eos_token_id,
+    ):
+        if value is not None:
+            return set(value) if isinstance(value, list) else {value}
+    raise UserError("the policy names no end-of-sequence token: set eos_token_id in its generation config")
+
+
+def check_updates_survive(parameters: Iterable[nn.Parameter], learning_rate: float) -> None:
+    """Refuse a learning rate whose updates round to nothing in the dtype of the weights.
+
+    An Adam step moves a weight by about the learning rate; it is lost where that is under half the spacing of
+    the dtype at the weight's size.
+
+    Raises:
+        UserError: if most trainable weights could not move.
+    """
+    lost = total = 0
+    for parameter in parameters:
+        spacing = parameter.detach().abs().float() * torch.finfo(parameter.dtype).eps
+        lost += int(whole((spacing > 2 * learning_rate).sum()))
+        total += parameter.numel()
+    if total and lost > total / 2:
+        raise UserError(
+            f"model.learning_rate={learning_rate:g} is lost to rounding in {lost / total:.0%} of the trainable "
+            "weights: hold them in float32 (model.policy.dtype: auto, trainer.precision: bf16-mixed) or use lora"
+        )
+
+
+def digest_of(pretrained: str) -> str:
+    """Return the digest of a base without trained weights."""
+    return hashlib.sha256(pretrained.encode()).hexdigest()[:32]
+
+
+def fingerprint(model: nn.Module, pretrained: str) -> str:
+    """Return a digest of what decides a policy's outputs: its base and the exact trainable weights.
+
+    The same whether the weights are whole or spread over processes; then it is a collective, one weight at a time.
+    """
+    digest = hashlib.sha256(
+        pretrained.encode()
+    )  # twice as fast as blake2b where the processor has instructions for it
+    counts = is_first(model)
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if parameter.requires_grad:
+            value = whole(parameter.detach())
+            if counts:
+                digest.update(name.encode())
+                digest.update(value.contiguous().view(torch.uint8).cpu().numpy().data)
+    return from_first(model, digest.hexdigest()[:32])
+
+
+def sampling_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a frozen copy in ``dtype`` that shares nothing with ``model`` and is in eval mode.
+
+    Parameters are converted one by one, so that no second full-precision copy ever exists.
+    """
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, memo).eval()

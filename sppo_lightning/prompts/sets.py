@@ -1,0 +1,90 @@
+"""The prompt files that a config names, read and encoded on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from sppo_lightning.prompts.reading import encode_prompts, read_prompts
+from sppo_lightning.prompts.table import EncodedPrompts, PromptTable
+from sppo_lightning.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LISTED = 10  # ids of dropped prompts that are shown
+
+
+class PromptSets:
+    """Prompts by config key (``prompts``, ``eval_prompts``, …); each file is read and encoded once.
+
+    Args:
+        sources: file(s), folder or hub dataset of each key; ``None`` where the config names none.
+        max_tokens: longer prompts are left out.
+        system_prompt: opens the conversations that have no system message.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, str | list[str] | None],
+        max_tokens: int,
+        system_prompt: str | None = None,
+    ) -> None:
+        self.sources = sources
+        self.max_tokens = max_tokens
+        self.system_prompt = system_prompt
+        self._read: dict[str, PromptTable] = {}
+        self._encoded: dict[str, EncodedPrompts] = {}
+        self._too_long: dict[str, list[str]] = {}
+
+    def named(self, key: str) -> bool:
+        """Whether the config names prompts for ``key``."""
+        return self.sources[key] is not None
+
+    def read(self, key: str) -> PromptTable:
+        """Return the prompts of ``key``.
+
+        Raises:
+            UserError: if the config names none, or they cannot be read.
+        """
+        source = self.sources[key]
+        if source is None:
+            raise UserError(f"data.{key} is not set: name a prompt file")
+        if key not in self._read:
+            self._read[key] = read_prompts(source, key=f"data.{key}")
+        return self._read[key]
+
+    def keep_first(self, key: str, count: int) -> None:
+        """Leave out all but the first ``count`` prompts of ``key``."""
+        self._read[key] = self.read(key)[:count]
+
+    def encode(self, key: str, tokenizer: PreTrainedTokenizerBase) -> EncodedPrompts:
+        """Return the prompts of ``key`` that fit, encoded; say which do not.
+
+        Raises:
+            UserError: if none fits.
+        """
+        if key not in self._encoded:
+            prompts = self.read(key)
+            kept, too_long = encode_prompts(
+                tokenizer, prompts, max_tokens=self.max_tokens, system_prompt=self.system_prompt
+            )
+            if too_long:
+                more = " …" if len(too_long) > LISTED else ""
+                rank_zero_info(
+                    f"data.{key}: {len(too_long)} of {len(prompts)} prompts are over "
+                    f"data.max_prompt_tokens={self.max_tokens} and left out: {', '.join(too_long[:LISTED])}{more}"
+                )
+            if not kept:
+                raise UserError(
+                    f"every prompt of data.{key} is over data.max_prompt_tokens={self.max_tokens}: raise it"
+                )
+            self._encoded[key] = kept
+            self._too_long[key] = too_long
+        return self._encoded[key]
+
+    def too_long(self, key: str) -> list[str]:
+        """Return the ids of the prompts of ``key`` that did not fit; after :meth:`encode`."""
+        return self._too_long[key]

@@ -1,0 +1,97 @@
+"""Checkpoints on disk: written whole under a new name, then switched to, so that the last good one is always there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from sppo_lightning.system.durable import record_sizes, replacing, sync_folder, sync_tree
+from sppo_lightning.types import UserError
+
+PART = "step-"  # begins the names of sharded checkpoints
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint's file straight to disk, and gives it its name once all of it is there."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint, replacing the one that is there.
+
+        Raises:
+            UserError: if the disk is full or cannot be written; the one that was there stays.
+        """
+        if "://" in str(path):  # of a user's own callback, on a file system that is none of ours
+            super().save_checkpoint(checkpoint, str(path), storage_options)
+            return
+        assert storage_options is None
+        with replacing(Path(path)) as file:
+            try:
+                torch.save(checkpoint, file)
+            except (
+                RuntimeError
+            ) as error:  # torch closes its archive behind a failed write, and complains of that
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from error
+                raise
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        map_location: Any = lambda storage, _: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a checkpoint's file.
+
+        Raises:
+            UserError: if it is a folder of parts, which only processes that share the weights can read.
+        """
+        if Path(path).is_dir():
+            raise UserError(
+                f"{path} holds weights that were spread over processes: continue with trainer.strategy "
+                "ModelParallelStrategy, on any number of processes"
+            )
+        return super().load_checkpoint(str(path), map_location, weights_only)
+
+
+def state_file(path: Path) -> Path:
+    """Return the file that holds a checkpoint's state: all of it, or what is left beside the parts of a sharded one."""
+    return path / "meta.pt" if path.is_dir() else path
+
+
+def sharded_path(folder: Path, step: int) -> Path:
+    """Return where a sharded checkpoint is to be written, free of what a killed run has left there.
+
+    Args:
+        folder: of the run's checkpoints.
+        step: optimizer steps behind it.
+    """
+    path = folder / f"{PART}{step:08d}"
+    if (
+        folder / "last.ckpt"
+    ).resolve() == path.resolve():  # written twice in a step: once trained, once evaluated
+        path = path.with_name(f"{path.name}-end")
+    shutil.rmtree(path, ignore_errors=True)
+    return path
+
+
+def switch_to_sharded(last: Path, shards: Path) -> None:
+    """Let ``last`` be a relative link to a folder of shards that has been written, and remove the folders before it."""
+    sync_tree(shards)
+    record_sizes(shards)
+    link = last.with_name(f".{last.name}.new")
+    link.unlink(missing_ok=True)
+    link.symlink_to(shards.name, target_is_directory=True)
+    if last.is_dir() and not last.is_symlink():  # copied from elsewhere, its link followed
+        last.rename(last.with_name(f"{PART}copied"))
+    link.replace(last)
+    sync_folder(last.parent)
+    for other in last.parent.glob(f"{PART}*"):
+        if other != shards:
+            shutil.rmtree(other, ignore_errors=True)

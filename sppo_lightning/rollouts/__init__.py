@@ -1,0 +1,1 @@
+"""Responses sampled and scored, shard by shard. Never sees a Trainer."""

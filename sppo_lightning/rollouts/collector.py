@@ -1,0 +1,278 @@
+"""Fill a folder of rollout shards: generate, then score. The unit of work and of recovery is the shard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple, overload
+
+import torch
+
+from sppo_lightning.generation import Generator, PolicySource, SampleRequest
+from sppo_lightning.rewards import Reward
+from sppo_lightning.rollouts.scoring import FailureWatch, ScoredRows, UnfinishedRule, score_rows
+from sppo_lightning.rollouts.shard_size import prompts_per_shard
+from sppo_lightning.seeding import derive_seed
+from sppo_lightning.store.iterations import ShardKey, ShardStore
+from sppo_lightning.system.durable import set_aside
+from sppo_lightning.types import EncodedPrompt, Phase, PhaseObserver, PhaseProgress, Ranks, Rollout, UserError
+
+
+class Wanted(NamedTuple):
+    """Responses wanted for one prompt."""
+
+    prompt: EncodedPrompt
+    sample_indices: range
+
+
+class WantedRows(Sequence[Wanted]):
+    """What is wanted of many prompts; an item is made when it is asked for, so that a shard is held at a time.
+
+    Args:
+        prompts: to answer; a slice of them should be cheap.
+        samples: sample indices wanted of each.
+    """
+
+    def __init__(self, prompts: Sequence[EncodedPrompt], samples: Sequence[range]) -> None:
+        assert len(prompts) == len(samples)
+        self._prompts = prompts
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    @overload
+    def __getitem__(self, row: int) -> Wanted: ...
+    @overload
+    def __getitem__(self, row: slice) -> WantedRows: ...
+    def __getitem__(self, row: int | slice) -> Wanted | WantedRows:
+        if isinstance(row, slice):
+            return WantedRows(self._prompts[row], self._samples[row])
+        return Wanted(self._prompts[row], self._samples[row])
+
+
+@dataclass(frozen=True)
+class Collector:
+    """Samples and scores responses into shards; ranks take whole shards.
+
+    Args:
+        generator: the engine.
+        reward: the scorer.
+        policy: where the engine takes its weights from.
+        device: where the reward is loaded.
+        seed: the run's seed.
+        prompts_per_shard: prompts of one Parquet file; ``None``: see
+            :func:`~sppo_lightning.rollouts.shard_size.prompts_per_shard`.
+        ranks: the processes that share the work.
+        observers: who follows the phases.
+        unfinished: what becomes of responses that a length limit cut; held-out answers are always kept.
+        max_failed_share: share of a phase's responses that may fail, in [0, 1].
+    """
+
+    generator: Generator
+    reward: Reward
+    policy: PolicySource
+    device: torch.device
+    seed: int
+    prompts_per_shard: int | None
+    ranks: Ranks
+    observers: Sequence[PhaseObserver]
+    unfinished: UnfinishedRule = field(default_factory=UnfinishedRule)
+    max_failed_share: float = 0.5
+
+    def collect(
+        self, store: ShardStore, name: str, wanted: Sequence[Wanted], *, iteration: int, phase: Phase
+    ) -> None:
+        """Sample ``wanted`` into shards called ``name`` and score them.
+
+        Shards that are already there are not made again.
+        """
+        shards = self._shards(wanted)
+        self._generate(store, name, shards, iteration=iteration, phase=phase, greedy=False)
+        self._score(store, name, shards, iteration=iteration, opponents=None, unfinished=self.unfinished)
+        self._check_shared(store, name, shards)
+
+    def collect_greedy(
+        self,
+        store: ShardStore,
+        name: str,
+        prompts: Sequence[EncodedPrompt],
+        *,
+        iteration: int,
+        phase: Phase,
+        score: bool = True,
+        opponents: Mapping[str, str] = MappingProxyType({}),
+    ) -> list[Rollout]:
+        """Answer each prompt greedily into shards called ``name``; score unless told not to; return the answers.
+
+        ``opponents``: by prompt id, what a comparative reward compares an answer with; itself where there is none.
+        """
+        shards = self._shards(WantedRows(prompts, [range(1)] * len(prompts)))
+        self._generate(store, name, shards, iteration=iteration, phase=phase, greedy=True)
+        if score:
+            self._score(
+                store,
+                name,
+                shards,
+                iteration=iteration,
+                opponents=opponents,
+                unfinished=UnfinishedRule(),
+            )
+        self._check_shared(store, name, shards)
+        return list(store.read_all(name))
+
+    def _shards(self, wanted: Sequence[Wanted]) -> list[Sequence[Wanted]]:
+        size = self.prompts_per_shard or prompts_per_shard(
+            len(wanted),
+            max((len(item.sample_indices) for item in wanted), default=1),
+            max_new_tokens=self.generator.max_new_tokens,
+        )
+        return [wanted[start : start + size] for start in range(0, len(wanted), size)]
+
+    def _mine(self, shards: list[Sequence[Wanted]]) -> list[int]:
+        return list(range(self.ranks.rank, len(shards), self.ranks.world_size))
+
+    def notify(self, phase: Phase, iteration: int, done: int, total: int, tokens: int) -> None:
+        """Tell the observers how far a phase has come."""
+        for observer in self.observers:
+            observer.on_phase_progress(PhaseProgress(phase, iteration, done, total, tokens))
+
+    def _generate(
+        self,
+        store: ShardStore,
+        name: str,
+        shards: list[Sequence[Wanted]],
+        *,
+        iteration: int,
+        phase: Phase,
+        greedy: bool,
+    ) -> None:
+        missing = [number for number in self._mine(shards) if not _present(store, name, number, shards)]
+        total = sum(len(shards[number]) for number in missing)
+        self.policy.publish(self.ranks, wanted=bool(missing))
+        if missing:
+            done = tokens = 0
+            watch = FailureWatch(self.max_failed_share, total)
+            self.notify(phase, iteration, done, total, tokens)
+            self.generator.load(self.policy)
+            for number in missing:
+                shard = list(shards[number])
+                rows: list[list[Rollout]] = [[] for _ in shard]
+                requests = [self._request(item, iteration, greedy) for item in shard]
+                for answer in self.generator.generate(requests):
+                    self.ranks.check()
+                    item = shard[answer.request]
+                    rows[answer.request] = [
+                        Rollout(
+                            prompt_id=item.prompt.prompt.id,
+                            sample_index=index,
+                            prompt=item.prompt.prompt.text,
+                            response=response.text,
+                            token_ids=response.token_ids,
+                            finish_reason=response.finish_reason,
+                            reward=None,
+                            drop_reason=response.drop_reason,
+                        )
+                        for index, response in zip(item.sample_indices, answer.responses, strict=True)
+                    ]
+                    done += 1
+                    tokens += sum(len(response.token_ids) for response in answer.responses)
+                    self.notify(phase, iteration, done, total, tokens)
+                unanswered = rows.count([])
+                if unanswered:
+                    raise UserError(
+                        f"data.generator {type(self.generator).__name__} left {unanswered} of {len(rows)} prompts "
+                        "without a response: it must answer every request"
+                    )
+                responses = [row for group in rows for row in group]
+                # before they are stored, so that they can be asked for again once the cause is mended
+                watch.add(ScoredRows(responses, None))
+                store.write(name, number, responses)
+            self.generator.unload()
+        self.ranks.barrier(f"generated {name}")
+
+    def _request(self, item: Wanted, iteration: int, greedy: bool) -> SampleRequest:
+        if greedy:
+            return SampleRequest(item.prompt.token_ids, ())
+        prompt_id = item.prompt.prompt.id
+        seeds = tuple(derive_seed(self.seed, iteration, prompt_id, index) for index in item.sample_indices)
+        return SampleRequest(item.prompt.token_ids, seeds)
+
+    def _score(
+        self,
+        store: ShardStore,
+        name: str,
+        shards: list[Sequence[Wanted]],
+        *,
+        iteration: int,
+        opponents: Mapping[str, str] | None,
+        unfinished: UnfinishedRule,
+    ) -> None:
+        mine = self._mine(shards)
+        pending = [number for number in mine if not _key(store, name, number).scored]
+        total = sum(len(shards[number]) for number in pending)
+        if pending:
+            done = tokens = 0
+            watch = self._watch(store, name, mine)
+            self.notify("scoring", iteration, done, total, tokens)
+            self.reward.load(self.device)
+            for number in pending:
+                self.ranks.check()
+                rows = store.read(name, number)
+                assert rows is not None
+                prompts = {item.prompt.prompt.id: item.prompt.prompt for item in shards[number]}
+                scored = score_rows(self.reward, rows, prompts, opponents=opponents)
+                watch.add(scored)
+                store.write(name, number, [unfinished.apply(row) for row in scored.rows])
+                done += len(shards[number])
+                tokens += sum(len(row.token_ids) for row in rows)
+                self.notify("scoring", iteration, done, total, tokens)
+            self.reward.unload()
+        self.ranks.barrier(f"scored {name}")
+
+    def _watch(self, store: ShardStore, name: str, numbers: Sequence[int]) -> FailureWatch:
+        """Return the watch over a phase, which remembers the shards that were scored before."""
+        total = 0
+        scored: list[tuple[int, list[str]]] = []  # responses of a shard, and why some were dropped
+        for number in numbers:
+            key = _key(store, name, number)
+            total += len(key.rows)
+            scored += [(len(key.rows), key.drop_reasons)] if key.scored else []
+        watch = FailureWatch(self.max_failed_share, total)
+        for responses, reasons in scored:
+            watch.remember(responses, reasons)
+        return watch
+
+    def _check_shared(self, store: ShardStore, name: str, shards: list[Sequence[Wanted]]) -> None:
+        for number in range(len(shards)):
+            if not store.path(name, number).exists():
+                raise UserError(
+                    f"{store.path(name, number)} was written by another process and is not here: "
+                    "trainer.default_root_dir must be a folder that all nodes share"
+                )
+
+
+def _key(store: ShardStore, name: str, number: int) -> ShardKey:
+    key = store.key(name, number)
+    assert key is not None
+    return key
+
+
+def _present(store: ShardStore, name: str, number: int, shards: list[Sequence[Wanted]]) -> bool:
+    """Whether a shard is stored; a damaged one is kept aside, since the policy that gave it is still here."""
+    if not store.path(name, number).exists():
+        return False
+    try:
+        store.check(name, number)
+    except UserError:
+        set_aside(store.path(name, number))
+        return False
+    key = _key(store, name, number)
+    expected = [(item.prompt.prompt.id, index) for item in shards[number] for index in item.sample_indices]
+    if key.rows != expected:
+        raise UserError(
+            f"{store.path(name, number)} holds responses to other prompts than this config asks for: the prompt "
+            "file changed since; use a new trainer.default_root_dir"
+        )
+    return True

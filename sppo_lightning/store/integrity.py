@@ -1,0 +1,125 @@
+"""Is what a run has stored whole: what can be made anew is kept aside, what cannot is an error.
+
+Rollouts can be made anew as long as the policy that gave them is there: until their iteration is trained on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sppo_lightning.store.iterations import IterationStore, RunFolder
+from sppo_lightning.system.durable import set_aside
+from sppo_lightning.types import Ranks, UserError
+
+LOGGER = logging.getLogger(__name__)
+
+
+def check_iterations(folder: RunFolder) -> int:
+    """Return how many iterations a run has begun.
+
+    Raises:
+        UserError: if one of them is gone, or is not the one that its folder's name says.
+    """
+    places = [path for path in (folder.root / "iterations").glob("[0-9]*") if path.name.isdigit()]
+    begun = 1 + max((int(path.name) for path in places), default=-1)
+    for number in range(begun):
+        store = folder.iteration(number)
+        manifest = store.read_manifest()
+        if number < begun - 1 and not (manifest and manifest["complete"]):
+            raise UserError(
+                f"{store.folder} is gone or incomplete although iteration {number + 1} was made after it: restore "
+                "it, or start anew in another trainer.default_root_dir"
+            )
+        if manifest is not None and manifest["iteration"] != number:
+            raise UserError(
+                f"{store.folder} holds iteration {manifest['iteration']}, not {number}: put the folders of "
+                "iterations/ back to their names"
+            )
+    return begun
+
+
+def is_whole(store: IterationStore, ranks: Ranks) -> bool:
+    """Whether the data of an iteration that has not been trained on is complete; rank zero decides.
+
+    What is damaged is kept aside, so that it is made anew by the policy that made it, whose fingerprint the caller
+    has compared.
+
+    Raises:
+        UserError: if nothing says which policy gave the rollouts.
+    """
+    return ranks.same(ranks.rank == 0 and _is_whole(store))
+
+
+def _is_whole(store: IterationStore) -> bool:
+    manifest = store.read_manifest()
+    if manifest is None and store.shards.count() > 0:
+        raise UserError(
+            f"{store.folder} holds rollouts but no manifest.json, so nothing says which policy gave them: restore "
+            "it from a copy, or rename that folder and run again"
+        )
+    if manifest is None or not manifest["complete"]:
+        return False
+    parts = [
+        _passes(store.read_difficulty, store.folder / "difficulty.parquet"),
+        _passes(lambda: _check_pairs(store, manifest), store.folder / "pairs.parquet"),
+        _passes(lambda: _check_shards(store, manifest), store.shards.folder),
+    ]
+    return all(parts)
+
+
+def _passes(check: Callable[[], object], path: Path) -> bool:
+    """Whether a check passes; a file that does not is kept aside, a shard once it is made anew."""
+    try:
+        check()
+    except UserError:
+        if path.is_file():
+            set_aside(path)
+        else:
+            LOGGER.warning("%s is gone, or lacks something: it is made anew", path)
+        return False
+    return True
+
+
+def _check_shards(store: IterationStore, manifest: Mapping[str, Any]) -> None:
+    store.shards.check_all()
+    _check_count(store, manifest)
+
+
+def check_trained(store: IterationStore) -> None:
+    """Refuse to go on with an iteration that has been trained on unless all that is still needed of it is there.
+
+    Raises:
+        UserError: naming what is gone or damaged.
+    """
+    manifest = store.read_manifest()
+    if manifest is None or not manifest["complete"]:
+        raise UserError(
+            f"{store.folder} is gone or incomplete although the checkpoint was trained on it: restore it, or start "
+            "anew in another trainer.default_root_dir"
+        )
+    store.kept_shards().rewards()  # what is known of difficulty next is computed from them
+    store.read_difficulty()
+    _check_pairs(store, manifest)
+    _check_count(store, manifest)
+
+
+def _check_pairs(store: IterationStore, manifest: Mapping[str, Any]) -> None:
+    found, expected = len(store.read_pairs()), manifest["counts"]["pairs"]
+    if found != expected:
+        raise UserError(
+            f"{store.folder / 'pairs.parquet'} holds {found} pairs, but manifest.json counts {expected}: restore it "
+            "from a copy"
+        )
+
+
+def _check_count(store: IterationStore, manifest: Mapping[str, Any]) -> None:
+    """Refuse responses that are fewer than were sampled: the difficulties would silently be others."""
+    found, expected = store.shards.count(), manifest["responses"]["sampled"]
+    if found != expected:
+        raise UserError(
+            f"{store.shards.folder} holds {found} of the {expected} responses that manifest.json counts: restore its "
+            "files from a copy"
+        )

@@ -1,0 +1,1 @@
+"""What a training step is made of: micro-batches, optimizer, metrics, the frozen reference, the Trainer's hardware."""
