@@ -12,7 +12,7 @@ quickstart: $(VENV)/run.done $(MODEL)/config.json
 	$(BIN)/sppo-lightning fit --config configs/quickstart.yaml
 
 test: $(VENV)/dev.done
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal --durations=25
 
 test-slow: $(VENV)/dev.done $(MODEL)/config.json
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow

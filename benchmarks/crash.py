@@ -35,7 +35,7 @@ class Try(NamedTuple):
 def write_policy(folder: Path) -> Path:
     """Write a 2-layer model with random weights."""
     import torch
-    from conftest import byte_tokenizer, tiny_config
+    from support.models import byte_tokenizer, tiny_config
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -46,7 +46,7 @@ def write_policy(folder: Path) -> Path:
 
 def kill_and_go_on(crashes: Any, variant: str, at: int) -> Try:
     """Kill a run before its change number ``at``, and compare what the next one makes of it."""
-    from crashing import phases
+    from support.crashing import phases
 
     _, whole = crashes.whole(variant)
     killed = crashes.run(variant, at=at)
@@ -84,7 +84,7 @@ def table(tries: list[Try]) -> str:
 
 def main() -> None:
     """Print the table; leave with status 1 if a run differs."""
-    from crash_runs import VARIANTS, Crashes
+    from support.crash_runs import VARIANTS, Crashes
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", type=int, default=100)

@@ -66,7 +66,7 @@ class Steps:
         from sppo_lightning.iteration.rules import IterationRules
         from sppo_lightning.pairing import BestWorst
         from sppo_lightning.selection import AllPairs, AllPrompts, Easiest
-        from sppo_lightning.store.iterations import RunFolder
+        from sppo_lightning.store.run_folder import RunFolder
 
         self.count = count
         self.folder = RunFolder(root)

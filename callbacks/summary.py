@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from sppo_lightning.datamodule import self_play_data
 from sppo_lightning.evaluation.held_out import load_evaluation
 from sppo_lightning.evaluation.results import HEADINGS, held_out_results
-from sppo_lightning.store.iterations import RunFolder
+from sppo_lightning.store.run_folder import RunFolder
 
 
 class RunSummary(pl.Callback):

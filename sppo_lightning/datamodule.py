@@ -24,22 +24,18 @@ from sppo_lightning.pairing import BestWorst, Pairing
 from sppo_lightning.preflight import Preflight, read_stage_prompts, shrink
 from sppo_lightning.prompts.sets import PromptSets
 from sppo_lightning.prompts.table import EncodedPrompts
+from sppo_lightning.resume.position import fit_position, stand_before_epoch
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rollouts.collector import Collector
 from sppo_lightning.rollouts.scoring import UnfinishedRule
 from sppo_lightning.selection import AllPairs, AllPrompts, Curriculum, RandomOrder, Schedule, Selection
-from sppo_lightning.store.iterations import RunFolder, describe
+from sppo_lightning.store.manifest import describe
 from sppo_lightning.store.pairs import PairTable
+from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.rendezvous import FileRanks
 from sppo_lightning.system.signals import StopSignal
 from sppo_lightning.training.batching import PairBatch, PairDataset, steps_taken
-from sppo_lightning.training.hardware import (
-    fit_position,
-    is_dev_run,
-    keep_to_own_signals,
-    meet,
-    stand_before_epoch,
-)
+from sppo_lightning.training.hardware import is_dev_run, keep_to_own_signals, meet
 from sppo_lightning.types import PhaseObserver, ResumeMode, UserError, first_line
 
 Sources = str | list[str]

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sppo_lightning.evaluation.metrics import EvaluationBatch, EvaluationMetrics
 from sppo_lightning.losses import PairLogps, PreferenceLoss
 from sppo_lightning.pair_forward import AutoForward, PairForward
 from sppo_lightning.pair_forward.layouts import PairLayout
@@ -22,12 +23,13 @@ from sppo_lightning.policy import loading as policies
 from sppo_lightning.policy.anatomy import unwrapped
 from sppo_lightning.policy.config import PolicyConfig
 from sppo_lightning.policy.live import LivePolicy
+from sppo_lightning.policy.rounding import check_updates_survive
 from sppo_lightning.policy.sharding import load_rest, local
 from sppo_lightning.schedules import LearningRateSchedule, Linear
 from sppo_lightning.seeding import derive_seed
 from sppo_lightning.training.batching import PairBatch
 from sppo_lightning.training.hardware import check_hardware, compute_dtype
-from sppo_lightning.training.metrics import EvaluationBatch, EvaluationMetrics, StepMetrics
+from sppo_lightning.training.metrics import StepMetrics
 from sppo_lightning.training.optimizers import (
     OptimizerFactory,
     build_optimizer,
@@ -128,7 +130,7 @@ class PreferenceModule(pl.LightningModule):
             return
         mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
         self.policy = self.live.load(self.compute_dtype, self.trainer.strategy.root_device, mesh)
-        policies.check_updates_survive(self._trainable(), self.learning_rate)
+        check_updates_survive(self._trainable(), self.learning_rate)
 
     def pair_layout(self, longest: int) -> PairLayout:
         """Return the layout that micro-batches must have; the first call tries the forward on the policy.

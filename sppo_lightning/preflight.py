@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from sppo_lightning.generation import Generator
 from sppo_lightning.iteration.rules import IterationRules
-from sppo_lightning.memory.check import check_memory, workload_of
+from sppo_lightning.memory.check import check_memory
 from sppo_lightning.memory.workload import Workload
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.prompts.reading import check_disjoint
@@ -22,6 +23,7 @@ from sppo_lightning.rewards import Reward
 from sppo_lightning.selection import Curriculum, EasyToHard, HardToEasy
 from sppo_lightning.training.batching import accumulation_steps
 from sppo_lightning.training.hardware import is_dev_run
+from sppo_lightning.training.optimizers import clips_unscaled
 from sppo_lightning.types import EncodedPrompt, Ranks, UserError
 
 PROMPTS_OF = {"validate": "eval_prompts", "test": "test_prompts", "predict": "predict_prompts"}
@@ -220,3 +222,53 @@ def check_context(
             f"data.{key}: the longest prompt has {longest} tokens, with {new} new ones more than the policy's "
             f"context of {context}: lower data.max_prompt_tokens or the generator's max_new_tokens"
         )
+
+
+def workload_of(
+    module: PreferenceModule,
+    rules: IterationRules,
+    generator: Generator,
+    reward: Reward,
+    *,
+    compute_dtype: torch.dtype,
+    clips: bool,
+    longest_prompt: int,
+    longest_trained_prompt: int,
+    device: torch.device,
+    processes: int,
+    spread: bool,
+) -> Workload:
+    """Return what decides a run's memory; the module's settings have been checked.
+
+    Args:
+        module: the policy's settings and training's.
+        rules: sizes of steps and micro-batches.
+        generator: answers prompts.
+        reward: scores answers.
+        compute_dtype: dtype of the matrix products.
+        clips: whether gradients are clipped.
+        longest_prompt: tokens of the longest prompt that may come.
+        longest_trained_prompt: of those that may be trained on.
+        device: of the first process.
+        processes: that share the run, a device each.
+        spread: whether the policy's weights are spread over them.
+    """
+    return Workload(
+        policy=module.live.config,
+        model_config=module.live.model_config,
+        compute_dtype=compute_dtype,
+        reference=module.reference,
+        optimizer=module.optimizer_factory,
+        clips_unscaled=clips_unscaled(compute_dtype, clips=clips),
+        carry_optimizer=module.carry_optimizer,
+        pair_forward=module.pair_forward,
+        generator=generator,
+        reward=reward,
+        batch_size=rules.batch_size,
+        pairs_per_step=rules.pairs_per_step,
+        longest_prompt=longest_prompt,
+        longest_trained_prompt=longest_trained_prompt,
+        device=device,
+        processes=processes,
+        spread=spread,
+    )

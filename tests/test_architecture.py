@@ -1,34 +1,74 @@
-"""The rooms of docs/architecture.md: who may import whom."""
+"""The layers of docs/architecture.md: which package may import which, and what users may name."""
 
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-LAYERS = {
-    0: "types",
-    1: "losses logprobs difficulty selection pairing rules schedules seeding shards",
-    2: """
-        prompts prompt_files prompt_sets prompt_table ragged
-        rollouts stored_rollouts reference_parts pruning pairs tally durable integrity
-        policy_config pretrained adapters batching layouts metrics servers
-        stop_signal heartbeat rendezvous
+ROOT = Path(__file__).parents[1]
+# a line imports from the lines above it, and each name from itself; names on one line do not know each other
+LAYERS = """
+types seeding
+losses schedules difficulty
+selection pairing system prompts
+store policy
+resume pair_forward rewards
+generation training
+rollouts
+iteration evaluation memory
+module
+export preflight
+datamodule
+callbacks
+cli
+__main__ __init__
+"""
+LAYER_OF = {name: layer for layer, line in enumerate(LAYERS.split("\n")) for name in line.split()}
+PURE = ["losses", "schedules", "difficulty", "selection", "pairing", "seeding"]
+STANDARD = {"torch", "__future__", "abc", "array", "collections", "dataclasses", "hashlib", "math", "typing"}
+WITHOUT_LIGHTNING = [
+    "system",
+    "prompts",
+    "store",
+    "policy",
+    "pair_forward",
+    "rewards",
+    "generation",
+    "rollouts",
+    "iteration",
+    "evaluation",
+]
+PUBLIC = {
+    "sppo_lightning": "PreferenceModule SelfPlayDataModule UserError",
+    "sppo_lightning.losses": "DPOLoss PreferenceLoss",
+    "sppo_lightning.schedules": "Constant Cosine LearningRateSchedule Linear",
+    "sppo_lightning.selection": """
+        AllPairs AllPrompts Band Curriculum DisjointSplits DropHardest Easiest EasyToHard HardToEasy Hardest
+        RandomFraction RandomOrder RandomSubset Schedule Selection
     """,
-    3: """
-        policy lora quantized_layers live_policy optimizers memory sharding
-        pair_forward forward_trial own_attention shared_attention response_head compiled_layers
-        generation rewards scoring collect evaluation results
-        iteration iteration_state pairing_pass reference_pass reference_checks
+    "sppo_lightning.pairing": "BestRandom BestWorst Pairing",
+    "sppo_lightning.rewards": """
+        CombinedReward Comparison FunctionJudge FunctionReward JSONRewards Judge LengthPenalty OpenAIJudge
+        PairwiseReward Reward SGLangClassify ScoreFormat Scores SequenceClassificationReward ServerReward
+        TorchmetricsReward VLLMPooling
     """,
-    4: "module datamodule preflight memory_check trainer checkpoint_files metrics_csv",
-    5: "callbacks estimate export",
-    6: "cli parse_errors run_config run_lock __main__ __init__",
+    "sppo_lightning.generation": """
+        AutoGenerator ContinuousBatchingGenerator Generator HFGenerator ModelFolder OffPolicy OpenAIServerGenerator
+        PolicySource PromptResponses SGLangWeights SampleRequest VLLMAdapter VLLMGenerator WeightSync
+    """,
+    "sppo_lightning.callbacks": """
+        DifficultyReestimation PhaseMemory PhaseTimes PolicyExport RunCheckpoint RunSummary SampleTable SelfPlayProgress
+    """,
+    "sppo_lightning.pair_forward": "AutoForward PairForward PlainForward SharedForward VarlenForward",
 }
-LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms.split()}
-PURE = {"torch", "__future__", "abc", "array", "collections", "dataclasses", "hashlib", "math", "typing"}
+"""Class paths that a config or a user's module may name."""
 
 
 def source_files() -> list[Path]:
@@ -37,66 +77,99 @@ def source_files() -> list[Path]:
     return own + list((ROOT / "callbacks").glob("*.py"))
 
 
-def room_of(path: Path) -> str:
-    if path.parent.name == "callbacks":
-        return "callbacks"
-    parts = path.relative_to(ROOT / "sppo_lightning").parts
-    return parts[0].removesuffix(".py")
+def module_of(path: Path) -> str:
+    """Its dotted name below ``sppo_lightning``; a package's is that of its folder."""
+    base = ROOT if path.parent.name == "callbacks" else ROOT / "sppo_lightning"
+    parts = path.relative_to(base).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
-def imports(path: Path) -> set[str]:
-    """Every module that a file imports, function-local imports included, except for type checking."""
-    tree = ast.parse(path.read_text())
-    skipped: set[int] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            skipped |= {id(child) for child in ast.walk(node)}
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
+FILES = {module_of(path): path for path in source_files()}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every module that a file imports, inside functions and for type checking too."""
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: import by full name"
             assert node.module is not None
-            names.add(node.module)
-            if node.module == "sppo_lightning":
-                names |= {f"sppo_lightning.{alias.name}" for alias in node.names}
-    return names
+            names = [f"{node.module}.{alias.name}" for alias in node.names if alias.name != "__version__"]
+            yield from (
+                name if name.removeprefix("sppo_lightning.") in FILES else node.module for name in names
+            )
 
 
-def test_every_room_has_a_layer() -> None:
-    assert {room_of(path) for path in source_files()} == set(LAYER_OF)
+def own_imports(path: Path) -> set[str]:
+    """The modules of this project that a file imports."""
+    names = {name for name in imported(path) if name.partition(".")[0] == "sppo_lightning"}
+    return {name.removeprefix("sppo_lightning").lstrip(".") or "__init__" for name in names}
 
 
-@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_downwards(path: Path) -> None:
-    room = room_of(path)
-    for name in imports(path):
-        parts = name.split(".")
-        if parts[0] == "sppo_lightning" and len(parts) > 1:
-            assert LAYER_OF[parts[1]] <= LAYER_OF[room], f"{room} imports {parts[1]} from above"
+def test_every_package_has_a_layer() -> None:
+    assert {name.partition(".")[0] for name in FILES} == set(LAYER_OF)
 
 
-@pytest.mark.parametrize("room", LAYERS[1].split())
-def test_pure_rooms_import_torch_and_the_standard_library_only(room: str) -> None:
-    for name in imports(ROOT / f"sppo_lightning/{room}.py"):
-        assert name.split(".")[0] in PURE | {"sppo_lightning"}, name
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_imports_go_to_lower_layers(name: str) -> None:
+    own = name.partition(".")[0]
+    for other in own_imports(FILES[name]):
+        package = other.partition(".")[0]
+        below = package == own or LAYER_OF[package] < LAYER_OF[own]
+        assert below, f"{name} imports {other}, which stands on its own layer or above"
 
 
-@pytest.mark.parametrize(
-    "room", ["generation", "rewards", "scoring", "collect", "iteration", "iteration_state"]
-)
-def test_engines_never_see_a_trainer(room: str) -> None:
-    for path in source_files():
-        if room_of(path) == room:
-            assert not any(name.startswith("lightning") for name in imports(path)), path
+def test_no_module_is_part_of_a_circle() -> None:
+    """A package's face is what imports from outside see; inside, modules name each other."""
+    graph = {}
+    for name, path in FILES.items():
+        graph[name] = own_imports(path) - {name}
+        if path.name == "__init__.py":
+            graph[name] -= {other for other in FILES if "." not in other and other == name}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"circle: {' -> '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_modules_import_torch_and_the_standard_library_only(name: str) -> None:
+    for other in imported(FILES[name]):
+        assert other.partition(".")[0] in STANDARD | {"sppo_lightning"}, other
+
+
+@pytest.mark.parametrize("package", WITHOUT_LIGHTNING)
+def test_engines_never_see_a_trainer(package: str) -> None:
+    seen = [
+        (name, other)
+        for name, path in FILES.items()
+        if name.partition(".")[0] == package
+        for other in imported(path)
+        if other == "lightning" or other.startswith("lightning.pytorch")
+        if other != "lightning.pytorch.utilities"  # rank_zero_info and its like
+    ]
+    assert not seen
+
+
+@pytest.mark.parametrize("place", PUBLIC)
+def test_public_class_paths(place: str) -> None:
+    module = importlib.import_module(place)
+    expected = set(PUBLIC[place].split())
+    assert all(inspect.isclass(getattr(module, name)) for name in expected)
+    listed = getattr(module, "__all__", None)
+    own = {
+        name
+        for name, value in vars(module).items()
+        if inspect.isclass(value) and not name.startswith("_") and value.__module__ == place
+    }
+    found = set(listed or own)
+    assert expected <= found | own, f"{place} lacks {expected - found}"
+    if listed is not None:
+        assert {name for name in listed if inspect.isclass(getattr(module, name))} == expected
 
 
 def test_callbacks_refuse_another_name() -> None:
-    import importlib.util
-
     spec = importlib.util.spec_from_file_location("callbacks", ROOT / "callbacks/__init__.py")
     assert spec is not None
     assert spec.loader is not None

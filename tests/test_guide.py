@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import cli_arguments
+from support.runs import cli_arguments
 
 from sppo_lightning.__main__ import main
 

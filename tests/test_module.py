@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_config
 from lightning.pytorch.plugins import MixedPrecision
+from support.models import tiny_config
 from torch import nn
 from transformers import LlamaForCausalLM
 

@@ -10,9 +10,9 @@ import torch
 
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.memory.advice import verdict
-from sppo_lightning.memory.check import workload_of
 from sppo_lightning.memory.estimate import GIB, Estimator, available_bytes
 from sppo_lightning.module import PreferenceModule
+from sppo_lightning.preflight import workload_of
 from sppo_lightning.training.batching import accumulation_steps
 from sppo_lightning.training.hardware import (
     check_precision,

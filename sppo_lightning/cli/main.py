@@ -35,9 +35,10 @@ from sppo_lightning.cli.parse_errors import check_config_files, explain
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.policy.config import PolicyConfig
+from sppo_lightning.resume.checkpoints import check_checkpoint, verify_checkpoint
 from sppo_lightning.resume.metrics_csv import MetricsCSV
-from sppo_lightning.resume.run_config import check_checkpoint, check_writable, resume_path, verify_checkpoint
-from sppo_lightning.system.durable import remove_leftovers
+from sppo_lightning.resume.run_config import check_writable, resume_path
+from sppo_lightning.store.run_folder import remove_leftovers
 from sppo_lightning.system.lock import RunLock, is_first_process
 from sppo_lightning.types import UserError
 

@@ -16,15 +16,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from sppo_lightning.evaluation.metrics import EvaluationBatch
 from sppo_lightning.rollouts.collector import Collector
-from sppo_lightning.store.iterations import (
-    RunFolder,
-    ShardStore,
-    read_rollouts,
-    write_rollouts,
-)
+from sppo_lightning.store.run_folder import RunFolder
+from sppo_lightning.store.shards import ShardStore, read_rollouts, write_rollouts
 from sppo_lightning.system.durable import sealed, set_aside, unsealed, write_atomically
-from sppo_lightning.training.metrics import EvaluationBatch
 from sppo_lightning.types import EncodedPrompt, Ranks, Rollout, UserError
 
 LOGGER = logging.getLogger(__name__)

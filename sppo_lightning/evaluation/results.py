@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from sppo_lightning.evaluation.held_out import PairedDifference, load_evaluation, measure, paired_difference
-from sppo_lightning.store.iterations import RunFolder
-from sppo_lightning.training.metrics import mean_with_error
+from sppo_lightning.evaluation.metrics import mean_with_error
+from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.types import Rollout
 
 

@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import yaml
 
-import sppo_lightning
+from sppo_lightning import __version__
 from sppo_lightning.evaluation.results import HEADINGS, held_out_results
 from sppo_lightning.export.check import Distance
 from sppo_lightning.export.finished_run import FinishedRun
-from sppo_lightning.policy.anatomy import base_arguments, opened_by_peft
 from sppo_lightning.policy.config import LoRAConfig
-from sppo_lightning.store.iterations import FREE_SETTINGS
+from sppo_lightning.policy.folder import base_arguments, opened_by_peft
+from sppo_lightning.store.manifest import FREE_SETTINGS
 from sppo_lightning.types import PreferencePair
 
 HERE = "path/to/this/folder"
@@ -268,7 +268,7 @@ def _versions() -> str:
     from importlib.metadata import version
 
     others = ", ".join(f"{name} {version(name)}" for name in ("transformers", "peft", "torch"))
-    return f"sppo-lightning {sppo_lightning.__version__} ({others})."
+    return f"sppo-lightning {__version__} ({others})."
 
 
 def _python(*lines: str) -> str:

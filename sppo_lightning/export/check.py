@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sppo_lightning.pair_forward.logprobs import token_logps
-from sppo_lightning.policy.anatomy import adapted_layers, merged_weight, unwrapped
+from sppo_lightning.policy.anatomy import unwrapped
+from sppo_lightning.policy.merging import adapted_layers, merged_weight
 from sppo_lightning.training.reference import RATIO_TOLERANCE
 from sppo_lightning.types import PreferencePair, UserError
 

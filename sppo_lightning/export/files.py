@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sppo_lightning.export.finished_run import FinishedRun
 from sppo_lightning.policy import loading as policies
+from sppo_lightning.policy.folder import write_folder
 from sppo_lightning.policy.pretrained import file_beside
 from sppo_lightning.system.durable import write_atomically
 
@@ -21,7 +22,7 @@ WEIGHTS = "adapter_model.safetensors"
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a whole model with its tokenizer, chat template and generation config."""
     name_end_tokens(model, tokenizer)
-    policies.write_folder(model, tokenizer, folder)
+    write_folder(model, tokenizer, folder)
 
 
 def write_adapter(

@@ -15,7 +15,7 @@ import yaml
 from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
 from sppo_lightning.policy.pretrained import DTYPES, load_model_config
 from sppo_lightning.resume.checkpoints import state_file
-from sppo_lightning.store.iterations import RunFolder
+from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.training.hardware import COMPUTE_DTYPES
 from sppo_lightning.types import UserError, first_line
 

@@ -27,14 +27,10 @@ from sppo_lightning.export.check import (
 from sppo_lightning.export.files import write_adapter, write_model
 from sppo_lightning.export.finished_run import FinishedRun
 from sppo_lightning.policy import loading as policies
-from sppo_lightning.policy.anatomy import (
-    adapted_layers,
-    merge_into_base,
-    merged_weight,
-    opened_by_peft,
-    unwrapped,
-)
+from sppo_lightning.policy.anatomy import unwrapped
 from sppo_lightning.policy.config import PolicyConfig
+from sppo_lightning.policy.folder import opened_by_peft
+from sppo_lightning.policy.merging import adapted_layers, merge_into_base, merged_weight
 from sppo_lightning.policy.pretrained import class_of, load_tokenizer, stored_dtype
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from sppo_lightning.generation.cache import reserved_cache
 from sppo_lightning.generation.cache_size import RowBytes, held_bytes
 from sppo_lightning.generation.parity import drift_tolerance, rounding
 from sppo_lightning.generation.steps import PlainSteps, left_padded, read
-from sppo_lightning.pair_forward.parity import off_by_a_rounding
 from sppo_lightning.policy.anatomy import unwrapped
+from sppo_lightning.policy.rounding import off_by_a_rounding
 from sppo_lightning.system.device_memory import ran_out
 from sppo_lightning.types import UserError, first_line
 

@@ -22,7 +22,7 @@ from sppo_lightning.generation.cuda_graph import RecordedStep
 from sppo_lightning.generation.parity import drift_tolerance, rounding
 from sppo_lightning.generation.steps import DecodingSteps, PlainSteps, left_padded, read
 from sppo_lightning.policy import attention as own_attention
-from sppo_lightning.policy.anatomy import unwrapped
+from sppo_lightning.policy.anatomy import layer_types, unwrapped, window_of
 from sppo_lightning.policy.attention import CannotAttendError
 from sppo_lightning.system.device_memory import ran_out
 from sppo_lightning.types import first_line
@@ -206,10 +206,10 @@ def objection(model: nn.Module) -> str | None:
     Args:
         model: a causal language model, in the state that responses are sampled from.
     """
-    others = own_attention.layer_types(model) - LAYERS
+    others = layer_types(model) - LAYERS
     if others:
         return f"it has layers of {', '.join(sorted(others))}"
-    if own_attention.window_of(model) is not None:
+    if window_of(model) is not None:
         return "its layers have a window"
     attention = unwrapped(model).config._attn_implementation
     if attention != "sdpa":

@@ -21,7 +21,8 @@ from sppo_lightning.generation.protocol import (
     PromptResponses,
     SampleRequest,
 )
-from sppo_lightning.policy.anatomy import embedding_rows, merged_weights, unwrapped
+from sppo_lightning.policy.anatomy import embedding_rows, unwrapped
+from sppo_lightning.policy.merging import merged_weights
 from sppo_lightning.types import UserError
 
 DISCARD = 2  # the level of vLLM's sleep that gives up weights and cache, since new weights come anyway

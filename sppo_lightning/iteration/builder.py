@@ -27,8 +27,10 @@ from sppo_lightning.pair_forward.layouts import PairLayout
 from sppo_lightning.pairing import main_drop_reason, pair_statistics
 from sppo_lightning.prompts.table import EncodedById
 from sppo_lightning.rollouts.collector import Collector, WantedRows
-from sppo_lightning.store.iterations import IterationStore, by_prompt, describe
+from sppo_lightning.store.iterations import IterationStore
+from sppo_lightning.store.manifest import describe
 from sppo_lightning.store.pairs import PairTable
+from sppo_lightning.store.shards import by_prompt
 from sppo_lightning.types import Phase, UserError
 
 LOGGER = logging.getLogger(__name__)

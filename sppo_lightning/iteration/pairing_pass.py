@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.iteration.tally import ResponseTally
 from sppo_lightning.pairing import pair_responses
-from sppo_lightning.store.iterations import ShardStore, by_prompt, merged
 from sppo_lightning.store.pairs import PairTable
+from sppo_lightning.store.shards import ShardStore, by_prompt, merged
 from sppo_lightning.types import EncodedPrompt, PreferencePair
 
 

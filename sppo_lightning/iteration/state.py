@@ -11,8 +11,9 @@ from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.seeding import random_keys
 from sppo_lightning.selection import Curriculum
 from sppo_lightning.store.integrity import check_trained, is_whole
-from sppo_lightning.store.iterations import IterationStore, RunFolder
+from sppo_lightning.store.iterations import IterationStore
 from sppo_lightning.store.pairs import PairTable
+from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.training.batching import StepSampler, pairs_consumed, steps_taken
 from sppo_lightning.types import Ranks, UserError
 

@@ -4,68 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from sppo_lightning.generation import Generator
-from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.memory.advice import verdict as objection
 from sppo_lightning.memory.estimate import GIB, Estimator, available_bytes
 from sppo_lightning.memory.workload import Workload
-from sppo_lightning.module import PreferenceModule
-from sppo_lightning.rewards import Reward
-from sppo_lightning.training.optimizers import clips_unscaled
 from sppo_lightning.types import Ranks, UserError, first_line
-
-
-def workload_of(
-    module: PreferenceModule,
-    rules: IterationRules,
-    generator: Generator,
-    reward: Reward,
-    *,
-    compute_dtype: torch.dtype,
-    clips: bool,
-    longest_prompt: int,
-    longest_trained_prompt: int,
-    device: torch.device,
-    processes: int,
-    spread: bool,
-) -> Workload:
-    """Return what decides a run's memory; the module's settings have been checked.
-
-    Args:
-        module: the policy's settings and training's.
-        rules: sizes of steps and micro-batches.
-        generator: answers prompts.
-        reward: scores answers.
-        compute_dtype: dtype of the matrix products.
-        clips: whether gradients are clipped.
-        longest_prompt: tokens of the longest prompt that may come.
-        longest_trained_prompt: of those that may be trained on.
-        device: of the first process.
-        processes: that share the run, a device each.
-        spread: whether the policy's weights are spread over them.
-    """
-    return Workload(
-        policy=module.live.config,
-        model_config=module.live.model_config,
-        compute_dtype=compute_dtype,
-        reference=module.reference,
-        optimizer=module.optimizer_factory,
-        clips_unscaled=clips_unscaled(compute_dtype, clips=clips),
-        carry_optimizer=module.carry_optimizer,
-        pair_forward=module.pair_forward,
-        generator=generator,
-        reward=reward,
-        batch_size=rules.batch_size,
-        pairs_per_step=rules.pairs_per_step,
-        longest_prompt=longest_prompt,
-        longest_trained_prompt=longest_trained_prompt,
-        device=device,
-        processes=processes,
-        spread=spread,
-    )
 
 
 def check_memory(workload: Workload, ranks: Ranks, *, otherwise: Literal["refuse", "warn"]) -> None:

@@ -22,8 +22,8 @@ from sppo_lightning.pair_forward.shared_attention import (
     VarlenAttention,
     attach,
 )
-from sppo_lightning.policy.anatomy import decoders
-from sppo_lightning.policy.attention import CannotAttendError, detach, whole_mask, window_of
+from sppo_lightning.policy.anatomy import decoders, window_of
+from sppo_lightning.policy.attention import CannotAttendError, detach, whole_mask
 from sppo_lightning.policy.sharding import as_forward
 from sppo_lightning.types import UserError
 

@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 
-from sppo_lightning.policy.anatomy import unwrapped
-from sppo_lightning.policy.attention import window_of
+from sppo_lightning.pair_forward.layouts import PairLayout, PairRows
+from sppo_lightning.policy.anatomy import unwrapped, window_of
+from sppo_lightning.policy.rounding import off_by_a_rounding
 from sppo_lightning.policy.sharding import recover
 from sppo_lightning.system.device_memory import ran_out
 from sppo_lightning.types import first_line
-
-if TYPE_CHECKING:
-    from sppo_lightning.pair_forward import PairForward
 
 # least mean distance of a token's log-prob from the one of its sequence alone that counts, nats
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 EXACT = (torch.float64, torch.float32)  # in which roundings are far below the least distance
 PROMPTS, RESPONSES = (11, 4), ((5, 9), (8, 2))  # tokens of the trial's two pairs
 OVER_WINDOW = 8  # tokens by which the trial's longest sequence is longer than a window
+
+
+class Checked(Protocol):
+    """A forward whose parity with a model is checked; see :class:`~sppo_lightning.pair_forward.PairForward`."""
+
+    half_only: ClassVar[bool]
+    failing: ClassVar[str]
+    differing: ClassVar[str]
+
+    def layout(self, pad_token_id: int, /) -> PairLayout:
+        """Return the layout that batches must have."""
+
+    def token_logps(self, model: nn.Module, rows: PairRows, /) -> Tensor:
+        """Return the log-prob of each response token."""
+
+    def release(self, model: nn.Module, /) -> None:
+        """Give the model its own attention and layers back."""
 
 
 class Trial(NamedTuple):
@@ -35,7 +50,7 @@ class Trial(NamedTuple):
     agree: Callable[[bool], bool]  # whether it is true on all processes
 
 
-def objection(forward: PairForward, model: nn.Module, trial: Trial) -> str | None:
+def objection(forward: Checked, model: nn.Module, trial: Trial) -> str | None:
     """Return why a forward does not give the model's own log-probs; ``None`` if it does."""
     inner, device = unwrapped(model), next(model.parameters()).device
     name = type(inner).__name__
@@ -69,7 +84,7 @@ def objection(forward: PairForward, model: nn.Module, trial: Trial) -> str | Non
 
 
 def _precision(
-    forward: PairForward, model: nn.Module, trial: Trial
+    forward: Checked, model: nn.Module, trial: Trial
 ) -> tuple[AbstractContextManager[Any], torch.dtype]:
     """Return the most exact arithmetic in which weights and kernel can be compared."""
     weights = {parameter.dtype for parameter in model.parameters()}
@@ -110,23 +125,6 @@ def _noise(
     with off_by_a_rounding(model, torch.finfo(dtype).eps):
         nudged = torch.cat([_alone(model, *sequence)[0] for sequence in sequences])
     return (nudged - torch.cat([logps for logps, _ in alone])).abs().mean().item()
-
-
-@contextmanager
-def off_by_a_rounding(model: Any, eps: float) -> Iterator[None]:
-    """Let a model's embeddings be half an ``eps`` too large or too small, each by a coin's toss, always the same."""
-    generator = torch.Generator().manual_seed(0)
-
-    def nudge(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
-        signs = 2 * torch.randint(2, embedded.shape, generator=generator) - 1
-        off: Tensor = embedded.float() * (1 + eps / 2 * signs.to(embedded.device))
-        return off.to(embedded.dtype)
-
-    handle = model.get_input_embeddings().register_forward_hook(nudge)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def trial_pairs(

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sppo_lightning.policy.anatomy import unwrapped
+from sppo_lightning.policy.anatomy import layer_types, unwrapped
 
 Attention = Callable[..., tuple[Tensor, None]]
 """What transformers calls in each layer: ``[B, heads, T, D]`` in, ``[B, T, heads, D]`` out."""
@@ -86,19 +86,3 @@ def detach(model: nn.Module) -> None:
     inner = unwrapped(model)
     if inner in _before:
         inner.set_attn_implementation(_before.pop(inner))
-
-
-def window_of(model: nn.Module) -> int | None:
-    """Return the tokens that a layer with a window sees; ``None`` if no layer has one."""
-    types = layer_types(model)
-    if types and "sliding_attention" not in types:
-        return None
-    window: int | None = getattr(
-        unwrapped(model).config.get_text_config(decoder=True), "sliding_window", None
-    )
-    return window
-
-
-def layer_types(model: nn.Module) -> set[str]:
-    """Return the types of a model's layers, as far as its config says them."""
-    return set(getattr(unwrapped(model).config.get_text_config(decoder=True), "layer_types", None) or ())

@@ -22,7 +22,9 @@ from sppo_lightning.policy import loading as policies
 from sppo_lightning.policy import lora, pretrained, sharding
 from sppo_lightning.policy.anatomy import unwrapped
 from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
-from sppo_lightning.prompts import reading as prompts
+from sppo_lightning.policy.fingerprint import digest_of, fingerprint
+from sppo_lightning.policy.folder import write_folder
+from sppo_lightning.prompts.encoding import choose_chat_template
 from sppo_lightning.types import Ranks, UserError
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ class LivePolicy:
         tokenizer = pretrained.load_tokenizer(
             config.pretrained, key=KEY, trust_remote_code=config.trust_remote_code
         )
-        prompts.choose_chat_template(tokenizer, config.chat_template, key="model.policy.chat_template")
+        choose_chat_template(tokenizer, config.chat_template, key="model.policy.chat_template")
         skeleton = policies.skeleton(config, model_config, compute_dtype=compute_dtype)
         pretrained.check_vocabulary(tokenizer, unwrapped(skeleton), key=KEY)
         self._tokenizer, self._model_config = tokenizer, model_config
@@ -229,7 +231,7 @@ class LivePolicy:
         if model is not None:
             shutil.rmtree(self._workspace(), ignore_errors=True)
             fresh = self._workspace() / "policy.new"
-            policies.write_folder(model, self.tokenizer, fresh)
+            write_folder(model, self.tokenizer, fresh)
             fresh.rename(self._place)
         self._published = fingerprint
         ranks.barrier("policy published")
@@ -285,15 +287,13 @@ class LivePolicy:
         if self._initial is not None:
             if self._initial_fingerprint is None:
                 self._initial_fingerprint = (
-                    policies.fingerprint(self._initial, name)
-                    if self._holds_weights
-                    else policies.digest_of(name)
+                    fingerprint(self._initial, name) if self._holds_weights else digest_of(name)
                 )
             return self._initial_fingerprint
         trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
         weights = (self._steps(), sum(parameter._version for parameter in trained))
         if self._fingerprinted is None or self._fingerprinted[0] != weights:
-            self._fingerprinted = weights, policies.fingerprint(self.model, name)
+            self._fingerprinted = weights, fingerprint(self.model, name)
         return self._fingerprinted[1]
 
     @property
@@ -311,7 +311,7 @@ class LivePolicy:
         if self.is_sharded:
             model = sharding.assemble(self.model, self._skeleton, dtype=None)
             if model is not None:
-                policies.write_folder(model, self.tokenizer, folder)
+                write_folder(model, self.tokenizer, folder)
         elif first:
             self.export(folder)
 
@@ -331,7 +331,7 @@ class LivePolicy:
             return
         model = self._whole(policies.CPU) if self.is_sharded else self._initial or self.model
         self._release(model)
-        policies.write_folder(model, self.tokenizer, folder)
+        write_folder(model, self.tokenizer, folder)
 
 
 def _linked(source: str, target: str) -> str:

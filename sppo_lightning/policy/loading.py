@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from sppo_lightning.policy.anatomy import adapter_readme, beside_text, freeze_beside_text, unwrapped
+from sppo_lightning.policy.anatomy import beside_text, freeze_beside_text, text_settings
 from sppo_lightning.policy.config import PolicyConfig
 from sppo_lightning.policy.lora import with_adapter
 from sppo_lightning.policy.pretrained import (
     DTYPES,
     class_of,
-    copy_processor,
     fetch_processor,
     forget_gguf,
     hub_location,
@@ -26,8 +23,6 @@ from sppo_lightning.policy.pretrained import (
     quantization_options,
 )
 from sppo_lightning.policy.quantized_layers import make_steady
-from sppo_lightning.policy.sharding import from_first, is_first, whole
-from sppo_lightning.system.durable import make_readable
 from sppo_lightning.types import UserError, first_line
 
 if TYPE_CHECKING:
@@ -142,7 +137,7 @@ def skeleton(
 
 
 def _trainable(model: PreTrainedModel, config: PolicyConfig) -> nn.Module:
-    _text_settings(model).use_cache = False
+    text_settings(model).use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained: nn.Module = model
@@ -168,44 +163,6 @@ def _zero_dropout_rates(holder: object) -> None:
     rates = [name for name, value in vars(holder).items() if isinstance(value, float) and "drop" in name]
     for name in rates:
         setattr(holder, name, 0.0)
-
-
-def write_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write model (an adapter in PEFT's layout and a README), tokenizer, chat template and generation config.
-
-    With a model that also sees or hears goes what prepares its images and sounds.
-    """
-    inner, settings = unwrapped(model), _text_settings(model)
-    use_cache, settings.use_cache = settings.use_cache, True
-    # transformers 5.23 writes on the first process only, whichever is asked to
-    inner.should_save_on_this_rank = _always
-    try:
-        cast(Any, model).save_pretrained(folder, safe_serialization=True)
-    finally:
-        settings.use_cache = use_cache
-        del inner.should_save_on_this_rank
-    if hasattr(model, "peft_config"):  # PEFT leaves out the generation config, and writes a form to fill in
-        unwrapped(model).generation_config.save_pretrained(folder)
-        (folder / "README.md").write_text(adapter_readme(model, loader_name(inner)))
-    elif beside_text(model):
-        copy_processor(inner.name_or_path, folder)
-    tokenizer.save_pretrained(folder)
-    make_readable(folder)
-
-
-def loader_name(model: PreTrainedModel) -> str:
-    """Return the name of transformers' class that a model was loaded by."""
-    found = class_of(model.config)  # none knows the settings that a part of Llama 3.2 Vision has of its own
-    return "AutoModelForCausalLM" if found is None else str(found.__name__)
-
-
-def _text_settings(model: Any) -> Any:
-    """Return the settings of a model that reads and writes text: its own, or its part's if it sees as well."""
-    return model.config.get_text_config(decoder=True)
-
-
-def _always(is_main_process: bool) -> bool:
-    return True
 
 
 @contextmanager
@@ -236,50 +193,6 @@ def end_token_ids(
         if value is not None:
             return set(value) if isinstance(value, list) else {value}
     raise UserError("the policy names no end-of-sequence token: set eos_token_id in its generation config")
-
-
-def check_updates_survive(parameters: Iterable[nn.Parameter], learning_rate: float) -> None:
-    """Refuse a learning rate whose updates round to nothing in the dtype of the weights.
-
-    An Adam step moves a weight by about the learning rate; it is lost where that is under half the spacing of
-    the dtype at the weight's size.
-
-    Raises:
-        UserError: if most trainable weights could not move.
-    """
-    lost = total = 0
-    for parameter in parameters:
-        spacing = parameter.detach().abs().float() * torch.finfo(parameter.dtype).eps
-        lost += int(whole((spacing > 2 * learning_rate).sum()))
-        total += parameter.numel()
-    if total and lost > total / 2:
-        raise UserError(
-            f"model.learning_rate={learning_rate:g} is lost to rounding in {lost / total:.0%} of the trainable "
-            "weights: hold them in float32 (model.policy.dtype: auto, trainer.precision: bf16-mixed) or use lora"
-        )
-
-
-def digest_of(pretrained: str) -> str:
-    """Return the digest of a base without trained weights."""
-    return hashlib.sha256(pretrained.encode()).hexdigest()[:32]
-
-
-def fingerprint(model: nn.Module, pretrained: str) -> str:
-    """Return a digest of what decides a policy's outputs: its base and the exact trainable weights.
-
-    The same whether the weights are whole or spread over processes; then it is a collective, one weight at a time.
-    """
-    digest = hashlib.sha256(
-        pretrained.encode()
-    )  # twice as fast as blake2b where the processor has instructions for it
-    counts = is_first(model)
-    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
-        if parameter.requires_grad:
-            value = whole(parameter.detach())
-            if counts:
-                digest.update(name.encode())
-                digest.update(value.contiguous().view(torch.uint8).cpu().numpy().data)
-    return from_first(model, digest.hexdigest()[:32])
 
 
 def sampling_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from sppo_lightning.prompts.reading import encode_prompts, read_prompts
+from sppo_lightning.prompts.encoding import encode_prompts
+from sppo_lightning.prompts.reading import read_prompts
 from sppo_lightning.prompts.table import EncodedPrompts, PromptTable
 from sppo_lightning.types import UserError
 

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
+import zipfile
+import zlib
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from sppo_lightning.system.durable import record_sizes, replacing, sync_folder, sync_tree
-from sppo_lightning.types import UserError
+from sppo_lightning.system.durable import (
+    changed_files,
+    disk_error,
+    record_sizes,
+    replacing,
+    sync_folder,
+    sync_tree,
+)
+from sppo_lightning.types import UserError, first_line
 
 PART = "step-"  # begins the names of sharded checkpoints
 
@@ -95,3 +106,84 @@ def switch_to_sharded(last: Path, shards: Path) -> None:
     for other in last.parent.glob(f"{PART}*"):
         if other != shards:
             shutil.rmtree(other, ignore_errors=True)
+
+
+_DAMAGED_ZIP = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    UnpicklingError,
+)
+
+
+FOLDER = 0x10  # among a zip entry's attributes
+
+
+BLOCK = 2**22  # bytes of a checkpoint read at once
+
+
+def check_checkpoint(path: Path, name: str) -> None:
+    """Refuse a checkpoint that is missing or cut short, before the model loads.
+
+    Raises:
+        UserError: naming the path.
+    """
+    if path.is_symlink() and not path.exists():
+        raise UserError(
+            f"{name}={str(path)!r} is a link to {path.readlink()}, which is gone: restore that folder, or name another "
+            "checkpoint with --ckpt_path"
+        )
+    if not path.exists():
+        raise UserError(
+            f"{name}={str(path)!r}: no such file; check the path (it is relative to {Path.cwd()})"
+        )
+    file = state_file(path)
+    if not (file.is_file() and zipfile.is_zipfile(file)):
+        raise UserError(
+            f"{name}={str(path)!r} is no checkpoint, or was cut short: restore it from a copy, or name another "
+            "with --ckpt_path"
+        )
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Read all of a checkpoint and compare its checksums, which loading does not: a second for each 3 GB.
+
+    Of a sharded checkpoint, the part that holds the run's state is read, and the sizes of the others are compared.
+
+    Raises:
+        UserError: naming the file that is damaged.
+    """
+    _verify_archive(state_file(path))
+    if path.is_dir():
+        why = changed_files(path)
+        if why is not None:
+            raise _damaged_checkpoint(path, why)
+
+
+def _verify_archive(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.external_attr & FOLDER:  # torch would load whatever lies in its memory
+                    raise zipfile.BadZipFile(f"{entry.filename} is marked as a folder")
+                with archive.open(entry) as content:
+                    while content.read(BLOCK):
+                        pass
+        torch.load(
+            path, map_location="cpu", mmap=True, weights_only=True
+        )  # reads more of the archive's own tables
+    except _DAMAGED_ZIP as error:
+        if disk_error(error, path) is not None:
+            raise
+        raise _damaged_checkpoint(path, first_line(error)) from error
+
+
+def _damaged_checkpoint(path: Path, why: str) -> UserError:
+    return UserError(
+        f"{path} is damaged ({why}): restore it from a copy, or start anew in another trainer.default_root_dir; "
+        "nothing has been changed"
+    )

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import os
-import struct
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 import yaml
 
-from sppo_lightning.resume.checkpoints import state_file
+from sppo_lightning.resume.checkpoints import check_checkpoint
 from sppo_lightning.store.integrity import check_iterations
-from sppo_lightning.store.iterations import FREE_SETTINGS, RunFolder
-from sppo_lightning.system.durable import changed_files, disk_error
-from sppo_lightning.types import ResumeMode, UserError, first_line
+from sppo_lightning.store.manifest import FREE_SETTINGS
+from sppo_lightning.store.run_folder import RunFolder
+from sppo_lightning.types import ResumeMode, UserError
 
 # what may change between two starts of the same run: it decides speed, place or display, not results
 FREE_KEYS = {
@@ -39,18 +34,6 @@ _WRITE_CONFIG = (
     "restore it from a copy, or, if you are sure that this is the config of that run, write it by giving the same "
     "command with --print_config and sending its output there; otherwise use another trainer.default_root_dir"
 )
-_DAMAGED_ZIP = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    UnpicklingError,
-)
-FOLDER = 0x10  # among a zip entry's attributes
-BLOCK = 2**22  # bytes of a checkpoint read at once
 
 
 def check_writable(root: Path) -> None:
@@ -68,69 +51,6 @@ def check_writable(root: Path) -> None:
         raise UserError(
             f"trainer.default_root_dir={str(root)!r} cannot be written ({error.strerror}): choose another folder"
         ) from error
-
-
-def check_checkpoint(path: Path, name: str) -> None:
-    """Refuse a checkpoint that is missing or cut short, before the model loads.
-
-    Raises:
-        UserError: naming the path.
-    """
-    if path.is_symlink() and not path.exists():
-        raise UserError(
-            f"{name}={str(path)!r} is a link to {path.readlink()}, which is gone: restore that folder, or name another "
-            "checkpoint with --ckpt_path"
-        )
-    if not path.exists():
-        raise UserError(
-            f"{name}={str(path)!r}: no such file; check the path (it is relative to {Path.cwd()})"
-        )
-    file = state_file(path)
-    if not (file.is_file() and zipfile.is_zipfile(file)):
-        raise UserError(
-            f"{name}={str(path)!r} is no checkpoint, or was cut short: restore it from a copy, or name another "
-            "with --ckpt_path"
-        )
-
-
-def verify_checkpoint(path: Path) -> None:
-    """Read all of a checkpoint and compare its checksums, which loading does not: a second for each 3 GB.
-
-    Of a sharded checkpoint, the part that holds the run's state is read, and the sizes of the others are compared.
-
-    Raises:
-        UserError: naming the file that is damaged.
-    """
-    _verify_archive(state_file(path))
-    if path.is_dir():
-        why = changed_files(path)
-        if why is not None:
-            raise _damaged_checkpoint(path, why)
-
-
-def _verify_archive(path: Path) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                if entry.external_attr & FOLDER:  # torch would load whatever lies in its memory
-                    raise zipfile.BadZipFile(f"{entry.filename} is marked as a folder")
-                with archive.open(entry) as content:
-                    while content.read(BLOCK):
-                        pass
-        torch.load(
-            path, map_location="cpu", mmap=True, weights_only=True
-        )  # reads more of the archive's own tables
-    except _DAMAGED_ZIP as error:
-        if disk_error(error, path) is not None:
-            raise
-        raise _damaged_checkpoint(path, first_line(error)) from error
-
-
-def _damaged_checkpoint(path: Path, why: str) -> UserError:
-    return UserError(
-        f"{path} is damaged ({why}): restore it from a copy, or start anew in another trainer.default_root_dir; "
-        "nothing has been changed"
-    )
 
 
 def resume_path(

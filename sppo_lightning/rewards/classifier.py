@@ -17,7 +17,7 @@ from sppo_lightning.policy.pretrained import (
     load_tokenizer,
     quantization_options,
 )
-from sppo_lightning.prompts.reading import template_token_ids
+from sppo_lightning.prompts.encoding import template_token_ids
 from sppo_lightning.rewards.classifier_forward import ACTIVATIONS, ClassifierForward
 from sppo_lightning.rewards.protocol import Reward, RewardMemory, Scores
 from sppo_lightning.system.device_memory import release

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sppo_lightning.policy.pretrained import load_tokenizer
-from sppo_lightning.prompts.reading import template_token_ids
+from sppo_lightning.prompts.encoding import template_token_ids
 from sppo_lightning.rewards.protocol import Reward, Scores
 from sppo_lightning.system.servers import Failure, ServerClient
 from sppo_lightning.types import Message, Prompt, UserError

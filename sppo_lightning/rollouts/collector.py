@@ -14,7 +14,7 @@ from sppo_lightning.rewards import Reward
 from sppo_lightning.rollouts.scoring import FailureWatch, ScoredRows, UnfinishedRule, score_rows
 from sppo_lightning.rollouts.shard_size import prompts_per_shard
 from sppo_lightning.seeding import derive_seed
-from sppo_lightning.store.iterations import ShardKey, ShardStore
+from sppo_lightning.store.shards import ShardKey, ShardStore
 from sppo_lightning.system.durable import set_aside
 from sppo_lightning.types import EncodedPrompt, Phase, PhaseObserver, PhaseProgress, Ranks, Rollout, UserError
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sppo_lightning.store.iterations import IterationStore, RunFolder
+from sppo_lightning.store.iterations import IterationStore
+from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.durable import set_aside
 from sppo_lightning.types import Ranks, UserError
 

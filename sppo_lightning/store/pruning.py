@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from sppo_lightning.store.iterations import RunFolder
+from sppo_lightning.store.run_folder import RunFolder
 
 LOGGER = logging.getLogger(__name__)
 

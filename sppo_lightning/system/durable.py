@@ -137,24 +137,6 @@ def set_aside(path: Path) -> None:
     LOGGER.warning("%s is damaged: it is kept as %s and made anew", path, kept.name)
 
 
-def remove_leftovers(root: Path) -> list[Path]:
-    """Remove the temporary files that a killed run left in a run folder, and return them.
-
-    Only for who holds the folder's lock: another run's temporary files look alike.
-    """
-    places = [root, root / "checkpoints", root / "predictions-parts"]
-    places += [folder for name in ("iterations", "evaluations") for folder in root.glob(f"{name}/*")]
-    places += [folder for name in ("iterations", "evaluations") for folder in root.glob(f"{name}/*/*/")]
-    found = [path for place in places for path in place.glob(".*.tmp")]
-    found += [path for path in [root / ".sampling"] if path.exists()]  # a policy that was being sampled
-    for path in found:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    return found
-
-
 def record_sizes(folder: Path) -> None:
     """Write down how large a folder's files are, for :func:`changed_files`."""
     write_atomically(folder / SIZES, sealed(_sizes(folder)))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import cli_arguments
+from support.runs import cli_arguments
 
 from sppo_lightning.__main__ import main
 

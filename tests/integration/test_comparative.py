@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import cli_arguments
+from support.runs import cli_arguments
 
 from sppo_lightning.__main__ import main
-from sppo_lightning.store.iterations import read_rollouts
+from sppo_lightning.store.shards import read_rollouts
 
 CHANGES: dict[str, Any] = {
     "data__reward": "sppo_lightning.rewards.PairwiseReward",

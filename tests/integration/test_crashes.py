@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from crash_runs import Crashes
-from crashing import Change, Outcome
-from same_run import leftovers
+from support.crash_runs import Crashes
+from support.crashing import Change, Outcome
+from support.same_run import leftovers
 
 Point = tuple[str, int]  # a change, "what path" by a regular expression, and which of those: 0 is the first
 slow = pytest.mark.slow

@@ -16,11 +16,11 @@ import lightning.pytorch as pl
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import cli_arguments
+from support.runs import cli_arguments
 
 from sppo_lightning.__main__ import main
 from sppo_lightning.datamodule import self_play_data
-from sppo_lightning.resume.run_config import verify_checkpoint
+from sppo_lightning.resume.checkpoints import verify_checkpoint
 from sppo_lightning.system.lock import RunLock
 from sppo_lightning.types import PhaseProgress
 

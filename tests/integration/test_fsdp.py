@@ -15,9 +15,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import cli_arguments
 from safetensors.torch import load_file
-from same_run import rows
+from support.runs import cli_arguments
+from support.same_run import rows
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from sppo_lightning.__main__ import main

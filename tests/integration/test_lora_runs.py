@@ -16,9 +16,10 @@ import lightning.pytorch as pl
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import byte_tokenizer, cli_arguments, tiny_config
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
+from support.models import byte_tokenizer, tiny_config
+from support.runs import cli_arguments
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sppo_lightning.__main__ import main

@@ -10,9 +10,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import byte_tokenizer, cli_arguments
 from safetensors.torch import load_file
-from tiny import TRAINED_CONFIGS, new_model
+from support.models import byte_tokenizer
+from support.runs import cli_arguments
+from support.tiny import TRAINED_CONFIGS, new_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen3_5Config
 
 from sppo_lightning.__main__ import main

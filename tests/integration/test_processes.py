@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import cli_arguments, letter_reward
-from same_run import rows
+from support.runs import cli_arguments, letter_reward
+from support.same_run import rows
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from sppo_lightning.__main__ import main

@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import cli_arguments
+from support.runs import cli_arguments
 
 from sppo_lightning.__main__ import main
 

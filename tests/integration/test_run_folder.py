@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import cli_arguments, letter_reward
+from support.runs import cli_arguments, letter_reward
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import byte_tokenizer, cli_arguments, tiny_config
+from support.models import byte_tokenizer, tiny_config
+from support.runs import cli_arguments
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sppo_lightning.__main__ import main

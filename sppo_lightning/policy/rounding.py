@@ -1,0 +1,51 @@
+"""Roundings of a dtype: do updates survive them, and how far they move a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sppo_lightning.policy.sharding import whole
+from sppo_lightning.types import UserError
+
+
+def check_updates_survive(parameters: Iterable[nn.Parameter], learning_rate: float) -> None:
+    """Refuse a learning rate whose updates round to nothing in the dtype of the weights.
+
+    An Adam step moves a weight by about the learning rate; it is lost where that is under half the spacing of
+    the dtype at the weight's size.
+
+    Raises:
+        UserError: if most trainable weights could not move.
+    """
+    lost = total = 0
+    for parameter in parameters:
+        spacing = parameter.detach().abs().float() * torch.finfo(parameter.dtype).eps
+        lost += int(whole((spacing > 2 * learning_rate).sum()))
+        total += parameter.numel()
+    if total and lost > total / 2:
+        raise UserError(
+            f"model.learning_rate={learning_rate:g} is lost to rounding in {lost / total:.0%} of the trainable "
+            "weights: hold them in float32 (model.policy.dtype: auto, trainer.precision: bf16-mixed) or use lora"
+        )
+
+
+@contextmanager
+def off_by_a_rounding(model: Any, eps: float) -> Iterator[None]:
+    """Let a model's embeddings be half an ``eps`` too large or too small, each by a coin's toss, always the same."""
+    generator = torch.Generator().manual_seed(0)
+
+    def nudge(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
+        signs = 2 * torch.randint(2, embedded.shape, generator=generator) - 1
+        off: Tensor = embedded.float() * (1 + eps / 2 * signs.to(embedded.device))
+        return off.to(embedded.dtype)
+
+    handle = model.get_input_embeddings().register_forward_hook(nudge)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,177 @@
+"""Rollout shards: a fixed list of prompts, one Parquet file each."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import attrgetter
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import pyarrow as pa
+
+from sppo_lightning.store.rows import (
+    STORED_COLUMNS,
+    StoredRollout,
+    TokenColumn,
+    parts_of,
+    stored_rollouts,
+    usable_rows,
+)
+from sppo_lightning.store.tables import read_table, row_count, write_table
+from sppo_lightning.types import Rollout, ScoredRollout
+
+Row = TypeVar("Row", bound=ScoredRollout)
+
+
+ROLLOUT_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample_index", pa.int32()),
+        ("prompt", pa.string()),
+        ("response", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("finish_reason", pa.string()),
+        ("reward", pa.float64()),
+        ("reward_parts", pa.map_(pa.string(), pa.float64())),
+        ("drop_reason", pa.string()),
+    ]
+)
+
+
+_KEY_SCHEMA = pa.schema(
+    [ROLLOUT_SCHEMA.field(name) for name in ("prompt_id", "sample_index", "reward", "drop_reason")]
+)
+
+
+_STORED_SCHEMA = pa.schema([ROLLOUT_SCHEMA.field(name) for name in STORED_COLUMNS])
+
+
+_REWARD_SCHEMA = pa.schema([ROLLOUT_SCHEMA.field(name) for name in ("prompt_id", "reward", "drop_reason")])
+
+
+class ShardStore:
+    """A folder of rollout shards, ``<name>-<number>.parquet``; a shard is a fixed list of prompts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, name: str, number: int) -> Path:
+        """Return where shard ``number`` of ``name`` lies."""
+        return self.folder / f"{name}-{number:05d}.parquet"
+
+    def write(self, name: str, number: int, rows: Sequence[Rollout]) -> None:
+        """Write a shard, replacing the one that is there."""
+        write_rollouts(self.path(name, number), rows)
+
+    def read(self, name: str, number: int) -> list[Rollout] | None:
+        """Return a shard's rows, or ``None`` if it has not been written."""
+        path = self.path(name, number)
+        return read_rollouts(path) if path.exists() else None
+
+    def check(self, name: str, number: int) -> None:
+        """Read all of a shard, as its parts are not where only some columns are asked for.
+
+        Raises:
+            UserError: if it is damaged.
+        """
+        read_table(self.path(name, number), ROLLOUT_SCHEMA)
+
+    def check_all(self) -> None:
+        """Read all of all shards.
+
+        Raises:
+            UserError: if one is damaged.
+        """
+        for path in self._paths("*"):
+            read_table(path, ROLLOUT_SCHEMA)
+
+    def key(self, name: str, number: int) -> ShardKey | None:
+        """Return what a shard holds, without its texts and tokens; ``None`` if it has not been written."""
+        path = self.path(name, number)
+        if not path.exists():
+            return None
+        table = read_table(path, _KEY_SCHEMA)
+        columns = (table[column].to_pylist() for column in ("prompt_id", "sample_index"))
+        reasons = table["drop_reason"].drop_null().to_pylist()
+        return ShardKey(list(zip(*columns, strict=True)), table["reward"].null_count == 0, reasons)
+
+    def count(self, name: str = "*") -> int:
+        """Return the rows of all shards of ``name``, whatever is in them."""
+        return sum(row_count(path) for path in self._paths(name))
+
+    def read_all(self, name: str = "*") -> Iterator[Rollout]:
+        """Yield the rows of all shards of ``name``, shard by shard."""
+        for path in self._paths(name):
+            yield from read_rollouts(path)
+
+    def stream(self, name: str = "*") -> Iterator[StoredRollout]:
+        """Yield the rows of all shards of ``name``, of which only what is looked at becomes objects."""
+        for path in self._paths(name):
+            yield from stored_rollouts(read_table(path, _STORED_SCHEMA))
+
+    def rewards(self, name: str = "*") -> dict[str, array[float]]:
+        """Return the rewards of the usable responses, by prompt id, in the order of the shards."""
+        found: dict[str, array[float]] = {}
+        for path in self._paths(name):
+            table = read_table(path, _REWARD_SCHEMA)
+            table = table.filter(usable_rows(table))
+            for prompt_id, reward in zip(
+                table["prompt_id"].to_pylist(), table["reward"].to_pylist(), strict=True
+            ):
+                found.setdefault(prompt_id, array("d")).append(reward)
+        return found
+
+    def _paths(self, name: str) -> list[Path]:
+        return sorted(self.folder.glob(f"{name}-[0-9]*.parquet"))
+
+
+class ShardKey(NamedTuple):
+    """What a shard holds."""
+
+    rows: list[tuple[str, int]]  # prompt id and sample index
+    scored: bool
+    drop_reasons: list[str]  # of the rows that were dropped
+
+
+def write_rollouts(path: Path, rows: Sequence[Rollout]) -> None:
+    """Write a rollout file."""
+    fields = [{**vars(row), "reward_parts": list(row.reward_parts.items())} for row in rows]
+    write_table(path, pa.Table.from_pylist(fields, ROLLOUT_SCHEMA))
+
+
+def read_rollouts(path: Path) -> list[Rollout]:
+    """Return the rows of a rollout file."""
+    table = read_table(path, ROLLOUT_SCHEMA)
+    special = {"token_ids": TokenColumn(table["token_ids"]), "reward_parts": parts_of(table)}
+    columns = [special[name] if name in special else table[name].to_pylist() for name in ROLLOUT_SCHEMA.names]
+    return [Rollout(*fields) for fields in zip(*columns, strict=True)]
+
+
+def by_prompt(rows: Iterable[Row]) -> Iterator[tuple[str, list[Row]]]:
+    """Yield each prompt with its rows, which must be neighbours."""
+    for prompt_id, group in groupby(rows, key=attrgetter("prompt_id")):
+        yield prompt_id, list(group)
+
+
+def merged(
+    prompt_ids: Iterable[str], *sources: Iterator[tuple[str, list[Row]]]
+) -> Iterator[tuple[str, list[Row]]]:
+    """Yield each prompt with its rows from all ``sources``, of which one prompt is held at a time.
+
+    Args:
+        prompt_ids: all prompts that occur, in an order that every source follows.
+        sources: prompts with their rows, in that order; each may lack some.
+    """
+    heads = [next(source, None) for source in sources]
+    for prompt_id in prompt_ids:
+        rows: list[Row] = []
+        for number, source in enumerate(sources):
+            head = heads[number]
+            if head is not None and head[0] == prompt_id:
+                rows += head[1]
+                heads[number] = next(source, None)
+        if rows:
+            yield prompt_id, rows
+    assert heads == [None] * len(sources), "a source does not follow the order of prompt_ids"

@@ -1,0 +1,53 @@
+"""Parquet tables with checksums, read and written whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sppo_lightning.system.durable import disk_error, replacing
+from sppo_lightning.types import UserError, first_line
+
+ROWS_IN_WRITING = 1024  # of a table, held a second time, encoded
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    with replacing(path) as file:
+        pq.write_table(
+            table, file, compression="zstd", write_page_checksum=True, row_group_size=ROWS_IN_WRITING
+        )
+
+
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """Return the columns of ``schema``.
+
+    Raises:
+        UserError: if the file is damaged.
+        OSError: if the disk does not let it be read, which says nothing about the file.
+    """
+    try:
+        table = pq.read_table(
+            path,
+            columns=schema.names,
+            partitioning=None,
+            page_checksum_verification=True,
+            pre_buffer=False,  # it would keep the file in memory beside the table
+        )
+        return table.select(schema.names).cast(schema)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        if disk_error(error, path) is not None:
+            raise
+        what = "gone" if isinstance(error, FileNotFoundError) else f"damaged ({first_line(error)})"
+        raise UserError(
+            f"{path} is {what}: restore it from a copy, or give the same command again, which "
+            "keeps it aside and makes it anew if its iteration has not been trained on"
+        ) from error
+
+
+def row_count(path: Path) -> int:
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (pa.ArrowException, OSError):
+        return 0  # damaged: as good as gone

@@ -1,0 +1,197 @@
+"""May a model's sequences grow together: tried against what it makes of each alone."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from support.models import tiny_config
+from support.sampling import EARLY, NEVER, PROMPTS, STATEFUL, answer, engine, forwards, greedy, sampled
+from support.tiny import OTHER_CONFIGS, TRAINED_CONFIGS, Source, new_model, random_tokens, tiny_model
+from torch import nn
+from transformers import DynamicCache, LlamaForCausalLM
+
+from sppo_lightning.generation import HFGenerator, SampleRequest, batch_trial, hf
+from sppo_lightning.generation.batch_trial import Batching, try_batching
+from sppo_lightning.generation.cache_size import RowBytes
+from sppo_lightning.types import UserError
+
+TAKEN = sorted({*TRAINED_CONFIGS, *OTHER_CONFIGS} - {"bart", "bert"})
+REFUSAL = (
+    r"^HFGenerator cannot sample from {} \(responses that grow from one reading of their prompt have other "
+)
+
+
+@pytest.mark.parametrize("kind", TAKEN)
+def test_prompts_of_any_length_grow_together(kind: str) -> None:
+    assert try_batching(tiny_model(kind)).padded
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("llama", RowBytes(2 * 2 * 2 * 8 * 4, 0)),
+        ("gemma3", RowBytes(1, 2 * 2 * 2 * 8 * 4 * 5)),  # windows of 6, full before the trial ends
+        ("mamba2", RowBytes(1, 2 * 4 * (4 * 16 * 8 + 4 * 80))),
+    ],
+)
+def test_what_a_row_takes_by_hand(kind: str, row: RowBytes) -> None:
+    """Keys and values of 2 layers, 2 heads of 8 numbers, 4 bytes each; or states."""
+    assert try_batching(tiny_model(kind)).row == row
+
+
+def test_a_state_and_keys_side_by_side() -> None:
+    """One of two layers attends; half of it in 16 bits, but for what is kept in float32."""
+    whole = try_batching(tiny_model("qwen3_5")).row
+    assert whole.token == 2 * 2 * 8 * 4
+    assert whole.fixed > 1000
+    half = try_batching(new_model("qwen3_5", torch.bfloat16).eval()).row
+    assert half.token == whole.token // 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["llama", "qwen3_5", "gemma3"])
+def test_roundings_are_no_objection(kind: str, dtype: torch.dtype) -> None:
+    assert try_batching(new_model(kind, dtype).eval()).padded
+
+
+@pytest.mark.parametrize("apart", [0.14, 20.0])
+def test_roundings_that_many_layers_make_more_of_are_no_objection(
+    apart: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's own log-probs move by more than 0.14 when its embeddings are off by half a rounding; not by 20."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config(num_hidden_layers=96)).eval().bfloat16()
+    together = batch_trial._together
+
+    def rounded_otherwise(*args: Any) -> Any:
+        found, row = together(*args)
+        return found + apart, row
+
+    monkeypatch.setattr(batch_trial, "_together", rounded_otherwise)
+    with nullcontext() if apart < 1 else pytest.raises(UserError, match=REFUSAL.format("LlamaForCausalLM")):
+        assert try_batching(model).padded
+    monkeypatch.setattr(batch_trial, "off_by_a_rounding", lambda model, eps: nullcontext())
+    with pytest.raises(UserError, match=r" \(tolerance 0\.1\)"):
+        try_batching(model)
+
+
+# ------------------------------------------------------------ models that heed padding
+
+
+def test_a_model_that_counts_padding_gets_prompts_of_one_length(caplog: pytest.LogCaptureFixture) -> None:
+    """Bart tells positions from the tokens that it was given."""
+    source = Source(tiny_model("bart"), EARLY)
+    with caplog.at_level(logging.INFO, batch_trial.__name__):
+        generator = engine(source)
+    assert (
+        "BartForCausalLM reads prompts of one length at a time: where they are padded, responses"
+        in caplog.text
+    )
+    lengths = (4, 9, 4, 9, 9)
+    requests = [SampleRequest(prompt, (0, 1)) for prompt in random_tokens(*lengths, seed=3)]
+    with forwards(source.model) as shapes:
+        found = answer(generator, requests)
+    assert [shape for shape in shapes if shape[1] > 1] == [(2, 4), (3, 9)]
+    for request, responses in zip(requests, found, strict=True):
+        assert answer(engine(source, batch_size=1), [request]) == [responses]
+
+
+def test_greedy_answers_of_such_a_model_are_its_own() -> None:
+    model = tiny_model("bart")
+    for prompt, one in zip(PROMPTS, greedy(Source(model, NEVER), PROMPTS), strict=True):
+        ids = torch.tensor([[*prompt, *one.token_ids]])
+        assert model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == list(
+            one.token_ids
+        )
+
+
+# -------------------------------------------------------------- models that are refused
+
+
+def test_a_model_that_looks_ahead_is_refused() -> None:
+    """Bert as it is usually configured reads both ways: what is kept of a token is not what it becomes."""
+    with pytest.raises(UserError, match=REFUSAL.format("BertLMHeadModel")) as error:
+        engine(Source(tiny_model("bert")))
+    assert "OpenAIServerGenerator" in str(error.value)
+
+
+def test_a_model_that_raises_is_refused_with_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        raise ValueError("wants a cache of its own\nand more")
+
+    model = new_model().eval()
+    monkeypatch.setattr(type(model), "forward", broken)
+    with pytest.raises(
+        UserError,
+        match=r"^HFGenerator cannot sample from LlamaForCausalLM \(wants a cache of its own\): use ",
+    ):
+        try_batching(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", *STATEFUL])
+def test_a_cache_whose_rows_are_mixed_up_is_refused(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row reads on behind another prompt, or behind another row's response."""
+    reorder = DynamicCache.reorder_cache
+    model = new_model(kind, dtype).eval()
+    for wrong in ([1, 1, 0], [0, 2]):
+
+        def mixed(cache: DynamicCache, rows: Any, wrong: list[int] = wrong) -> None:
+            reorder(cache, torch.tensor(wrong) if len(rows) == len(wrong) else rows)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DynamicCache, "reorder_cache", mixed)
+            with pytest.raises(UserError, match=REFUSAL.format(type(model).__name__)):
+                try_batching(model)
+    assert try_batching(model).padded
+
+
+def test_a_full_memory_is_no_objection(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(batch_trial, "_together", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        try_batching(tiny_model())
+
+
+# -------------------------------------------------------------------------- the engine
+
+
+def test_a_model_is_tried_once() -> None:
+    source = Source(tiny_model(), EARLY)
+    with forwards(source.model) as shapes:
+        generator = engine(source)
+        tried = 1 + batch_trial.BEFORE + batch_trial.AFTER + len(batch_trial.SOURCE)
+        assert len(shapes) == tried
+        generator.unload()
+        generator.load(source)
+        assert len(shapes) == tried
+
+
+def test_states_count_as_the_tokens_that_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 9 + 12 tokens at one byte each, and 79 bytes of states: three of them in 300 bytes, two in 299."""
+    source = Source(tiny_model(), NEVER)
+    requests = [SampleRequest(prompt, (0,)) for prompt in random_tokens(9, 9, 9, 9)]
+    monkeypatch.setattr(batch_trial, "try_batching", lambda model: Batching(True, RowBytes(1, 79)))
+    for free, rows in ((300, 3), (299, 2)):
+        monkeypatch.setattr(hf, "free_bytes", lambda device, free=free: free / hf.MEMORY_SHARE + 0.01)
+        with forwards(source.model) as shapes:
+            sampled(source, requests)
+        assert max(shape[0] for shape in shapes) == rows
+
+
+def test_a_batch_size_takes_no_memory_into_account() -> None:
+    source = Source(tiny_model("qwen3_5"), NEVER)
+    requests = [SampleRequest(prompt, (0,)) for prompt in random_tokens(9, 9, 9, 9)]
+    generator = HFGenerator(max_new_tokens=3, temperature=1.0, batch_size=4)
+    generator.load(source)
+    with forwards(source.model) as shapes:
+        answer(generator, requests)
+    assert shapes[0] == (4, 9)

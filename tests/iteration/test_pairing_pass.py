@@ -1,0 +1,76 @@
+"""One pass over an iteration's stored responses, against the same done on all of them in memory."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from sppo_lightning.iteration.pairing_pass import PairingPass
+from sppo_lightning.iteration.rules import IterationRules
+from sppo_lightning.iteration.tally import ResponseTally
+from sppo_lightning.pairing import BestRandom, pair_responses
+from sppo_lightning.seeding import derive_seed
+from sppo_lightning.selection import AllPairs, AllPrompts, Easiest
+from sppo_lightning.store.shards import ShardStore
+from sppo_lightning.types import EncodedPrompt, Prompt, Rollout
+
+RULES = IterationRules(
+    iterations=1,
+    samples_per_prompt=5,
+    probe_samples=2,
+    pairs_per_step=1,
+    batch_size=1,
+    schedule=AllPrompts(),
+    selection=Easiest(0.5),
+    pairing=BestRandom(),
+    pair_selection=AllPairs(),
+    seed=3,
+)
+IDS = [f"p{number}" for number in range(40)]
+PROMPTS = {key: EncodedPrompt(Prompt(key, f"Q {key}", ()), (7, number)) for number, key in enumerate(IDS)}
+
+
+def rollout(key: str, index: int) -> Rollout:
+    """Rewards of few values, so that there are ties; some are no numbers, some responses were dropped."""
+    draw = int(torch.randint(1000, (1,), generator=torch.Generator().manual_seed(derive_seed(key, index))))
+    reward = math.nan if draw % 11 == 0 else float(draw % 3)
+    reason = "unfinished" if draw % 13 == 0 else "non_finite_reward" if math.isnan(reward) else None
+    parts = {"a": draw / 7, "b": math.nan if draw % 5 else 1.0}
+    text = f"answer {draw % 50}"
+    cut = "length" if draw % 2 else "stop"
+    return Rollout(key, index, f"Q {key}", text, (draw % 50,) * (draw % 4 + 1), cut, reward, parts, reason)
+
+
+def test_the_pass_finds_what_all_responses_in_memory_say(tmp_path: Path) -> None:
+    store, selected = ShardStore(tmp_path), set(IDS[::2])
+    groups = {key: [rollout(key, index) for index in range(5 if key in selected else 2)] for key in IDS}
+    for number in range(4):
+        part = [groups[key] for key in IDS[number * 10 : (number + 1) * 10]]
+        store.write("probe", number, [row for rows in part for row in rows[:2]])
+        store.write("topup", number, [row for rows in part for row in rows[2:]])
+    made = PairingPass(RULES, PROMPTS, 1)
+    pairs = made.pairs(store, IDS, selected)
+
+    tally, dropped, expected = ResponseTally(), Counter[str](), []
+    for key, rows in groups.items():
+        tally.add(rows)
+        if key in selected:
+            pair, reason = pair_responses(
+                rows, PROMPTS[key], RULES.pairing, samples_per_prompt=5, iteration=1, seed=3
+            )
+            expected += [pair] if pair is not None else []
+            dropped.update([reason] if reason is not None else [])
+    assert repr(list(pairs)) == repr(expected)  # the reference's log-probs are NaN
+    assert 5 < len(expected) < 20
+    assert made.dropped == dropped
+    assert made.tally.counts() == tally.counts()
+    assert made.tally.metrics() == tally.metrics()
+    assert made.rewards == {
+        pair.prompt_id: array("d", (row.reward for row in groups[pair.prompt_id] if row.usable))
+        for pair in expected
+        if pair is not None
+    }

@@ -1,0 +1,263 @@
+"""How far a run has come: entering, reopening, and what a checkpoint keeps; in a whole fit in integration/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from sppo_lightning.difficulty import (
+    Reestimation,
+    empty_difficulty_table,
+    estimate_difficulty,
+    reward_statistics,
+)
+from sppo_lightning.iteration.builder import IterationBuilder
+from sppo_lightning.iteration.rules import IterationRules
+from sppo_lightning.iteration.state import IterationState
+from sppo_lightning.pairing import BestWorst
+from sppo_lightning.selection import AllPairs, AllPrompts, Easiest, RandomOrder
+from sppo_lightning.store.iterations import IterationStore
+from sppo_lightning.store.pairs import PairTable
+from sppo_lightning.store.run_folder import RunFolder
+from sppo_lightning.system.rendezvous import FileRanks
+from sppo_lightning.training.batching import MicroBatch
+from sppo_lightning.types import PreferencePair, Rollout, UserError
+
+MANIFEST = {
+    "policy_fingerprint": "first",
+    "smoothing": 0.25,
+    "dropped": {"too_long": 2},
+    "metrics": {"a": 1.5},
+}
+
+
+RULES = IterationRules(
+    iterations=3,
+    samples_per_prompt=2,
+    probe_samples=2,
+    pairs_per_step=2,
+    batch_size=1,
+    schedule=AllPrompts(),
+    selection=Easiest(1.0),
+    pairing=BestWorst(),
+    pair_selection=AllPairs(),
+    seed=0,
+)
+
+
+ALONE = FileRanks(Path(), rank=0, world_size=1)
+
+
+def rollout(prompt_id: str, index: int, reward: float) -> Rollout:
+    return Rollout(prompt_id, index, "say it", "well", (5, 1), "stop", reward)
+
+
+class Building:
+    """Stands where the builder is: writes an iteration with few pairs, and remembers what it was asked for."""
+
+    def __init__(self, prompts: str = "a") -> None:
+        self.prompts = prompts
+        self.asked: list[dict[str, Any]] = []
+
+    def __call__(self) -> IterationBuilder:
+        return cast(IterationBuilder, self)
+
+    def build(self, store: IterationStore, **asked: Any) -> None:
+        self.asked.append(asked)
+        store.write_pairs(
+            PairTable.collect(
+                PreferencePair(name, (1,), (2,), (3,), "c", "r", 1.0, 0.0) for name in self.prompts
+            )
+        )
+        rows = [rollout(name, index, 1.0 + index) for name in self.prompts for index in range(2)]
+        store.shards.write("probe", 0, rows)
+        table = estimate_difficulty(
+            reward_statistics({name: [1.0, 2.0] for name in self.prompts}),
+            empty_difficulty_table(),
+            iteration=0,
+            smoothing=0.0,
+        )
+        store.write_difficulty(table, set(self.prompts))
+        store.write_manifest(
+            {
+                **MANIFEST,
+                "iteration": asked.get("iteration", 0),
+                "policy_fingerprint": asked["policy_fingerprint"],
+                "counts": {"pairs": len(self.prompts)},
+                "responses": {"sampled": len(rows)},
+                "complete": True,
+            }
+        )
+
+
+def test_an_iteration_is_made_once(tmp_path: Path) -> None:
+    folder, build = RunFolder(tmp_path), Building()
+    for state in (IterationState(), IterationState()):  # the second: started again before a checkpoint was
+        assert (state.current, len(state.pairs)) == (-1, 0)
+        state.enter(0, folder=folder, policy_fingerprint="first", builder=build, global_step=0, ranks=ALONE)
+        assert (state.current, state.pairs.prompt_ids) == (0, ["a"])
+    assert len(build.asked) == 1
+    assert build.asked[0]["previous"].prompt_ids == ()
+    assert build.asked[0]["reestimation"] is None
+
+
+def test_the_next_iteration_gets_what_is_known_and_due(tmp_path: Path) -> None:
+    """Nothing was known of ``a``: its difficulty is the mean of 1 and 2. Then 0.25 * 1.5 + 0.75 * 1.5."""
+    folder, build, state = RunFolder(tmp_path), Building(), IterationState()
+    state.enter(0, folder=folder, policy_fingerprint="first", builder=build, global_step=0, ranks=ALONE)
+    state.due = Reestimation(("a",), 2, 0.25)
+    state.enter(1, folder=folder, policy_fingerprint="second", builder=build, global_step=0, ranks=ALONE)
+    assert build.asked[1]["previous"]["difficulty"].tolist() == [1.5]
+    assert build.asked[1]["reestimation"] == state.due
+    assert state.difficulty_after(1, folder=folder)["estimated_iteration"].tolist() == [1.0]
+    assert state.metrics(folder) == {"iteration/number": 1.0, "a": 1.5, "iteration/dropped/too_long": 2.0}
+
+
+def test_another_policys_data_is_refused(tmp_path: Path) -> None:
+    folder, build = RunFolder(tmp_path), Building()
+    IterationState().enter(
+        0, folder=folder, policy_fingerprint="first", builder=build, global_step=0, ranks=ALONE
+    )
+    state = IterationState()
+    with pytest.raises(
+        UserError, match="was sampled from another policy than the one that enters iteration 0"
+    ):
+        state.enter(0, folder=folder, policy_fingerprint="other", builder=build, global_step=0, ranks=ALONE)
+    assert (state.current, len(build.asked)) == (-1, 1)
+
+
+def test_an_iteration_that_was_trained_on_is_read_again_not_made(tmp_path: Path) -> None:
+    folder, state = RunFolder(tmp_path), IterationState()
+    state.enter(
+        0, folder=folder, policy_fingerprint="first", builder=Building("ab"), global_step=0, ranks=ALONE
+    )
+    again = IterationState()
+    again.load_state_dict(state.state_dict(finished=0, pairs_per_step=2, global_step=1))
+    again.reopen(folder=folder)
+    pairs = again.pairs
+    assert pairs.prompt_ids == ["a", "b"]
+    again.reopen(folder=RunFolder(tmp_path / "gone"))
+    assert again.pairs is pairs
+
+
+def test_an_iteration_that_was_trained_on_and_is_gone(tmp_path: Path) -> None:
+    folder, state = RunFolder(tmp_path), IterationState()
+    state.enter(0, folder=folder, policy_fingerprint="first", builder=Building(), global_step=0, ranks=ALONE)
+    again = IterationState()
+    again.load_state_dict(state.state_dict(finished=0, pairs_per_step=2, global_step=1))
+    with pytest.raises(
+        UserError, match=r"iterations/000 is gone or incomplete although the checkpoint was trained on it"
+    ):
+        again.reopen(folder=RunFolder(tmp_path / "gone"))
+
+
+def test_an_iteration_that_was_trained_on_and_is_another_now(tmp_path: Path) -> None:
+    folder, state = RunFolder(tmp_path), IterationState()
+    state.enter(0, folder=folder, policy_fingerprint="first", builder=Building(), global_step=0, ranks=ALONE)
+    again = IterationState()
+    again.load_state_dict(state.state_dict(finished=0, pairs_per_step=2, global_step=1))
+    Building().build(folder.iteration(0), policy_fingerprint="other")
+    with pytest.raises(UserError, match=r"iterations/000 was made from other weights than the data that"):
+        again.reopen(folder=folder)
+
+
+@pytest.mark.parametrize("due", [None, Reestimation(("b", "a"), 3, 0.5)])
+def test_a_checkpoint_keeps_the_state(tmp_path: Path, due: Reestimation | None) -> None:
+    """The keys are those of checkpoints that were written before."""
+    state, again = IterationState(), IterationState()
+    state.current, state.due = 4, due
+    state.known = estimate_difficulty(
+        reward_statistics({"a": [1.0, 2.0], "b": [0.5]}), empty_difficulty_table(), iteration=3, smoothing=0.0
+    )
+    path = tmp_path / "state.pt"
+    torch.save(state.state_dict(finished=5, pairs_per_step=2, global_step=0), path)
+    kept = torch.load(path, weights_only=True)
+    assert set(kept) == {"iteration", "finished", "pairs_consumed", "made_from", "table", "reestimation"}
+    again.load_state_dict(kept)
+    assert (again.current, again.finished, again.due) == (4, 5, due)
+    assert again.known.prompt_ids == state.known.prompt_ids
+    assert all(torch.equal(again.known[name], state.known[name]) for name in state.known.columns)
+
+
+# ------------------------------------------------- going on inside an iteration
+
+
+def trained(
+    folder: RunFolder, *, steps: int, before: int = 10, finished: int = 0
+) -> tuple[IterationState, int | None]:
+    """Return the state after a resume ``steps`` behind the start of iteration 0, and the epoch that it goes on in.
+
+    Five pairs, two a step, two epochs: three steps an epoch, of 2, 2 and 1 pairs.
+    """
+    state, again = IterationState(), IterationState()
+    state.enter(
+        0,
+        folder=folder,
+        policy_fingerprint="first",
+        builder=Building("abcde"),
+        global_step=before,
+        ranks=ALONE,
+    )
+    again.load_state_dict(state.state_dict(finished=finished, pairs_per_step=2, global_step=before + steps))
+    return again, again.epoch_to_go_on(folder=folder, rules=RULES, epochs=2, global_step=before + steps)
+
+
+@pytest.mark.parametrize(
+    ("steps", "finished", "consumed", "epoch"),
+    [
+        (0, 0, 0, 0),
+        (1, 0, 2, 0),
+        (2, 0, 4, 0),
+        (3, 0, 5, 1),  # the first epoch is over
+        (4, 0, 7, 1),
+        (6, 0, 10, 1),  # trained, its end still to come
+        (6, 1, 10, 2),
+    ],
+)
+def test_a_checkpoint_tells_where_it_goes_on(
+    tmp_path: Path, steps: int, finished: int, consumed: int, epoch: int
+) -> None:
+    folder = RunFolder(tmp_path)
+    state, goes_on_in = trained(folder, steps=steps, finished=finished)
+    assert goes_on_in == epoch
+    assert state.steps_taken(10 + steps) == steps
+    assert (
+        state.state_dict(finished=0, pairs_per_step=2, global_step=10 + steps)["pairs_consumed"] == consumed
+    )
+    assert state.epoch_to_go_on(folder=folder, rules=RULES, epochs=2, global_step=10 + steps) is None
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_on_in(tmp_path: Path) -> None:
+    state = IterationState()
+    assert state.epoch_to_go_on(folder=RunFolder(tmp_path), rules=RULES, epochs=2, global_step=0) is None
+    state.load_state_dict(
+        state.state_dict(finished=0, pairs_per_step=2, global_step=0)
+    )  # before any data was made
+    assert state.epoch_to_go_on(folder=RunFolder(tmp_path), rules=RULES, epochs=2, global_step=0) is None
+
+
+@pytest.mark.parametrize("steps", range(7))
+def test_what_is_left_of_an_epoch_is_the_rest_of_its_order(tmp_path: Path, steps: int) -> None:
+    folder = RunFolder(tmp_path)
+    whole, _ = trained(folder, steps=0)
+    state, goes_on_in = trained(folder, steps=steps)
+    assert goes_on_in is not None
+
+    def passes(of: IterationState, taken: int) -> list[MicroBatch]:
+        found = of.steps(
+            folder=folder,
+            rules=RULES,
+            curriculum=RandomOrder(),
+            ranks=ALONE,
+            epoch=goes_on_in,
+            epochs=2,
+            taken=taken,
+        )
+        return [micro for micro in found if micro is not None]
+
+    left = [micro for micro in passes(whole, 3 * goes_on_in) if micro.slot.step >= steps]
+    assert passes(state, steps) == left
+    assert len(left) == [5, 3, 1, 5, 3, 1, 0][steps]

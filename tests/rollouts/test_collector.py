@@ -1,0 +1,529 @@
+"""Filling a folder of rollout shards."""
+
+from __future__ import annotations
+
+import errno
+import math
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from support.fakes import (
+    Alone,
+    Digits,
+    Echo,
+    Threads,
+    collector,
+    encoded,
+    files,
+    same,
+    together,
+    wanted_of,
+)
+from support.models import byte_tokenizer
+from support.tiny import Source, random_tokens, tiny_model
+
+from sppo_lightning.generation import (
+    HFGenerator,
+    PromptResponses,
+    SampleRequest,
+)
+from sppo_lightning.rollouts.collector import Wanted, WantedRows
+from sppo_lightning.seeding import derive_seed
+from sppo_lightning.store.shards import ShardStore, by_prompt, merged, write_rollouts
+from sppo_lightning.types import (
+    EncodedPrompt,
+    Message,
+    PhaseProgress,
+    Prompt,
+    Rollout,
+    UserError,
+)
+
+
+def collect(
+    store: ShardStore, wanted: Sequence[Wanted], iteration: int = 3, **settings: Any
+) -> list[Rollout]:
+    collector(**settings).collect(store, "probe", wanted, iteration=iteration, phase="probing")
+    return list(store.read_all("probe"))
+
+
+# ------------------------------------------------------------------ what is kept
+
+
+def test_rows_hold_what_was_sampled_in_the_order_wanted(store: ShardStore) -> None:
+    """Seeds are derived from the run's seed, the iteration, the prompt and the sample, and nothing else."""
+    rows = collect(store, wanted_of(3, range(1, 3)))
+    expected = []
+    for number in range(3):
+        for index in (1, 2):
+            seed = derive_seed(5, 3, f"p{number}", index)
+            expected.append(
+                Rollout(
+                    prompt_id=f"p{number}",
+                    sample_index=index,
+                    prompt=f"text {number}",
+                    response=f"level 0 seed {seed}",
+                    token_ids=(number, number + 1, 0, seed % 1000),
+                    finish_reason="stop" if seed % 2 else "length",
+                    reward=math.nan if seed % 10 == 7 else float(seed % 10),
+                    drop_reason="non_finite_reward" if seed % 10 == 7 else None,
+                )
+            )
+    assert same(rows, expected)
+    assert list(files(store)) == ["probe-00000.parquet", "probe-00001.parquet"]
+
+
+@pytest.mark.parametrize("size", [1, 3, 50])
+def test_the_shards_size_changes_no_row(tmp_path: Path, size: int) -> None:
+    expected = collect(ShardStore(tmp_path / "a"), wanted_of(5))
+    assert same(collect(ShardStore(tmp_path / "b"), wanted_of(5), prompts_per_shard=size), expected)
+
+
+@pytest.mark.parametrize("change", [{"seed": 6}, {"iteration": 4}])
+def test_seed_and_iteration_change_every_sample(tmp_path: Path, change: dict[str, int]) -> None:
+    first = collect(ShardStore(tmp_path / "a"), wanted_of(3))
+    second = collect(ShardStore(tmp_path / "b"), wanted_of(3), **change)
+    assert all(a.response != b.response for a, b in zip(first, second, strict=True))
+
+
+def test_a_real_engine_gives_the_same_rows_whatever_the_shards(tmp_path: Path) -> None:
+    prompts = [
+        Wanted(EncodedPrompt(Prompt(f"p{n}", "", ()), tokens), range(2))
+        for n, tokens in enumerate(random_tokens(3, 20, 1, 8))
+    ]
+    found = []
+    for size in (1, 4):
+        engine = HFGenerator(max_new_tokens=6, temperature=1.0, batch_size=8 // size)
+        reward = Digits()
+        reward.score = lambda prompts, responses: [float(len(text)) for text in responses]  # type: ignore[method-assign]
+        found.append(
+            collect(
+                ShardStore(tmp_path / str(size)),
+                prompts,
+                generator=engine,
+                reward=reward,
+                policy=Source(tiny_model()),
+                prompts_per_shard=size,
+            )
+        )
+    assert found[0] == found[1]
+    assert len({row.token_ids for row in found[0]}) == 8
+    assert [row.response for row in found[0]] == [
+        byte_tokenizer().decode(row.token_ids, skip_special_tokens=True) for row in found[0]
+    ]
+
+
+def test_the_engine_is_freed_before_the_reward_is_loaded(store: ShardStore) -> None:
+    events: list[str] = []
+    collect(store, wanted_of(3), generator=Echo(events=events), reward=Digits(events=events))
+    assert events == [
+        *("load", "generate", "generate", "unload"),
+        *("load reward on cpu", "score", "score", "unload reward"),
+    ]
+
+
+# ------------------------------------------------------------- reuse and recovery
+
+
+def test_a_second_call_makes_nothing_again(store: ShardStore) -> None:
+    expected = collect(store, wanted_of(5))
+    before = files(store)
+    generator, reward = Echo(), Digits()
+    assert same(collect(store, wanted_of(5), generator=generator, reward=reward), expected)
+    assert generator.events == reward.events == []
+    assert files(store) == before
+
+
+def test_a_run_that_broke_down_while_sampling_repeats_the_missing_shards_only(
+    tmp_path: Path, store: ShardStore
+) -> None:
+    expected = collect(ShardStore(tmp_path / "whole"), wanted_of(6))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        collect(store, wanted_of(6), generator=Echo(fail_at=1))
+    assert list(files(store)) == ["probe-00000.parquet"]
+    generator, reward = Echo(), Digits()
+    assert same(collect(store, wanted_of(6), generator=generator, reward=reward), expected)
+    assert [request.token_ids[0] for request in generator.asked] == [2, 3, 4, 5]
+    assert reward.scored == 12
+
+
+def test_a_run_that_broke_down_while_scoring_scores_the_other_shards_only(
+    tmp_path: Path, store: ShardStore
+) -> None:
+    expected = collect(ShardStore(tmp_path / "whole"), wanted_of(6))
+    with pytest.raises(KeyboardInterrupt):
+        collect(store, wanted_of(6), reward=Digits(fail_at=1))
+    scored = [row.reward is not None for row in store.read_all("probe")]
+    assert scored == [True] * 4 + [False] * 8
+    generator, reward = Echo(), Digits()
+    assert same(collect(store, wanted_of(6), generator=generator, reward=reward), expected)
+    assert generator.calls == 0
+    assert reward.scored == 8
+
+
+def test_a_hole_in_the_middle_is_filled(store: ShardStore) -> None:
+    expected = collect(store, wanted_of(6))
+    store.path("probe", 1).unlink()
+    generator = Echo()
+    assert same(collect(store, wanted_of(6), generator=generator), expected)
+    assert [request.token_ids[0] for request in generator.asked] == [2, 3]
+
+
+def flipped(content: bytes, column: str, path: Path) -> bytes:
+    """One bit of a column's data changed."""
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    chunks = [group.column(number) for number in range(group.num_columns)]
+    chunk = next(chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
+    place = (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 2
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("scored", [True, False])
+@pytest.mark.parametrize("column", ["prompt_id", "token_ids", "response", "reward", None])
+def test_a_damaged_shard_is_kept_aside_and_made_again(
+    tmp_path: Path, store: ShardStore, column: str | None, scored: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whichever column it is, also one that is not read to see whether the shard is there; ``None``: cut short."""
+    expected = collect(ShardStore(tmp_path / "whole"), wanted_of(6))
+    collect(store, wanted_of(6))
+    path = store.path("probe", 1)
+    if not scored:
+        write_rollouts(path, [replace(row, reward=None) for row in expected[4:8]])
+    whole = path.read_bytes()
+    harmed = whole[:-9] if column is None else flipped(whole, column, path)
+    path.write_bytes(harmed)
+    generator, reward = Echo(), Digits()
+    assert same(collect(store, wanted_of(6), generator=generator, reward=reward), expected)
+    assert [request.token_ids[0] for request in generator.asked] == [2, 3]
+    assert reward.scored == 4
+    assert path.with_name("probe-00001.parquet.damaged").read_bytes() == harmed
+    assert len(files(store)) == 4
+    (message,) = [text for text in caplog.messages if "damaged" in text]
+    assert message == f"{path} is damaged: it is kept as probe-00001.parquet.damaged and made anew"
+    caplog.clear()
+    assert same(collect(store, wanted_of(6), generator=Echo(fail_at=0)), expected)
+    assert not caplog.messages
+
+
+def test_a_disk_that_refuses_to_be_read_is_no_damage(
+    store: ShardStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect(store, wanted_of(2))
+    before = files(store)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "read_table", refuse)
+        with pytest.raises(OSError, match="Input/output error"):
+            collect(store, wanted_of(2))
+    assert files(store) == before
+
+
+def test_a_reward_of_nan_is_a_score(store: ShardStore) -> None:
+    rows = collect(store, wanted_of(40))
+    assert any(row.reward is not None and math.isnan(row.reward) for row in rows)
+    reward = Digits()
+    collect(store, wanted_of(40), reward=reward)
+    assert reward.calls == 0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        [*wanted_of(3), Wanted(encoded(1, 9)[0], range(2))],
+        wanted_of(4, range(3)),
+        wanted_of(4)[::-1],
+        wanted_of(3),
+    ],
+    ids=["another prompt", "more samples", "another order", "fewer prompts"],
+)
+def test_shards_of_other_prompts_are_refused(store: ShardStore, other: list[Wanted]) -> None:
+    collect(store, wanted_of(4))
+    before = files(store)
+    message = (
+        r"probe-0000[01]\.parquet holds responses to other prompts than this config asks for: the prompt file "
+        r"changed since; use a new trainer\.default_root_dir$"
+    )
+    with pytest.raises(UserError, match=message):
+        collect(store, other)
+    assert files(store) == before
+
+
+def test_shards_of_another_name_are_others(store: ShardStore) -> None:
+    collect(store, wanted_of(4))
+    collector().collect(store, "topup", wanted_of(2, range(2, 5)), iteration=3, phase="generating")
+    assert [row.sample_index for row in store.read_all("topup")] == [2, 3, 4] * 2
+    assert sorted(files(store)) == ["probe-00000.parquet", "probe-00001.parquet", "topup-00000.parquet"]
+
+
+def test_nothing_wanted(store: ShardStore) -> None:
+    generator, reward = Echo(), Digits()
+    assert collect(store, [], generator=generator, reward=reward) == []
+    assert generator.events == reward.events == []
+
+
+# --------------------------------------------------------------- several processes
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_several_ranks_make_the_shards_of_one(tmp_path: Path, world_size: int) -> None:
+    """Also more ranks than shards; every rank reads all rows."""
+    for count in (2, 7):
+        alone = ShardStore(tmp_path / f"alone-{count}")
+        expected = collect(alone, wanted_of(count))
+        shared = ShardStore(tmp_path / f"shared-{count}")
+        meeting = threading.Barrier(world_size)
+        engines = [Echo() for _ in range(world_size)]
+        found: dict[int, list[Rollout]] = {}
+
+        def run(
+            rank: int,
+            count: int = count,
+            shared: ShardStore = shared,
+            meeting: threading.Barrier = meeting,
+            engines: list[Echo] = engines,
+            found: dict[int, list[Rollout]] = found,
+        ) -> None:
+            ranks = Threads(rank, world_size, meeting)
+            found[rank] = collect(shared, wanted_of(count), generator=engines[rank], ranks=ranks)
+
+        together(run, world_size)
+        assert files(shared) == files(alone)
+        assert all(same(found[rank], expected) for rank in range(world_size))
+        shards = -(-count // 2)
+        assert [engine.calls for engine in engines] == [
+            len(range(rank, shards, world_size)) for rank in range(world_size)
+        ]
+
+
+def test_a_rank_takes_over_what_another_left(tmp_path: Path, store: ShardStore) -> None:
+    """One of two ranks ran; then the run goes on with one."""
+    expected = collect(ShardStore(tmp_path / "whole"), wanted_of(8))
+    collector(ranks=Alone(0, 2))._generate(
+        store,
+        "probe",
+        [wanted_of(8)[start : start + 2] for start in range(0, 8, 2)],
+        iteration=3,
+        phase="probing",
+        greedy=False,
+    )
+    assert list(files(store)) == ["probe-00000.parquet", "probe-00002.parquet"]
+    generator = Echo()
+    assert same(collect(store, wanted_of(8), generator=generator), expected)
+    assert [request.token_ids[0] for request in generator.asked] == [2, 3, 6, 7]
+
+
+# ------------------------------------------------------------------------ greedy
+
+
+def test_greedy_answers_ask_without_seeds(store: ShardStore) -> None:
+    generator = Echo()
+    rows = collector(generator).collect_greedy(store, "greedy", encoded(3), iteration=1, phase="evaluating")
+    assert [request.seeds for request in generator.asked] == [()] * 3
+    assert [(row.prompt_id, row.sample_index, row.reward) for row in rows] == [
+        (f"p{number}", 0, 0.0) for number in range(3)
+    ]
+
+
+def test_greedy_answers_can_stay_unscored(store: ShardStore) -> None:
+    reward = Digits()
+    rows = collector(reward=reward).collect_greedy(
+        store, "greedy", encoded(3), iteration=0, phase="predicting", score=False
+    )
+    assert reward.events == []
+    assert [row.reward for row in rows] == [None] * 3
+    scored = collector(reward=reward).collect_greedy(
+        store, "greedy", encoded(3), iteration=0, phase="evaluating"
+    )
+    assert [row.reward for row in scored] == [0.0] * 3
+
+
+# ------------------------------------------------------- observers and bad engines
+
+
+class Watcher:
+    def __init__(self) -> None:
+        self.seen: list[PhaseProgress] = []
+
+    def on_phase_progress(self, progress: PhaseProgress) -> None:
+        self.seen.append(progress)
+
+
+def test_observers_see_every_prompt(store: ShardStore) -> None:
+    """Four tokens a response, two responses a prompt, three prompts in shards of two."""
+    watcher = Watcher()
+    collect(store, wanted_of(3), observers=[watcher])
+    assert watcher.seen == [
+        PhaseProgress("probing", 3, 0, 3, 0),
+        PhaseProgress("probing", 3, 1, 3, 8),
+        PhaseProgress("probing", 3, 2, 3, 16),
+        PhaseProgress("probing", 3, 3, 3, 24),
+        PhaseProgress("scoring", 3, 0, 3, 0),
+        PhaseProgress("scoring", 3, 2, 3, 16),
+        PhaseProgress("scoring", 3, 3, 3, 24),
+    ]
+    watcher.seen.clear()
+    collect(store, wanted_of(3), observers=[watcher])
+    assert watcher.seen == []
+
+
+def test_an_engine_that_forgets_a_prompt(store: ShardStore) -> None:
+    class Forgetful(Echo):
+        def generate(self, requests: Sequence[SampleRequest]) -> Iterator[PromptResponses]:
+            yield from list(super().generate(requests))[:1]
+
+    message = (
+        r"^data\.generator Forgetful left 1 of 2 prompts without a response: it must answer every request$"
+    )
+    with pytest.raises(UserError, match=message):
+        collect(store, wanted_of(2), generator=Forgetful())
+    assert not store.folder.exists()
+
+
+def test_an_engine_that_gives_too_few_responses(store: ShardStore) -> None:
+    class Stingy(Echo):
+        def generate(self, requests: Sequence[SampleRequest]) -> Iterator[PromptResponses]:
+            for answer in super().generate(requests):
+                yield answer._replace(responses=answer.responses[:1])
+
+    with pytest.raises(ValueError, match="shorter"):
+        collect(store, wanted_of(2), generator=Stingy())
+    assert not store.folder.exists()
+
+
+def test_a_reward_sees_each_responses_own_prompt(store: ShardStore) -> None:
+    class Recorder(Digits):
+        def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+            seen.extend(zip([prompt.id for prompt in prompts], responses, strict=True))
+            return super().score(prompts, responses)
+
+    seen: list[tuple[str, str]] = []
+    rows = collect(store, wanted_of(5), reward=Recorder())
+    assert seen == [(row.prompt_id, row.response) for row in rows]
+
+
+def row_of(prompt_id: str, index: int) -> Rollout:
+    return Rollout(prompt_id, index, "", "", (1,), "stop", None)
+
+
+def test_by_prompt() -> None:
+    rows = [row_of("b", 0), row_of("b", 1), row_of("a", 0)]
+    assert list(by_prompt(rows)) == [("b", rows[:2]), ("a", rows[2:])]
+    assert list(by_prompt([])) == []
+
+
+def test_merged_joins_sources_that_lack_some_prompts() -> None:
+    first = [row_of("a", 0), row_of("a", 1), row_of("c", 0)]
+    second = [row_of("b", 5), row_of("c", 6)]
+    found = merged("abcd", by_prompt(first), by_prompt(second))
+    assert list(found) == [("a", first[:2]), ("b", second[:1]), ("c", [first[2], second[1]])]
+
+
+def test_merged_refuses_a_source_in_another_order() -> None:
+    with pytest.raises(AssertionError, match="order of prompt_ids"):
+        list(merged("ab", by_prompt([row_of("b", 0), row_of("a", 0)])))
+
+
+def test_merged_holds_one_prompt_of_a_source_at_a_time() -> None:
+    taken: list[str] = []
+
+    def source() -> Iterator[tuple[str, list[Rollout]]]:
+        for prompt_id in "abc":
+            taken.append(prompt_id)
+            yield prompt_id, [row_of(prompt_id, 0)]
+
+    stream = merged("abc", source())
+    next(stream)
+    assert taken == ["a", "b"]
+
+
+def test_messages_reach_the_reward(store: ShardStore) -> None:
+    """The prompt that is scored is the one that was read, with all its turns."""
+    turns = (Message(role="system", content="be kind"), Message(role="user", content="hi"))
+    prompt = EncodedPrompt(Prompt("p0", "hi", turns, answer="yes", metadata={"level": 1}), (1, 2))
+    seen: list[Prompt] = []
+
+    class Recorder(Digits):
+        def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+            seen.extend(prompts)
+            return [1.0] * len(responses)
+
+    collect(store, [Wanted(prompt, range(2))], reward=Recorder())
+    assert seen == [prompt.prompt] * 2
+
+
+# ---------------------------------------------------------------- what is held
+
+
+@dataclass
+class Made(Sequence[EncodedPrompt]):
+    """Prompts that are made when they are asked for, and remembered weakly."""
+
+    numbers: range
+    made: list[weakref.ref[Prompt]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return Made(self.numbers[row], self.made)
+        (found,) = encoded(1, self.numbers[row])
+        self.made.append(weakref.ref(found.prompt))
+        return found
+
+    def alive(self) -> int:
+        return sum(reference() is not None for reference in self.made)
+
+
+def test_prompts_of_one_shard_are_held_at_a_time(store: ShardStore) -> None:
+    """Two in a shard, one more from the loop before; twenty in all."""
+
+    class Sampling(Echo):
+        def generate(self, requests: Sequence[SampleRequest]) -> Iterator[PromptResponses]:
+            alive.append(prompts.alive())
+            yield from super().generate(requests)
+
+    class Scoring(Digits):
+        def score(self, asked: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+            alive.append(prompts.alive())
+            return super().score(asked, responses)
+
+    alive: list[int] = []
+    prompts = Made(range(20))
+    rows = collect(
+        store,
+        WantedRows(prompts, [range(2)] * 20),
+        generator=Sampling(),
+        reward=Scoring(),
+        prompts_per_shard=2,
+    )
+    assert len(alive) == 20
+    assert max(alive) <= 4
+    assert len(prompts.made) == 40  # each once to be asked, once to be scored
+    alive.clear()
+    greedy = collector(Sampling(), Scoring())
+    greedy.collect_greedy(store, "greedy", prompts, iteration=0, phase="evaluating")
+    assert len(alive) == 20
+    assert max(alive) <= 4
+    assert same(rows, collect(ShardStore(store.folder / "plain"), wanted_of(20)))
+
+
+def test_wanted_rows_are_those_of_a_list() -> None:
+    samples = [range(2), range(1, 4), range(1)]
+    rows, plain = WantedRows(encoded(3), samples), list(map(Wanted, encoded(3), samples))
+    assert len(rows) == 3
+    assert list(rows) == plain
+    assert rows[-1] == plain[-1]
+    assert list(rows[1:]) == plain[1:]
+    assert list(rows[1:][1:]) == plain[2:]
+    with pytest.raises(IndexError):
+        rows[3]

@@ -1,0 +1,100 @@
+"""HTTP servers on loopback."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, NamedTuple
+
+
+class Request(NamedTuple):
+    """A request as it arrived."""
+
+    path: str
+    headers: dict[str, str]
+    body: Any
+
+
+class Answer(NamedTuple):
+    """What to send back."""
+
+    status: int
+    body: Any  # JSON, or text
+    headers: dict[str, str] = {}  # noqa: RUF012
+
+
+class BrokenOffError(Exception):
+    """Raised by an answer to close the connection without a word."""
+
+
+class LocalServer:
+    """Answers what ``respond`` says and remembers what it was asked."""
+
+    def __init__(self, respond: Callable[[Request], Answer]) -> None:
+        self.requests: list[Request] = []
+        self.closing = threading.Event()  # for answers that wait
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                size = int(self.headers.get("content-length", 0))
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                request = Request(self.path, headers, json.loads(self.rfile.read(size) or "null"))
+                outer.requests.append(request)
+                try:
+                    answer = respond(request)
+                except BrokenOffError:
+                    self.close_connection = True
+                    return
+                text = isinstance(answer.body, str)
+                content = (answer.body if text else json.dumps(answer.body)).encode()
+                self.send_response(answer.status)
+                kind = {"content-type": "text/plain" if text else "application/json"}
+                length = {"content-length": str(len(content))}
+                for name, value in {**kind, **length, **answer.headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def do_POST(self) -> None:
+                self.do_GET()
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+
+    def hang(self, request: Request) -> Answer:
+        """Answer only when the test is over."""
+        self.closing.wait(60)
+        raise BrokenOffError
+
+
+@contextmanager
+def serving(respond: Callable[[Request], Answer]) -> Iterator[LocalServer]:
+    """Serve in a thread while the context lasts."""
+    local = LocalServer(respond)
+    thread = threading.Thread(target=partial(local.server.serve_forever, poll_interval=0.02))
+    thread.start()
+    try:
+        yield local
+    finally:
+        local.closing.set()
+        local.server.shutdown()
+        local.server.server_close()
+        thread.join()
+
+
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

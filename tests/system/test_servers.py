@@ -1,0 +1,364 @@
+"""Talking to servers, against a real HTTP server on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.servers import Answer, BrokenOffError, LocalServer, Request, serving, unused_port
+
+from sppo_lightning.system.servers import NO_KEY, Failure, ServerClient
+from sppo_lightning.types import UserError
+
+SOON = 20.0  # seconds that nothing here may take, far below the time-outs of the requests
+NOW = {"retry-after-ms": "1"}  # asks the client to try again at once
+
+
+@contextmanager
+def hanging() -> Iterator[LocalServer]:
+    """Serve nothing at all."""
+    box: list[LocalServer] = []
+    with serving(lambda request: box[0].hang(request)) as local:
+        box.append(local)
+        yield local
+
+
+def in_turn(*answers: Answer) -> Callable[[Request], Answer]:
+    """Give each answer once, the last one for ever."""
+    left = list(answers)
+    return lambda request: left.pop(0) if len(left) > 1 else left[0]
+
+
+@contextmanager
+def client_of(url: str, **settings: Any) -> Iterator[ServerClient]:
+    chosen = {"max_retries": 1, "api_key_env": "OPENAI_API_KEY", **settings}
+    client = ServerClient("data.generator", url, **chosen)
+    client.open()
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_key_of_mine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+# -------------------------------------------------------------------- answers
+
+
+def test_a_post_sends_the_body_and_returns_the_json() -> None:
+    with serving(in_turn(Answer(200, {"text": "hi"}))) as local, client_of(local.url) as client:
+        assert client.post("completions", {"prompt": [1, 2]}) == {"text": "hi"}
+        assert client.get("models") == {"text": "hi"}
+        whole = client.post(local.url.removesuffix("/v1") + "/update", {})
+    assert whole == {"text": "hi"}
+    assert [request.path for request in local.requests] == ["/v1/completions", "/v1/models", "/update"]
+    assert local.requests[0].body == {"prompt": [1, 2]}
+
+
+def test_an_answer_that_is_no_json_comes_back_as_text() -> None:
+    with serving(in_turn(Answer(200, "Success: loaded"))) as local, client_of(local.url) as client:
+        assert client.post("load", {}) == "Success: loaded"
+
+
+@pytest.mark.parametrize("status", [429, 500, 503, 408])
+def test_a_busy_server_is_asked_again(status: int) -> None:
+    answers = in_turn(Answer(status, {"error": {"message": "busy"}}, NOW), Answer(200, {"text": "hi"}))
+    with serving(answers) as local, client_of(local.url) as client:
+        assert client.post("completions", {}) == {"text": "hi"}
+    assert len(local.requests) == 2
+
+
+def test_a_server_that_goes_on_failing_costs_the_request_only() -> None:
+    answers = in_turn(Answer(500, {"error": {"message": "out of memory"}}, NOW))
+    with serving(answers) as local, client_of(local.url, max_retries=3) as client:
+        failure = client.post("completions", {})
+    assert failure.reason == "server_error"
+    assert failure.message == f"data.generator.base_url='{local.url}' answered: 500 out of memory"
+    assert len(local.requests) == 4
+
+
+@pytest.mark.parametrize("body", [{"detail": "no field top_k"}, {"message": "no field\ntop_k"}])
+def test_a_refused_request_is_not_repeated(body: Any) -> None:
+    with serving(in_turn(Answer(422, body))) as local, client_of(local.url) as client:
+        failure = client.post("completions", {})
+    assert failure == Failure(
+        "server_error", f"data.generator.base_url='{local.url}' answered: 422 no field top_k"
+    )
+    assert len(local.requests) == 1
+
+
+def test_a_long_complaint_is_cut() -> None:
+    with serving(in_turn(Answer(400, {"message": "x" * 5000}))) as local, client_of(local.url) as client:
+        assert len(client.post("completions", {}).message) < 400
+
+
+def test_a_server_that_says_nothing_is_timed_out() -> None:
+    with hanging() as local, client_of(local.url, timeout=0.1) as client:
+        failure = client.post("completions", {})
+    assert failure.reason == "server_time_out"
+    assert failure.message.endswith("gave no answer within 0.1 s, 2 times")
+    assert len(local.requests) == 2
+
+
+def test_a_connection_that_breaks_off_costs_the_request_only() -> None:
+    def respond(request: Request) -> Answer:
+        raise BrokenOffError
+
+    with serving(respond) as local, client_of(local.url) as client:
+        failure = client.post("completions", {})
+    assert failure.reason == "server_error"
+    assert "broke the connection off" in failure.message
+    assert len(local.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(200, '{"choices": [', {"content-type": "application/json"}),
+        Answer(200, {"choices": []}, {"content-length": "9999", "connection": "close"}),
+    ],
+)
+def test_half_an_answer_costs_the_request_only(answer: Answer) -> None:
+    with serving(in_turn(answer)) as local, client_of(local.url, timeout=0.5, max_retries=0) as client:
+        failure = client.post("completions", {})
+    assert isinstance(failure, Failure)
+
+
+# ------------------------------------------------------- errors that stop a run
+
+
+def test_a_server_that_is_not_there() -> None:
+    url = f"http://127.0.0.1:{unused_port()}/v1"
+    with (
+        client_of(url, max_retries=0) as client,
+        pytest.raises(UserError, match=r"cannot be reached \(.*\): start the server, or correct the address"),
+    ):
+        client.post("completions", {})
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_key(status: int) -> None:
+    with serving(in_turn(Answer(status, {"error": {"message": "no access"}}))) as local:
+        with (
+            client_of(local.url, api_key_env="MY_KEY") as client,
+            pytest.raises(
+                UserError, match=r"refuses the key \(.*no access\): set the environment variable MY_KEY"
+            ),
+        ):
+            client.get("models")
+        assert len(local.requests) == 1
+
+
+def test_an_unknown_model() -> None:
+    complaint = {"error": {"message": "The model `x` does not exist.", "code": 404}}
+    with (
+        serving(in_turn(Answer(404, complaint))) as local,
+        client_of(local.url) as client,
+        pytest.raises(
+            UserError,
+            match=r"knows no such address or model \(404 The model `x` does not exist.\): correct base_url or model",
+        ),
+    ):
+        client.post("completions", {})
+
+
+# ------------------------------------------------------------------------ keys
+
+
+def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(in_turn(Answer(200, {}))) as local:
+        with client_of(local.url, api_key_env="MY_KEY") as client:
+            client.get("models")
+        monkeypatch.setenv("MY_KEY", "sk-secret\n")
+        with client_of(local.url, api_key_env="MY_KEY") as client:
+            client.get("models")
+    sent = [request.headers["authorization"] for request in local.requests]
+    assert sent == [f"Bearer {NO_KEY}", "Bearer sk-secret"]
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 500])
+def test_no_error_quotes_the_key(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+
+    def respond(request: Request) -> Answer:
+        return Answer(status, {"error": {"message": f"got {request.headers['authorization']}"}})
+
+    with serving(respond) as local, client_of(local.url, max_retries=0) as client:
+        if status in (401, 404):
+            with pytest.raises(UserError) as caught:
+                client.post("completions", {})
+            assert caught.value.__suppress_context__  # no traceback shows what the server said in full
+            said = str(caught.value)
+        else:
+            said = client.post("completions", {}).message
+    assert "got Bearer …" in said
+    assert "secret" not in said
+
+
+def test_a_key_with_a_strange_character_is_refused_without_being_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-geheim\u2013")
+    with pytest.raises(UserError, match="OPENAI_API_KEY holds a character that no key has") as caught:
+        ServerClient("data.generator", "http://localhost:1/v1", api_key_env="OPENAI_API_KEY").check()
+    assert "geheim" not in str(caught.value)
+
+
+def test_a_missing_client_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    ServerClient("data.generator", "http://localhost:1/v1").check()
+    monkeypatch.setattr("sppo_lightning.system.servers.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"talks to a server: pip install 'sppo-lightning\[server\]'"):
+        ServerClient("data.generator", "http://localhost:1/v1").check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"base_url": "localhost:8000"}, r"base_url='localhost:8000' must start with http:// or https://"),
+        (
+            {"base_url": "http://user:geheim@localhost:8000/v1"},
+            "base_url must hold no user name, password or query",
+        ),
+        (
+            {"base_url": "http://localhost/v1?key=geheim"},
+            "base_url must hold no user name, password or query",
+        ),
+        ({"api_key_env": "sk-geheim"}, "api_key_env must be the name of an environment variable, not a key"),
+        ({"max_concurrency": 0}, "max_concurrency=0 must be at least 1"),
+        ({"timeout": 0}, "timeout=0 must be greater than 0 seconds"),
+        ({"timeout": float("nan")}, "timeout=nan must be greater than 0 seconds"),
+        ({"max_retries": -1}, "max_retries=-1 must be 0 or more"),
+    ],
+)
+def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^data.generator.{message}"):
+        ServerClient("data.generator", **{"base_url": "http://localhost:1/v1", **settings})
+
+
+# ----------------------------------------------------------------- concurrency
+
+
+def test_concurrency_is_reached_and_never_exceeded() -> None:
+    together = threading.Barrier(3)
+    lock = threading.Lock()
+    under_way = most = 0
+
+    def respond(request: Request) -> Answer:
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        together.wait(SOON)  # passes only if three requests are here at once
+        with lock:
+            under_way -= 1
+        return Answer(200, request.body)
+
+    with serving(respond) as local, client_of(local.url, max_concurrency=3, max_retries=0) as client:
+        calls = [partial(client.post, "echo", {"number": number}) for number in range(9)]
+        found = dict(client.run(calls))
+    assert found == {number: {"number": number} for number in range(9)}
+    assert most == 3
+
+
+def test_calls_are_read_by_the_caller_no_further_than_what_is_under_way() -> None:
+    read: list[int] = []
+
+    def calls() -> Iterator[Callable[[], int]]:
+        for number in range(100):
+            assert threading.current_thread() is threading.main_thread()
+            read.append(number)
+            yield lambda number=number: number  # type: ignore[misc]
+
+    answers = ServerClient("data.generator", "http://localhost:1/v1", max_concurrency=4).run(calls())
+    assert next(answers)[0] in range(4)
+    assert len(read) == 4
+    next(answers)
+    assert len(read) == 5
+    answers.close()
+
+
+def test_nothing_to_call() -> None:
+    assert list(ServerClient("data.generator", "http://localhost:1/v1").run([])) == []
+
+
+def test_whoever_stops_early_waits_for_nothing() -> None:
+    box: list[LocalServer] = []
+
+    def respond(request: Request) -> Answer:
+        return Answer(200, request.body) if request.body["number"] == 0 else box[0].hang(request)
+
+    with serving(respond) as local, client_of(local.url) as client:
+        box.append(local)
+        started = time.monotonic()
+        calls = [partial(client.post, "echo", {"number": number}) for number in range(8)]
+        for position, _ in client.run(calls):
+            assert position == 0
+            break
+        assert time.monotonic() - started < SOON
+
+
+def test_an_exception_in_a_call_surfaces_at_once() -> None:
+    def broken() -> None:
+        raise ZeroDivisionError("one of the calls")
+
+    with hanging() as local, client_of(local.url) as client:
+        started = time.monotonic()
+        calls = [*[partial(client.post, "echo", {})] * 3, broken]
+        with pytest.raises(ZeroDivisionError, match="one of the calls"):
+            list(client.run(calls))
+        assert time.monotonic() - started < SOON
+
+
+ENDING = """
+import signal, sys, time
+from functools import partial
+from sppo_lightning.system.servers import ServerClient
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+client = ServerClient("data.generator", sys.argv[2])
+client.open()
+print("asking", flush=True)
+asked = [partial(client.post, "completions", {})] * 4
+for _ in client.run(asked if sys.argv[1] == "interrupt" else [*asked, partial(time.sleep, 0.5)]):
+    break
+"""
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_a_process_ends_at_once_with_requests_under_way(interrupted: bool) -> None:
+    with hanging() as local:
+        command = [sys.executable, "-c", ENDING, "interrupt" if interrupted else "stop", local.url]
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parent.parent,
+            env={**os.environ, "NO_PROXY": "127.0.0.1"},
+        )
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            while interrupted and len(local.requests) < 4:
+                assert process.poll() is None
+                time.sleep(0.02)
+            if interrupted:
+                process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=SOON)
+        finally:
+            process.kill()
+    assert ("KeyboardInterrupt" in said) == interrupted
+    assert (process.returncode == 0) == (not interrupted)
