@@ -85,7 +85,7 @@ def fit(folder: Path, new_tokens: int) -> dict[str, float]:
     import lightning.pytorch as pl
     import torch
 
-    from sppo_lightning.callbacks import DifficultyReestimation
+    from sppo_lightning.callbacks import DifficultyReestimation, SelfPlayCallback
     from sppo_lightning.datamodule import SelfPlayDataModule
     from sppo_lightning.losses import DPOLoss
     from sppo_lightning.module import PreferenceModule
@@ -99,14 +99,14 @@ def fit(folder: Path, new_tokens: int) -> dict[str, float]:
     def reward(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
         return [float(hash(text[:16]) % 1000) for text in responses]
 
-    class Times:
+    class Times(SelfPlayCallback):
         """Seconds of each phase."""
 
         def __init__(self) -> None:
             self.found: dict[str, float] = {}
             self.start = 0.0
 
-        def on_phase_progress(self, progress: PhaseProgress) -> None:
+        def on_phase_progress(self, trainer: pl.Trainer, progress: PhaseProgress) -> None:
             if progress.done == 0:
                 self.start = time.perf_counter()
             if progress.done == progress.total:
@@ -125,7 +125,6 @@ def fit(folder: Path, new_tokens: int) -> dict[str, float]:
         prompts_per_shard=256,
     )
     times = Times()
-    datamodule.observers.append(times)
     module = PreferenceModule(
         PolicyConfig(str(folder / "policy")), DPOLoss(0.1), 1e-3, reference="previous_iteration"
     )
@@ -140,7 +139,7 @@ def fit(folder: Path, new_tokens: int) -> dict[str, float]:
         reload_dataloaders_every_n_epochs=1,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        callbacks=[DifficultyReestimation()],
+        callbacks=[DifficultyReestimation(), times],
     )
     start = time.perf_counter()
     trainer.fit(module, datamodule)

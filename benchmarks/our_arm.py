@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 from unittest import mock
 
 import lightning.pytorch as pl
@@ -26,6 +25,7 @@ from workload import TokenPair
 from sppo_lightning.losses import DPOLoss, PairLogps, PreferenceLoss, PreferenceTerms
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.pair_forward import AutoForward, PairForward, PlainForward
+from sppo_lightning.pair_forward.logprobs import summed
 from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
 from sppo_lightning.resume.metrics_csv import MetricsCSV
 from sppo_lightning.training.batching import PairDataset, StepSampler
@@ -51,11 +51,6 @@ SETTINGS = {
 class StoredPairs(pl.LightningDataModule):
     """The pairs of a run without self-play; their reference log-probs are taken before the first step."""
 
-    epochs_per_iteration = 1
-    steps_taken = 0
-    iteration_metrics: ClassVar[dict[str, float]] = {}
-    rules = SimpleNamespace(seed=0)
-
     def __init__(self, settings: argparse.Namespace, pairs: list[TokenPair]) -> None:
         super().__init__()
         self.settings = settings
@@ -70,9 +65,9 @@ class StoredPairs(pl.LightningDataModule):
         layout = module.pair_layout(settings.prompt_tokens + settings.response_tokens)
         size = {"pairs_per_step": settings.pairs, "batch_size": settings.pairs}
         unknown = PairDataset(self.pairs, layout)
-        with module.reference_pass():
+        with module.reference.held():
             known = [
-                module.reference_logps(unknown[micro])
+                summed(module.reference.logps_by_token(unknown[micro]))
                 for micro in StepSampler(range(len(self.pairs)), **size)
             ]
         chosen, rejected = (torch.cat(side).tolist() for side in zip(*known, strict=True))

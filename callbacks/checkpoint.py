@@ -13,7 +13,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from sppo_lightning.datamodule import self_play_data
+from sppo_lightning.callbacks.base import SelfPlayCallback
+from sppo_lightning.datamodule import SelfPlayDataModule, self_play_data
 from sppo_lightning.resume.checkpoints import DurableCheckpointIO, sharded_path, switch_to_sharded
 from sppo_lightning.resume.metrics_csv import MetricsCSV
 from sppo_lightning.store.pruning import prune
@@ -23,7 +24,7 @@ from sppo_lightning.training.hardware import is_dev_run
 KEY = "sppo_lightning.RunCheckpoint"
 
 
-class RunCheckpoint(Checkpoint):
+class RunCheckpoint(SelfPlayCallback, Checkpoint):
     """Writes ``checkpoints/last.ckpt`` every few minutes, after an iteration's last step, and at its end.
 
     Only between two optimizer steps, so that no gradients are lost. Beside Lightning's own state it holds how many
@@ -69,15 +70,13 @@ class RunCheckpoint(Checkpoint):
             self._save_or_stop(trainer, True)
             self_play_data(trainer).stop.release()
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save once the iteration is over; where another epoch comes, signals wait for its first step."""
-        datamodule = self_play_data(trainer)
-        if datamodule.iteration_ends:
-            datamodule.stop.hold()
-            self._saved_step = -1  # its end is new, even where its steps are not
-            self._save_or_stop(trainer, True)
-            self._prune(trainer, datamodule.current_iteration + 1)
-            datamodule.stop.release()
+    def on_iteration_end(self, trainer: pl.Trainer, data: SelfPlayDataModule, iteration: int) -> None:
+        """Save what the iteration ends with; where another one comes, signals wait for its first step."""
+        data.stop.hold()
+        self._saved_step = -1  # its end is new, even where its steps are not
+        self._save_or_stop(trainer, True)
+        self._prune(trainer, iteration + 1)
+        data.stop.release()
 
     def _save_or_stop(self, trainer: pl.Trainer, due: bool) -> None:
         """Save if that is due here or a stop is asked for anywhere, then stop where it is: one decision for all."""

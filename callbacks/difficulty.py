@@ -7,14 +7,15 @@ from typing import Literal
 
 import lightning.pytorch as pl
 
-from sppo_lightning.datamodule import self_play_data
+from sppo_lightning.callbacks.base import SelfPlayCallback
+from sppo_lightning.datamodule import SelfPlayDataModule, self_play_data
 from sppo_lightning.difficulty import Reestimation
 from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.seeding import random_keys
 from sppo_lightning.types import UserError
 
 
-class DifficultyReestimation(pl.Callback):
+class DifficultyReestimation(SelfPlayCallback):
     """Records, at an iteration's end, which prompts are due and how old and new estimates merge.
 
     The samples are taken by the data module at the next iteration's start, from the weights that the
@@ -64,17 +65,10 @@ class DifficultyReestimation(pl.Callback):
                 f"compares a prompt's responses with each other, so that all {wanted} have to be there at once"
             )
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Hand the decision to the data module once the iteration is over."""
-        datamodule = self_play_data(trainer)
-        if not datamodule.iteration_ends:
-            return
-        iteration = datamodule.current_iteration
-        store = datamodule.folder.iteration(iteration)
-        table, selected = store.read_difficulty()
-        datamodule.reestimation = self.decide(
-            table.prompt_ids, selected, iteration=iteration, rules=datamodule.rules
-        )
+    def on_iteration_end(self, trainer: pl.Trainer, data: SelfPlayDataModule, iteration: int) -> None:
+        """Hand the decision to the data module."""
+        table, selected = data.folder.iteration(iteration).read_difficulty()
+        data.reestimation = self.decide(table.prompt_ids, selected, iteration=iteration, rules=data.rules)
 
     def decide(
         self, known: Sequence[str], selected: set[str], *, iteration: int, rules: IterationRules

@@ -10,15 +10,15 @@ from typing import Any, cast
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
-from sppo_lightning.datamodule import self_play_data
+from sppo_lightning.callbacks.base import SelfPlayCallback
+from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.export.finished_run import RECORD
-from sppo_lightning.module import PreferenceModule
 from sppo_lightning.policy.live import LivePolicy
 from sppo_lightning.system.durable import sync_folder, sync_tree, write_atomically
 from sppo_lightning.training.hardware import is_dev_run
 
 
-class PolicyExport(pl.Callback):
+class PolicyExport(SelfPlayCallback):
     """Keeps ``policy/`` at the latest finished iteration: model, tokenizer, chat template, generation config.
 
     A policy with an adapter is written in PEFT's layout. The folder is replaced as a whole; its ``run.json`` says which
@@ -37,15 +37,14 @@ class PolicyExport(pl.Callback):
         if trainer.is_global_zero and not folder.exists() and _stale(folder).exists():
             _stale(folder).rename(folder)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Export once the iteration is over."""
-        datamodule = self_play_data(trainer)
-        if datamodule.iteration_ends and not is_dev_run(trainer):
-            root, iteration = datamodule.folder.root, datamodule.current_iteration
-            policy = cast(PreferenceModule, pl_module).live
-            self.export(policy, root / "policy", iteration=iteration)
-            if self.keep_every_iteration:
-                self.export(policy, root / "policies" / f"{iteration:03d}", iteration=iteration)
+    def on_iteration_end(self, trainer: pl.Trainer, data: SelfPlayDataModule, iteration: int) -> None:
+        """Export the policy."""
+        if is_dev_run(trainer):
+            return
+        root, policy = data.folder.root, data.module.live
+        self.export(policy, root / "policy", iteration=iteration)
+        if self.keep_every_iteration:
+            self.export(policy, root / "policies" / f"{iteration:03d}", iteration=iteration)
 
     def export(self, policy: LivePolicy, folder: Path, *, iteration: int) -> None:
         """Write the policy into ``folder``, replacing what is there in one step; all processes call it together.

@@ -30,8 +30,8 @@ class PhaseMemory(PhaseMeter):
         """Begin to watch the device."""
         self._meter = PeakMemory(trainer.strategy.root_device)
 
-    def end_stretch(self, name: str) -> None:
-        """Keep a stretch's peak if it is the largest of its phase."""
+    def end_span(self, name: str) -> None:
+        """Keep a span's peak if it is the largest of its phase."""
         assert self._meter is not None
         peak = self._meter.taken()
         if peak is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, cast
+from typing import Any
 
 import huggingface_hub.utils
 import lightning.pytorch as pl
@@ -11,14 +11,15 @@ import transformers.utils.logging
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from sppo_lightning.datamodule import SelfPlayDataModule, self_play_data
+from sppo_lightning.callbacks.base import SelfPlayCallback
+from sppo_lightning.datamodule import self_play_data
 from sppo_lightning.training.batching import PairBatch
 from sppo_lightning.types import PhaseProgress
 
 SECONDS_BETWEEN_LINES = 10.0  # where the output is a file
 
 
-class SelfPlayProgress(ProgressBar):
+class SelfPlayProgress(SelfPlayCallback, ProgressBar):
     """One bar a phase: evaluating, probing, generating, scoring, reference, training.
 
     On a terminal the bar moves in place; in a file a line is written every few seconds.
@@ -39,23 +40,17 @@ class SelfPlayProgress(ProgressBar):
         self._enabled = True
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Start to follow the data module's phases."""
+        """Leave the bars of what is loaded and saved between two phases out."""
         super().setup(trainer, pl_module, stage)
-        datamodule = cast(Any, trainer).datamodule
         transformers.utils.logging.disable_progress_bar()  # models are loaded and saved between two of our bars
         huggingface_hub.utils.enable_progress_bars()  # downloads stay visible
-        if trainer.is_global_zero and isinstance(datamodule, SelfPlayDataModule):
-            datamodule.observers = [*datamodule.observers, self]
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Close the last bar."""
         self._close()
-        datamodule = cast(Any, trainer).datamodule
-        if isinstance(datamodule, SelfPlayDataModule):
-            datamodule.observers = [other for other in datamodule.observers if other is not self]
 
-    def on_phase_progress(self, progress: PhaseProgress) -> None:
-        """Show a phase of the data module."""
+    def on_phase_progress(self, trainer: pl.Trainer, progress: PhaseProgress) -> None:
+        """Show a phase between two training phases."""
         if progress.done == 0:
             unit = "pair" if progress.phase == "reference" else "prompt"
             self._open(f"iteration {progress.iteration} {progress.phase}", progress.total, unit)
@@ -91,6 +86,7 @@ class SelfPlayProgress(ProgressBar):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the training bar."""
         self._close()
+        super().on_train_epoch_end(trainer, pl_module)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException

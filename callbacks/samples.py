@@ -8,13 +8,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from sppo_lightning.datamodule import self_play_data
+from sppo_lightning.callbacks.base import SelfPlayCallback
+from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.evaluation.held_out import load_evaluation
 from sppo_lightning.system.durable import write_atomically
 from sppo_lightning.types import Rollout
 
 
-class SampleTable(pl.Callback):
+class SampleTable(SelfPlayCallback):
     """Writes ``samples.md`` after each evaluation, and shows it in TensorBoard.
 
     Args:
@@ -31,18 +32,17 @@ class SampleTable(pl.Callback):
         self.max_characters = max_characters
 
     @rank_zero_only
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the table once the iteration is over."""
-        datamodule = self_play_data(trainer)
-        if not datamodule.prompt_sets.named("eval_prompts") or not datamodule.iteration_ends:
+    def on_iteration_end(self, trainer: pl.Trainer, data: SelfPlayDataModule, iteration: int) -> None:
+        """Write the table."""
+        if not data.prompt_sets.named("eval_prompts"):
             return
-        finished = datamodule.current_iteration + 1
-        before = load_evaluation(datamodule.folder.evaluation("000"))
-        after = load_evaluation(datamodule.folder.evaluation(f"{finished:03d}"))
+        finished = iteration + 1
+        before = load_evaluation(data.folder.evaluation("000"))
+        after = load_evaluation(data.folder.evaluation(f"{finished:03d}"))
         if before is None or after is None:
             return
         text = self.render(before[: self.prompts], after, finished)
-        write_atomically(datamodule.folder.root / "samples.md", text.encode())
+        write_atomically(data.folder.root / "samples.md", text.encode())
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("samples", text, trainer.global_step)

@@ -7,13 +7,14 @@ import shlex
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
+from sppo_lightning.callbacks.base import SelfPlayCallback
 from sppo_lightning.datamodule import self_play_data
 from sppo_lightning.evaluation.held_out import load_evaluation
 from sppo_lightning.evaluation.results import HEADINGS, held_out_results
 from sppo_lightning.store.run_folder import RunFolder
 
 
-class RunSummary(pl.Callback):
+class RunSummary(SelfPlayCallback):
     """Prints, when ``fit`` ends, what each iteration did, some answers, and where everything lies.
 
     Args:

@@ -1,4 +1,4 @@
-"""The stretches that an iteration falls into, and how long they take."""
+"""The spans that an iteration falls into, and how long they take."""
 
 from __future__ import annotations
 
@@ -9,59 +9,54 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from sppo_lightning.datamodule import self_play_data
+from sppo_lightning.callbacks.base import SelfPlayCallback
+from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.training.batching import PairBatch
 from sppo_lightning.types import PhaseProgress
 
 
-class PhaseMeter(pl.Callback, ABC):
-    """Cuts the run into stretches, has each of them measured, and logs an iteration's when it ends.
+class PhaseMeter(SelfPlayCallback, ABC):
+    """Cuts the run into spans, has each of them measured, and logs an iteration's when it ends.
 
-    A stretch belongs to a phase of the data module, to ``training`` (a micro-batch and the wait for it), or to
+    A span belongs to a phase of the data module, to ``training`` (a micro-batch and the wait for it), or to
     ``other``: all that lies between, such as loading, fingerprints, the last checkpoint and export. Followed on the
     first process alone.
     """
 
     @abstractmethod
     def start(self, trainer: pl.Trainer) -> None:
-        """Begin the first stretch."""
+        """Begin the first span."""
 
     @abstractmethod
-    def end_stretch(self, name: str) -> None:
-        """Take what a stretch needed, and begin the next.
+    def end_span(self, name: str) -> None:
+        """Take what a span needed, and begin the next.
 
         Args:
-            name: of the phase that the stretch belongs to, or ``other``.
+            name: of the phase that the span belongs to, or ``other``.
         """
 
     @abstractmethod
     def end_iteration(self) -> dict[str, float]:
-        """Return the metrics of the stretches since the iteration before ended, if there are any, and forget them."""
+        """Return the metrics of the spans since the iteration before ended, if there are any, and forget them."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Start to follow the data module's phases."""
+        """Begin the first span of ``fit``."""
         if stage == "fit" and trainer.is_global_zero:
-            datamodule = self_play_data(trainer)
-            datamodule.observers = [*datamodule.observers, self]
             self.start(trainer)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Follow no longer."""
-        if stage == "fit":
-            datamodule = self_play_data(trainer)
-            datamodule.observers = [other for other in datamodule.observers if other is not self]
-
-    def on_phase_progress(self, progress: PhaseProgress) -> None:
-        """Note where a phase of the data module begins and ends."""
+    def on_phase_progress(self, trainer: pl.Trainer, progress: PhaseProgress) -> None:
+        """Note where a phase of ``fit`` begins and ends."""
+        if trainer.state.fn != "fit" or not trainer.is_global_zero:
+            return
         if progress.done == 0:
-            self.end_stretch("other")
+            self.end_span("other")
         if progress.done == progress.total:
-            self.end_stretch(progress.phase)
+            self.end_span(progress.phase)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note where training begins."""
         if trainer.is_global_zero:
-            self.end_stretch("other")
+            self.end_span("other")
 
     def on_train_batch_end(
         self,
@@ -73,12 +68,12 @@ class PhaseMeter(pl.Callback, ABC):
     ) -> None:
         """Note where a micro-batch ends."""
         if trainer.is_global_zero:
-            self.end_stretch("training")
+            self.end_span("training")
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log once the iteration is over."""
-        if trainer.is_global_zero and self_play_data(trainer).iteration_ends:
-            self.end_stretch("other")
+    def on_iteration_end(self, trainer: pl.Trainer, data: SelfPlayDataModule, iteration: int) -> None:
+        """Log the iteration's spans."""
+        if trainer.is_global_zero:
+            self.end_span("other")
             if metrics := self.end_iteration():
                 for logger in trainer.loggers:
                     logger.log_metrics(metrics, step=trainer.global_step)
@@ -101,8 +96,8 @@ class PhaseTimes(PhaseMeter):
         """Start the clock."""
         self._begun = time.perf_counter()
 
-    def end_stretch(self, name: str) -> None:
-        """Add a stretch's time to that of its phase."""
+    def end_span(self, name: str) -> None:
+        """Add a span's time to that of its phase."""
         now = time.perf_counter()
         self._seconds[name] += now - self._begun
         self._begun = now

@@ -18,7 +18,6 @@ from sppo_lightning.generation import Generator
 from sppo_lightning.iteration.builder import IterationBuilder
 from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.iteration.state import IterationState
-from sppo_lightning.module import PreferenceModule
 from sppo_lightning.pair_forward.layouts import PairLayout
 from sppo_lightning.pairing import BestWorst, Pairing
 from sppo_lightning.preflight import Preflight, read_stage_prompts, shrink
@@ -36,7 +35,8 @@ from sppo_lightning.system.rendezvous import FileRanks
 from sppo_lightning.system.signals import StopSignal
 from sppo_lightning.training.batching import PairBatch, PairDataset, steps_taken
 from sppo_lightning.training.hardware import is_dev_run, keep_to_own_signals, meet
-from sppo_lightning.types import PhaseObserver, ResumeMode, UserError, first_line
+from sppo_lightning.training.protocol import PhaseObserver, SelfPlayModule
+from sppo_lightning.types import PhaseProgress, ResumeMode, UserError, first_line
 
 Sources = str | list[str]
 
@@ -159,7 +159,6 @@ class SelfPlayDataModule(pl.LightningDataModule):
             max_prompt_tokens,
             system_prompt,
         )
-        self.observers: list[PhaseObserver] = []
         self.stop = StopSignal()
         self.ranks: FileRanks = FileRanks(
             Path(), rank=0, world_size=1
@@ -214,11 +213,15 @@ class SelfPlayDataModule(pl.LightningDataModule):
         self.ranks.close()
 
     @property
-    def module(self) -> PreferenceModule:
+    def module(self) -> SelfPlayModule:
         """The module that is being trained."""
         assert self.trainer is not None
         module = self.trainer.lightning_module
-        assert isinstance(module, PreferenceModule)
+        if not isinstance(module, SelfPlayModule):
+            raise UserError(
+                f"SelfPlayDataModule feeds a PreferenceModule (or another module that has what "
+                f"sppo_lightning.training.protocol.SelfPlayModule names), got {type(module).__name__}"
+            )
         return module
 
     def _encoded(self, key: str) -> EncodedPrompts:
@@ -233,10 +236,17 @@ class SelfPlayDataModule(pl.LightningDataModule):
             seed=self.rules.seed,
             prompts_per_shard=self.prompts_per_shard,
             ranks=self.ranks,
-            observers=self.observers,
+            report=self._report,
             unfinished=self.unfinished,
             max_failed_share=self.max_failed_share,
         )
+
+    def _report(self, progress: PhaseProgress) -> None:
+        """Tell the Trainer's callbacks how far a phase has come."""
+        assert self.trainer is not None
+        for callback in cast(Any, self.trainer).callbacks:
+            if isinstance(callback, PhaseObserver):
+                callback.on_phase_progress(self.trainer, progress)
 
     # ---------------------------------------------------------------- training
 
@@ -279,6 +289,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
             epochs=epochs,
             taken=self.steps_taken,
         )
+        if self.steps_taken == 0:
+            self._log_iteration()
         dataset = PairDataset(self.pairs, self._pair_layout)
         return DataLoader(
             dataset,
@@ -299,7 +311,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
             too_long=self.prompt_sets.too_long("prompts"),
             collector=self._collector(),
             made_with={**self._made_with, "unfinished": vars(self.unfinished)},
-            reference=self.module,
+            reference=self.module.reference if self.module.loss.needs_reference else None,
+            stores_token_logps=self.module.loss.needs_token_logps,
             layout=self._pair_layout,
         )
 
@@ -358,10 +371,12 @@ class SelfPlayDataModule(pl.LightningDataModule):
         position = fit_position(self.trainer)
         return position.epoch_is_over and position.trained % self.epochs_per_iteration == 0
 
-    @property
-    def iteration_metrics(self) -> dict[str, float]:
-        """What the loggers get at the current iteration's start."""
-        return self._state.metrics(self.folder)
+    def _log_iteration(self) -> None:
+        """Log what the current iteration's data is like, before its first step."""
+        assert self.trainer is not None
+        metrics = self._state.metrics(self.folder)
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.trainer.global_step)
 
     # -------------------------------------------------------------- evaluation
 

@@ -15,7 +15,6 @@ from sppo_lightning.generation import Generator
 from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.memory.check import check_memory
 from sppo_lightning.memory.workload import Workload
-from sppo_lightning.module import PreferenceModule
 from sppo_lightning.prompts.reading import check_disjoint
 from sppo_lightning.prompts.sets import PromptSets
 from sppo_lightning.prompts.table import EncodedPrompts
@@ -24,6 +23,7 @@ from sppo_lightning.selection import Curriculum, EasyToHard, HardToEasy
 from sppo_lightning.training.batching import accumulation_steps
 from sppo_lightning.training.hardware import is_dev_run
 from sppo_lightning.training.optimizers import clips_unscaled
+from sppo_lightning.training.protocol import SelfPlayModule
 from sppo_lightning.types import EncodedPrompt, Ranks, UserError
 
 PROMPTS_OF = {"validate": "eval_prompts", "test": "test_prompts", "predict": "predict_prompts"}
@@ -47,7 +47,7 @@ class Preflight:
     """
 
     trainer: pl.Trainer
-    module: PreferenceModule
+    module: SelfPlayModule
     prompt_sets: PromptSets
     rules: IterationRules
     epochs_per_iteration: int
@@ -225,7 +225,7 @@ def check_context(
 
 
 def workload_of(
-    module: PreferenceModule,
+    module: SelfPlayModule,
     rules: IterationRules,
     generator: Generator,
     reward: Reward,
@@ -257,7 +257,7 @@ def workload_of(
         policy=module.live.config,
         model_config=module.live.model_config,
         compute_dtype=compute_dtype,
-        reference=module.reference,
+        reference=module.reference.kind,
         optimizer=module.optimizer_factory,
         clips_unscaled=clips_unscaled(compute_dtype, clips=clips),
         carry_optimizer=module.carry_optimizer,

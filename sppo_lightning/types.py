@@ -131,7 +131,7 @@ class ScoredRollout(Protocol):
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A chosen and a rejected response to one prompt; reference log-probs are sums in nats."""
+    """A chosen and a rejected response to one prompt; a response's log-prob is the sum over its tokens, in nats."""
 
     prompt_id: str
     prompt_token_ids: tuple[int, ...]
@@ -143,6 +143,10 @@ class PreferencePair:
     rejected_reward: float
     reference_chosen_logp: float = float("nan")
     reference_rejected_logp: float = float("nan")
+    chosen_win_probability: float = float("nan")  # against the prompt's other responses; NaN: not known
+    rejected_win_probability: float = float("nan")
+    reference_chosen_token_logps: tuple[float, ...] = ()  # one a token, nats; only for a loss that reads them
+    reference_rejected_token_logps: tuple[float, ...] = ()
 
 
 class PhaseProgress(NamedTuple):
@@ -153,13 +157,6 @@ class PhaseProgress(NamedTuple):
     done: int
     total: int
     tokens: int
-
-
-class PhaseObserver(Protocol):
-    """Whoever wants to follow a run's phases."""
-
-    def on_phase_progress(self, progress: PhaseProgress) -> None:
-        """Called when a phase starts (``done == 0``), advances and ends (``done == total``)."""
 
 
 class Ranks(Protocol):

@@ -47,7 +47,7 @@ WITHOUT_LIGHTNING = [
 ]
 PUBLIC = {
     "sppo_lightning": "PreferenceModule SelfPlayDataModule UserError",
-    "sppo_lightning.losses": "DPOLoss PreferenceLoss",
+    "sppo_lightning.losses": "DPOLoss LossInputs PairLogps PairValues PreferenceLoss PreferenceTerms",
     "sppo_lightning.schedules": "Constant Cosine LearningRateSchedule Linear",
     "sppo_lightning.selection": """
         AllPairs AllPrompts Band Curriculum DisjointSplits DropHardest Easiest EasyToHard HardToEasy Hardest
@@ -64,7 +64,8 @@ PUBLIC = {
         PolicySource PromptResponses SGLangWeights SampleRequest VLLMAdapter VLLMGenerator WeightSync
     """,
     "sppo_lightning.callbacks": """
-        DifficultyReestimation PhaseMemory PhaseTimes PolicyExport RunCheckpoint RunSummary SampleTable SelfPlayProgress
+        DifficultyReestimation DisplacementWarning InitialEvaluation PhaseMemory PhaseTimes PolicyExport RunCheckpoint
+        RunSummary SampleTable SelfPlayCallback SelfPlayProgress WeightUpdateCheck
     """,
     "sppo_lightning.pair_forward": "AutoForward PairForward PlainForward SharedForward VarlenForward",
 }

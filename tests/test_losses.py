@@ -165,8 +165,8 @@ def test_extreme_margins_stay_finite(chosen: float, smoothing: float) -> None:
 
 def test_class_is_the_function_with_its_settings() -> None:
     for left, right in zip(
-        DPOLoss(beta=0.3, label_smoothing=0.2)(POLICY, REFERENCE),
-        dpo_loss(POLICY, REFERENCE, beta=0.3, label_smoothing=0.2),
+        DPOLoss(beta=0.3, label_smoothing=0.2)(POLICY, REFERENCE)[:3],
+        dpo_loss(POLICY, REFERENCE, beta=0.3, label_smoothing=0.2)[:3],
         strict=True,
     ):
         assert left.tolist() == right.tolist()

@@ -21,6 +21,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from sppo_lightning.callbacks import (
+    DisplacementWarning,
+    InitialEvaluation,
     PhaseMemory,
     PhaseTimes,
     PolicyExport,
@@ -28,6 +30,7 @@ from sppo_lightning.callbacks import (
     RunSummary,
     SampleTable,
     SelfPlayProgress,
+    WeightUpdateCheck,
 )
 from sppo_lightning.callbacks.run_config import RunConfigFile
 from sppo_lightning.cli.estimate import SelfPlayTrainer, check_plannable, planned_hardware
@@ -206,7 +209,8 @@ class SelfPlayCLI(LightningCLI):
         """Add the callbacks and loggers that a run has by default."""
         given = config.get("callbacks") or []
         given = [*(given if isinstance(given, list) else [given]), *callbacks]
-        defaults: list[Callback] = [PhaseTimes(), PhaseMemory(), SampleTable(), PolicyExport(), RunSummary()]
+        defaults: list[Callback] = [PhaseTimes(), PhaseMemory(), InitialEvaluation(), WeightUpdateCheck()]
+        defaults += [DisplacementWarning(), SampleTable(), PolicyExport(), RunSummary()]
         if config["enable_progress_bar"] is not False:
             defaults.append(SelfPlayProgress())
         if config["enable_checkpointing"] is not False:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -61,7 +62,10 @@ class EvaluationMetrics(nn.Module):
             cast(MeanWithError, self.means[name]).update(values)
 
     def result(self, prefix: str) -> dict[str, float]:
-        """Return the means under ``prefix``, the win rate where there is a baseline, and start over."""
+        """Return the means under ``prefix``, the win rate where there is a baseline, and start over.
+
+        Answers whose reward is not finite are warned about.
+        """
         found: dict[str, list[float]] = {}
         for name, mean in self.means.items():
             found[name] = cast(MeanWithError, mean).compute().tolist()
@@ -74,4 +78,6 @@ class EvaluationMetrics(nn.Module):
         }
         if found["win"][2]:
             result[f"{prefix}/win_rate"] = found["win"][0]
+        if found["failed"][0] > 0:
+            rank_zero_warn(f"{found['failed'][0]:.1%} of the {prefix} answers have a non-finite reward.")
         return result

@@ -21,7 +21,7 @@ from sppo_lightning.difficulty import (
     reward_statistics,
 )
 from sppo_lightning.iteration.pairing_pass import PairingPass
-from sppo_lightning.iteration.reference_pass import ReferencePolicy, reference_pass
+from sppo_lightning.iteration.reference_pass import Reference, reference_pass
 from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.pair_forward.layouts import PairLayout
 from sppo_lightning.pairing import main_drop_reason, pair_statistics
@@ -46,7 +46,8 @@ class IterationBuilder:
         too_long: prompts that were dropped before.
         collector: samples and scores.
         made_with: settings of the generator and the reward, for the manifest.
-        reference: the frozen reference.
+        reference: the frozen reference; ``None``: the loss needs none, and no pass is made.
+        stores_token_logps: keep the reference's log-probs of single tokens too.
         layout: of the reference pass.
     """
 
@@ -55,7 +56,8 @@ class IterationBuilder:
     too_long: Sequence[str]
     collector: Collector
     made_with: Mapping[str, Any]
-    reference: ReferencePolicy
+    reference: Reference | None
+    stores_token_logps: bool
     layout: PairLayout
 
     def build(
@@ -107,16 +109,19 @@ class IterationBuilder:
         made = PairingPass(rules, self.prompts, iteration)
         pairs = made.pairs(store.shards, candidates, set(selected))
         dropped += made.dropped
-        pairs, reference = reference_pass(
-            pairs,
-            self.reference,
-            stored=store.reference_parts,
-            layout=self.layout,
-            batch_size=rules.batch_size,
-            first_fingerprint=first_reference,
-            ranks=self.collector.ranks,
-            report=partial(self.collector.notify, "reference", iteration),
-        )
+        reference = None
+        if self.reference is not None:
+            pairs, reference = reference_pass(
+                pairs,
+                self.reference,
+                stored=store.reference_parts,
+                layout=self.layout,
+                batch_size=rules.batch_size,
+                first_fingerprint=first_reference,
+                stores_tokens=self.stores_token_logps,
+                ranks=self.collector.ranks,
+                report=partial(self.collector.notify, "reference", iteration),
+            )
         paired = ranked.rows(pairs.prompt_ids)
         difficulty = dict(zip(paired.prompt_ids, paired["difficulty"].tolist(), strict=True))
         statistics = pair_statistics(pairs.prompt_ids, pairs.statistics(), made.rewards, difficulty)

@@ -174,6 +174,7 @@ class IterationState:
             epoch=epoch,
             epochs=epochs,
             first_step=taken - behind,
+            seed=rules.seed,
         )
 
     def difficulty_after(self, iteration: int, *, folder: RunFolder) -> StatisticsTable:

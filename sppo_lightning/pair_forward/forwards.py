@@ -14,7 +14,7 @@ from sppo_lightning.losses import PairLogps
 from sppo_lightning.pair_forward.compiled import compile_layers, run_plain
 from sppo_lightning.pair_forward.head import response_logps
 from sppo_lightning.pair_forward.layouts import PairLayout, PairRows, PlainLayout, SharedLayout
-from sppo_lightning.pair_forward.logprobs import response_sums
+from sppo_lightning.pair_forward.logprobs import by_response, summed
 from sppo_lightning.pair_forward.parity import Trial, objection
 from sppo_lightning.pair_forward.shared_attention import (
     MaskedAttention,
@@ -73,14 +73,17 @@ class PairForward(ABC):
     def token_logps(self, model: nn.Module, rows: PairRows) -> Tensor:
         """Return the log-prob of each response token, ``[N]``, nats."""
 
-    def logps(self, model: nn.Module, rows: PairRows) -> PairLogps:
-        """Return the log-prob of each response given its prompt, ``[B]`` each, float64, nats."""
+    def logps_by_token(self, model: nn.Module, rows: PairRows) -> PairLogps:
+        """Return the log-prob of each response token, ``[B, T]`` each, 0 after a response's end, float64, nats."""
         if self.compiled:
             compile_layers(model)
-        sums = response_sums(
-            self.token_logps(model, rows), rows.places, rows.responses, rows.longest_response
-        )
-        return PairLogps(*sums.chunk(2))
+        logps = self.token_logps(model, rows)
+        padded = by_response(logps, rows.places, rows.responses, rows.longest_response)
+        return PairLogps(*padded.chunk(2))
+
+    def logps(self, model: nn.Module, rows: PairRows) -> PairLogps:
+        """Return the log-prob of each response given its prompt, ``[B]`` each, float64, nats."""
+        return summed(self.logps_by_token(model, rows))
 
     def release(self, model: nn.Module) -> None:
         """Give the model its own attention and layers back, before anything else uses or copies it."""

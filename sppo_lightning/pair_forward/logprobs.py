@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sppo_lightning.losses import PairLogps
+
 CHUNK_ELEMENTS = 1 << 25  # logits held in float32 at once (128 MiB), unless told otherwise
 
 
@@ -61,8 +63,8 @@ def token_logps(logits: Tensor, targets: Tensor, *, chunk: int | None = None) ->
     return logps
 
 
-def response_sums(logps: Tensor, places: Tensor, responses: int, longest: int) -> Tensor:
-    """Sum token log-probs over each response, ``[responses]``, in float64 where the device has it.
+def by_response(logps: Tensor, places: Tensor, responses: int, longest: int) -> Tensor:
+    """Return token log-probs by response, ``[responses, longest]``, 0 after its end; float64 where the device has it.
 
     Args:
         logps: ``[N]`` log-probs of all response tokens, nats.
@@ -72,4 +74,9 @@ def response_sums(logps: Tensor, places: Tensor, responses: int, longest: int) -
     """
     dtype = torch.float32 if logps.device.type == "mps" else torch.float64
     padded = torch.zeros(responses * longest, dtype=dtype, device=logps.device)
-    return padded.index_copy(0, places, logps.to(dtype)).view(responses, longest).sum(-1)
+    return padded.index_copy(0, places, logps.to(dtype)).view(responses, longest)
+
+
+def summed(tokens: PairLogps) -> PairLogps:
+    """Return the log-probs of responses, ``[B]`` each, given those of their tokens, ``[B, T]`` each."""
+    return PairLogps(tokens.chosen.sum(-1), tokens.rejected.sum(-1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple, overload
@@ -16,7 +16,7 @@ from sppo_lightning.rollouts.shard_size import prompts_per_shard
 from sppo_lightning.seeding import derive_seed
 from sppo_lightning.store.shards import ShardKey, ShardStore
 from sppo_lightning.system.durable import set_aside
-from sppo_lightning.types import EncodedPrompt, Phase, PhaseObserver, PhaseProgress, Ranks, Rollout, UserError
+from sppo_lightning.types import EncodedPrompt, Phase, PhaseProgress, Ranks, Rollout, UserError
 
 
 class Wanted(NamedTuple):
@@ -65,7 +65,7 @@ class Collector:
         prompts_per_shard: prompts of one Parquet file; ``None``: see
             :func:`~sppo_lightning.rollouts.shard_size.prompts_per_shard`.
         ranks: the processes that share the work.
-        observers: who follows the phases.
+        report: follows the phases.
         unfinished: what becomes of responses that a length limit cut; held-out answers are always kept.
         max_failed_share: share of a phase's responses that may fail, in [0, 1].
     """
@@ -77,7 +77,7 @@ class Collector:
     seed: int
     prompts_per_shard: int | None
     ranks: Ranks
-    observers: Sequence[PhaseObserver]
+    report: Callable[[PhaseProgress], None]
     unfinished: UnfinishedRule = field(default_factory=UnfinishedRule)
     max_failed_share: float = 0.5
 
@@ -134,9 +134,8 @@ class Collector:
         return list(range(self.ranks.rank, len(shards), self.ranks.world_size))
 
     def notify(self, phase: Phase, iteration: int, done: int, total: int, tokens: int) -> None:
-        """Tell the observers how far a phase has come."""
-        for observer in self.observers:
-            observer.on_phase_progress(PhaseProgress(phase, iteration, done, total, tokens))
+        """Report how far a phase has come."""
+        self.report(PhaseProgress(phase, iteration, done, total, tokens))
 
     def _generate(
         self,

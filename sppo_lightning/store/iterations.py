@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 
 from sppo_lightning.difficulty import DIFFICULTY_COLUMNS, StatisticsTable
-from sppo_lightning.store.pairs import PAIR_SCHEMA, PairTable
+from sppo_lightning.store.pairs import PAIR_SCHEMA, TOKEN_LOGPS, PairTable
 from sppo_lightning.store.reference_parts import ReferenceParts
 from sppo_lightning.store.shards import ShardStore
 from sppo_lightning.store.tables import read_table, write_table
@@ -106,4 +106,4 @@ class IterationStore:
 
     def read_pairs(self) -> PairTable:
         """Return the iteration's pairs, in pair order."""
-        return PairTable(read_table(self.folder / "pairs.parquet", PAIR_SCHEMA))
+        return PairTable(read_table(self.folder / "pairs.parquet", PAIR_SCHEMA, optional=TOKEN_LOGPS))

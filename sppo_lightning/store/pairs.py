@@ -31,6 +31,11 @@ PAIR_SCHEMA = pa.schema(
         ("reference_rejected_logp", pa.float64()),
     ]
 )
+TOKEN_LOGPS = (
+    pa.field("reference_chosen_token_logps", pa.list_(pa.float64())),
+    pa.field("reference_rejected_token_logps", pa.list_(pa.float64())),
+)
+"""Columns that are there where the loss reads them."""
 TOKEN_COLUMNS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
 TEXT_COLUMNS = tuple(field.name for field in PAIR_SCHEMA if field.type == pa.string())
 NUMBER_COLUMNS = tuple(field.name for field in PAIR_SCHEMA if field.type == pa.float64())
@@ -79,6 +84,8 @@ class PairTable(Sequence[PreferencePair]):
             name: self.table[name][row].as_py() for name in TEXT_COLUMNS + NUMBER_COLUMNS
         }
         fields |= {name: self._token_ids(name, row) for name in TOKEN_COLUMNS}
+        stored = [field.name for field in TOKEN_LOGPS if field.name in self.table.column_names]
+        fields |= {name: tuple(self.table[name][row].as_py()) for name in stored}
         return PreferencePair(**fields)
 
     def __iter__(self) -> Iterator[PreferencePair]:
@@ -130,12 +137,19 @@ class PairTable(Sequence[PreferencePair]):
             columns[f"{side}_length"] = self.lengths(f"{side}_token_ids").double()
         return columns
 
-    def with_reference(self, chosen: Sequence[float], rejected: Sequence[float]) -> PairTable:
-        """Return the pairs with the reference's log-probs, in nats."""
+    def with_reference(
+        self,
+        chosen: Sequence[float],
+        rejected: Sequence[float],
+        tokens: tuple[Sequence[Sequence[float]], Sequence[Sequence[float]]] | None = None,
+    ) -> PairTable:
+        """Return the pairs with the reference's log-probs of responses, and of their tokens, in nats."""
         table = self.table
         for name, values in (("reference_chosen_logp", chosen), ("reference_rejected_logp", rejected)):
             place = table.schema.get_field_index(name)
             table = table.set_column(place, name, pa.array(values, pa.float64()))
+        for field, rows in zip(TOKEN_LOGPS, tokens or (), strict=False):
+            table = table.append_column(field, pa.array(rows, field.type))
         return PairTable(table)
 
     def kept(self, mask: Sequence[bool]) -> PairTable:

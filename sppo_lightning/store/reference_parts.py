@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +18,7 @@ from sppo_lightning.store.pairs import PairTable
 from sppo_lightning.system.durable import replacing
 
 SIDES = ("chosen", "rejected")
+TOKENS = ("chosen_tokens", "rejected_tokens")
 FEWEST, MOST = 32, 2048  # pairs of a part: what several processes can share; what is little to lose at a kill
 
 
@@ -43,10 +44,15 @@ def digest(pairs: PairTable, rows: Sequence[int], fingerprint: str) -> str:
     return found.hexdigest()
 
 
+TokenLogps = tuple[list[list[float]], list[list[float]]]
+"""Log-probs of the tokens of chosen and rejected responses, one list a pair, nats."""
+
+
 class StoredPart(NamedTuple):
     """What a file holds."""
 
     logps: Tensor  # [2, rows] float64, nats, chosen first
+    tokens: TokenLogps | None  # where they were asked for
     made_of: str  # digest of its pairs
 
 
@@ -73,17 +79,23 @@ class ReferenceParts:
         except (pa.ArrowException, OSError):
             return None
         made_of = (table.schema.metadata or {}).get(b"digest", b"").decode()
-        return StoredPart(torch.stack([torch.tensor(table[side].to_numpy()) for side in SIDES]), made_of)
+        logps = torch.stack([torch.tensor(table[side].to_numpy()) for side in SIDES])
+        if not set(TOKENS) <= set(table.column_names):
+            return StoredPart(logps, None, made_of)
+        chosen, rejected = (table[side].to_pylist() for side in TOKENS)
+        return StoredPart(logps, (chosen, rejected), made_of)
 
-    def write(self, number: int, logps: Tensor, made_of: str) -> None:
+    def write(self, number: int, logps: Tensor, tokens: TokenLogps | None, made_of: str) -> None:
         """Write a part.
 
         Args:
             number: of the part.
             logps: ``[2, rows]`` float64 in nats, chosen first.
+            tokens: the log-probs of their tokens, where a loss reads them.
             made_of: the digest of its pairs.
         """
-        columns = dict(zip(SIDES, (side.numpy() for side in logps), strict=True))
+        columns: dict[str, Any] = dict(zip(SIDES, (side.numpy() for side in logps), strict=True))
+        columns |= {} if tokens is None else dict(zip(TOKENS, tokens, strict=True))
         table = pa.table(columns).replace_schema_metadata({"digest": made_of})
         with replacing(self._path(number)) as file:
             pq.write_table(table, file, write_page_checksum=True)

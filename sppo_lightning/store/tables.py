@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,20 +15,23 @@ ROWS_IN_WRITING = 1024  # of a table, held a second time, encoded
 
 
 def write_table(path: Path, table: pa.Table) -> None:
+    """Write a table, replacing the one that is there in one step."""
     with replacing(path) as file:
         pq.write_table(
             table, file, compression="zstd", write_page_checksum=True, row_group_size=ROWS_IN_WRITING
         )
 
 
-def read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """Return the columns of ``schema``.
+def read_table(path: Path, schema: pa.Schema, optional: Sequence[pa.Field] = ()) -> pa.Table:
+    """Return the columns of ``schema``, and those of ``optional`` that are there.
 
     Raises:
         UserError: if the file is damaged.
         OSError: if the disk does not let it be read, which says nothing about the file.
     """
     try:
+        there = set(pq.read_schema(path).names) if optional else set()
+        schema = pa.schema([*schema, *(field for field in optional if field.name in there)])
         table = pq.read_table(
             path,
             columns=schema.names,
@@ -47,6 +51,7 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
 
 
 def row_count(path: Path) -> int:
+    """Return the rows of a table; 0 if it cannot be read."""
     try:
         return int(pq.read_metadata(path).num_rows)
     except (pa.ArrowException, OSError):

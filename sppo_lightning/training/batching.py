@@ -9,18 +9,34 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from sppo_lightning.losses import PairLogps
+from sppo_lightning.losses import LossInputs, PairLogps, PairValues
 from sppo_lightning.pair_forward.layouts import PairLayout, PairRows
 from sppo_lightning.types import PreferencePair, UserError
 
 
 class PairBatch(NamedTuple):
-    """One micro-batch of preference pairs."""
+    """One micro-batch of preference pairs; see :class:`~sppo_lightning.losses.LossInputs`."""
 
     rows: PairRows
-    reference: PairLogps  # [B] each, float64, nats
-    weights: Tensor  # [B] float32, 1 for a real pair, 0 for a filler
+    reference: PairLogps  # [B] each, float64, nats; NaN: no reference pass was made
+    reference_tokens: PairLogps | None  # [B, T] each, float64, nats; None: not stored
+    lengths: PairValues  # [B] each, tokens
+    rewards: PairValues  # [B] each
+    win_probabilities: PairValues  # [B] each; NaN: not known
+    weights: Tensor  # [B] float32, 1 for a real pair, 0 for a padding pair
     slot: StepSlot
+
+    def loss_inputs(self, policy: PairLogps, policy_tokens: PairLogps | None) -> LossInputs:
+        """Return what the loss reads, given the policy's log-probs of the pairs."""
+        return LossInputs(
+            policy,
+            self.reference,
+            self.lengths,
+            self.rewards,
+            self.win_probabilities,
+            policy_tokens,
+            self.reference_tokens,
+        )
 
 
 class StepSlot(NamedTuple):
@@ -31,10 +47,16 @@ class StepSlot(NamedTuple):
     step_pairs: int  # real pairs of the step, all ranks together
     first_in_step: bool  # whether no micro-batch of the step comes before
     last_in_step: bool  # whether the optimizer steps after this micro-batch
+    seed: int = 0  # the run's
+
+    @property
+    def ends_iteration(self) -> bool:
+        """Whether no optimizer step of the iteration comes after this micro-batch."""
+        return self.last_in_step and self.step == self.steps - 1
 
 
 class MicroBatch(NamedTuple):
-    """Rows of one micro-batch on one rank; rows from ``real`` on are fillers of weight 0."""
+    """Rows of one micro-batch on one rank; rows from ``real`` on are padding pairs of weight 0."""
 
     rows: list[int]
     real: int
@@ -79,8 +101,8 @@ class StepSampler(Sampler[MicroBatch | None]):
 
     Step s takes ``pairs_per_step`` pairs of the order. Inside a step, where order means nothing, pairs of similar
     length go together, longest first, and are dealt out so that all ranks have similar lengths at the same time. The
-    last step may be partial; ranks that get fewer of its pairs run fillers of weight 0, so that all run equally many
-    passes.
+    last step may be partial; ranks that get fewer of its pairs run padding pairs of weight 0, so that all run equally
+    many passes.
 
     Args:
         order: row numbers of all pairs, in training order.
@@ -93,6 +115,7 @@ class StepSampler(Sampler[MicroBatch | None]):
         epochs: epochs of the iteration.
         first_step: of this epoch, where a resumed run goes on. Where that leaves none, the only micro-batch is
             ``None``: Lightning trains nothing on it, and goes on with what follows an epoch's last batch.
+        seed: the run's.
     """
 
     def __init__(
@@ -107,6 +130,7 @@ class StepSampler(Sampler[MicroBatch | None]):
         epoch: int = 0,
         epochs: int = 1,
         first_step: int = 0,
+        seed: int = 0,
     ) -> None:
         self.order = list(order)
         self.lengths = lengths
@@ -117,6 +141,7 @@ class StepSampler(Sampler[MicroBatch | None]):
         self.epoch = epoch
         self.epochs = epochs
         self.first_step = first_step
+        self.seed = seed
 
     @property
     def steps_per_epoch(self) -> int:
@@ -157,6 +182,7 @@ class StepSampler(Sampler[MicroBatch | None]):
                     step_pairs=sum(map(len, passes)),
                     first_in_step=number == 0,
                     last_in_step=number == len(passes) - 1,
+                    seed=self.seed,
                 )
                 yield MicroBatch(mine or rows[-1:], len(mine), slot)
 
@@ -165,26 +191,46 @@ def collate(pairs: Sequence[PreferencePair], *, layout: PairLayout, real: int, s
     """Lay pairs out as one micro-batch.
 
     Args:
-        pairs: the pairs, fillers last.
+        pairs: the pairs, padding pairs last.
         layout: of their tokens.
         real: how many of them count.
         slot: where the micro-batch stands in its iteration.
     """
     weights = torch.zeros(len(pairs))
     weights[:real] = 1.0
+    tokens = [(pair.reference_chosen_token_logps, pair.reference_rejected_token_logps) for pair in pairs]
+    stored = any(chosen or rejected for chosen, rejected in tokens)
     return PairBatch(
         rows=layout.rows(
             [pair.prompt_token_ids for pair in pairs],
             [pair.chosen_token_ids for pair in pairs],
             [pair.rejected_token_ids for pair in pairs],
         ),
-        reference=PairLogps(
-            torch.tensor([pair.reference_chosen_logp for pair in pairs], dtype=torch.float64),
-            torch.tensor([pair.reference_rejected_logp for pair in pairs], dtype=torch.float64),
+        reference=PairLogps(*_sides(pairs, "reference_chosen_logp", "reference_rejected_logp")),
+        reference_tokens=PairLogps(*_padded(tokens)) if stored else None,
+        lengths=PairValues(
+            torch.tensor([float(len(pair.chosen_token_ids)) for pair in pairs], dtype=torch.float64),
+            torch.tensor([float(len(pair.rejected_token_ids)) for pair in pairs], dtype=torch.float64),
         ),
+        rewards=PairValues(*_sides(pairs, "chosen_reward", "rejected_reward")),
+        win_probabilities=PairValues(*_sides(pairs, "chosen_win_probability", "rejected_win_probability")),
         weights=weights,
         slot=slot,
     )
+
+
+def _sides(pairs: Sequence[PreferencePair], *names: str) -> list[Tensor]:
+    """Return attributes of the pairs, ``[B]`` float64 each."""
+    return [torch.tensor([getattr(pair, name) for pair in pairs], dtype=torch.float64) for name in names]
+
+
+def _padded(tokens: Sequence[tuple[Sequence[float], Sequence[float]]]) -> list[Tensor]:
+    """Return chosen and rejected token log-probs, ``[B, T]`` float64 each, 0 after a response's end."""
+    longest = max(len(side) for pair in tokens for side in pair)
+    rows = [
+        [[*side, *[0.0] * (longest - len(side))] for side in sides] for sides in zip(*tokens, strict=True)
+    ]
+    return [torch.tensor(side, dtype=torch.float64) for side in rows]
 
 
 class PairDataset(Dataset[PairBatch | None]):

@@ -1,13 +1,12 @@
-"""What training and held-out evaluation log, as torchmetrics."""
+"""What a training step logs, as one torchmetric."""
 
 from __future__ import annotations
 
-from typing import cast
+import torch
+from torch import Tensor
+from torchmetrics import Metric
 
-from torch import Tensor, nn
-from torchmetrics import SumMetric
-
-from sppo_lightning.losses import PairLogps, PreferenceTerms
+from sppo_lightning.losses import PairLogps, PreferenceLoss, PreferenceTerms
 
 STEP_METRICS = (
     "loss",
@@ -17,25 +16,31 @@ STEP_METRICS = (
     "rewards/accuracy",
     "logps/chosen",
     "logps/rejected",
-    "logratios/chosen",
-    "logratios/rejected",
 )
+LOG_RATIOS = ("logratios/chosen", "logratios/rejected")
 
 
-class StepMetrics(nn.Module):
-    """Means over the pairs of one optimizer step, on all ranks; nothing is synchronised until :meth:`result`."""
+class StepMetrics(Metric):
+    """Means over the pairs of one optimizer step, on all ranks: one state, so that ranks meet in one collective.
 
-    def __init__(self) -> None:
+    Args:
+        loss: without a reference there are no log-ratios; its parts are logged too.
+    """
+
+    full_state_update = False
+    sums: Tensor
+
+    def __init__(self, loss: PreferenceLoss) -> None:
         super().__init__()
-        # the check for NaN would wait for the device at every update; a NaN that is logged says more
-        self.sums = nn.ModuleDict(
-            {name: SumMetric(nan_strategy="disable") for name in (*STEP_METRICS, "pairs")}
-        )
+        self.names = (*STEP_METRICS, *(LOG_RATIOS if loss.needs_reference else ()), *loss.parts)
+        self.add_state(
+            "sums", torch.zeros(len(self.names) + 1), dist_reduce_fx="sum"
+        )  # the last one counts pairs
 
     def update(
         self, policy: PairLogps, reference: PairLogps, terms: PreferenceTerms, weights: Tensor
     ) -> None:
-        """Add a micro-batch; ``[B]`` each, ``weights`` 0 for fillers."""
+        """Add a micro-batch; ``[B]`` each, ``weights`` 0 for padding pairs."""
         margin = terms.chosen_reward - terms.rejected_reward
         values = {
             "loss": terms.loss,
@@ -47,14 +52,18 @@ class StepMetrics(nn.Module):
             "logps/rejected": policy.rejected,
             "logratios/chosen": policy.chosen - reference.chosen,
             "logratios/rejected": policy.rejected - reference.rejected,
+            **terms.parts,
         }
-        for name, value in values.items():
-            cast(SumMetric, self.sums[name]).update((value.detach() * weights).sum())
-        cast(SumMetric, self.sums["pairs"]).update(weights.sum())
+        rows = [(values[name].detach() * weights).sum() for name in self.names]
+        self.sums = self.sums + torch.stack([*rows, weights.sum()]).to(self.sums.dtype)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the step's means under ``train/``."""
+        means = self.sums[:-1] / self.sums[-1]
+        return {f"train/{name}": mean for name, mean in zip(self.names, means, strict=True)}
 
     def result(self) -> dict[str, Tensor]:
-        """Return the step's means under ``train/`` and start over."""
-        sums = {name: cast(SumMetric, metric).compute() for name, metric in self.sums.items()}
-        for metric in self.sums.values():
-            cast(SumMetric, metric).reset()
-        return {f"train/{name}": sums[name] / sums["pairs"] for name in STEP_METRICS}
+        """Return :meth:`compute` and start over."""
+        found: dict[str, Tensor] = self.compute()
+        self.reset()
+        return found

@@ -1,21 +1,128 @@
-"""Is the reference what it has to be: frozen while the policy moves, and the policy itself at an iteration's start?"""
+"""The frozen reference of an iteration, and whether it is what it has to be.
+
+Frozen while the policy moves, and the policy itself at an iteration's start.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Literal
 
+import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 
 from sppo_lightning.losses import PairLogps
+from sppo_lightning.pair_forward import PairForward
+from sppo_lightning.pair_forward.layouts import PairLayout
+from sppo_lightning.pair_forward.parity import trial_pairs
+from sppo_lightning.policy.anatomy import unwrapped
 from sppo_lightning.policy.live import LivePolicy
+from sppo_lightning.policy.loading import without_dropout
 from sppo_lightning.policy.lora import replaced_weights
 from sppo_lightning.policy.sharding import local, part_of
+from sppo_lightning.training.batching import PairBatch
+from sppo_lightning.training.hardware import compute_dtype
 
 # mean |log-ratio| per token at an iteration's start, where the reference equals the policy
 RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.02}
 ROUNDING = 0.01  # of what an adapter's move changes
 STEP = 0.02  # standard deviation of the noise that moves an adapter: of the size of its weights
+
+
+class FrozenReference:
+    """Reads an iteration's pairs with the frozen reference, by the forward of training.
+
+    Args:
+        policy: that is trained; it holds the policy that the run started from too.
+        forward: that of training.
+        kind: ``previous_iteration``: the policy before the iteration's first step; ``initial``: the policy that the
+            run started from.
+        trainer: returns the Trainer whose precision passes take.
+    """
+
+    def __init__(
+        self,
+        policy: LivePolicy,
+        forward: PairForward,
+        *,
+        kind: Literal["previous_iteration", "initial"],
+        trainer: Callable[[], pl.Trainer],
+    ) -> None:
+        self.kind = kind
+        self._policy = policy
+        self._forward = forward
+        self._trainer = trainer
+        self._model: nn.Module | None = None
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether all iterations have the same reference."""
+        return self.kind == "initial"
+
+    @property
+    def forward_is_collective(self) -> bool:
+        """Whether all processes have to read equally many batches, since each of them holds a part of the weights."""
+        return self._policy.is_sharded
+
+    def fingerprint(self) -> str:
+        """Return a digest of the reference that is held."""
+        return self._policy.fingerprint()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the reference in memory while the context lasts."""
+        held = self._policy.initial() if self.is_fixed else nullcontext(self._policy.model)
+        with held as model:
+            self._model = model
+            try:
+                with without_dropout(model):
+                    yield
+            finally:
+                self._model = None
+
+    def logps_by_token(self, batch: PairBatch) -> PairLogps:
+        """Return the log-probs of a batch's response tokens, ``[B, T]`` each, float64, nats, on the CPU."""
+        assert self._model is not None, "held() comes first"
+        rows = move_data_to_device(batch.rows, next(self._model.parameters()).device)
+        with torch.no_grad(), self._trainer().precision_plugin.forward_context():
+            logps = self._forward.logps_by_token(self._model, rows)
+        return PairLogps(logps.chosen.cpu(), logps.rejected.cpu())
+
+    def check_is_frozen(self, layout: PairLayout) -> None:
+        """Raise if the initial policy follows the adapter; see :func:`check_reference_is_frozen`.
+
+        Args:
+            layout: of micro-batches.
+        """
+        vocabulary = unwrapped(self._policy.model).config.get_text_config().vocab_size
+        rows = move_data_to_device(
+            layout.rows(*trial_pairs(vocabulary)), next(self._policy.model.parameters()).device
+        )
+
+        def logps(model: nn.Module) -> Tensor:
+            with torch.no_grad(), self._trainer().precision_plugin.forward_context(), without_dropout(model):
+                return torch.cat(self._forward.logps(model, rows))
+
+        check_reference_is_frozen(self._policy, logps)
+
+    def check_start(self, policy: nn.Module, batch: PairBatch, *, iteration_is_first: bool) -> None:
+        """Raise if the policy's log-probs differ from the reference's although the two are the same.
+
+        Args:
+            policy: before the iteration's first step.
+            batch: with the reference's log-probs.
+            iteration_is_first: whether this is the run's first iteration.
+        """
+        if self.is_fixed and not iteration_is_first:
+            return
+        with torch.no_grad(), without_dropout(policy):
+            logps = self._forward.logps(policy, batch.rows)
+        check_same_logps(
+            logps, batch.reference, tokens=batch.rows.targets.numel(), dtype=compute_dtype(self._trainer())
+        )
 
 
 def check_reference_is_frozen(policy: LivePolicy, logps: Callable[[nn.Module], Tensor]) -> None:

@@ -61,7 +61,7 @@ def fit(tiny_policy: Path, write_prompts: WritePrompts, tmp_path: Path) -> Itera
     def run(minutes: float = 10.0, held_out: bool = False, name: str = "run", **changes: Any) -> Path:
         callbacks = (
             '[{"class_path": "sppo_lightning.callbacks.RunCheckpoint", "init_args": {"every_n_minutes": '
-            f'{minutes}}}}}, {{"class_path": "test_run_checkpoint.Watching"}}]'
+            f'{minutes}}}}}, {{"class_path": "{__name__}.Watching"}}]'
         )
         settings = {
             "data__iterations": 1,
@@ -150,7 +150,7 @@ def test_without_checkpoints_a_run_still_stops(fit: Fit, tmp_path: Path) -> None
     with pytest.raises(SystemExit) as left:
         fit(
             trainer__enable_checkpointing="false",
-            trainer__callbacks='[{"class_path": "test_run_checkpoint.Watching"}]',
+            trainer__callbacks=f'[{{"class_path": "{__name__}.Watching"}}]',
         )
     assert left.value.code == 143
     assert not (tmp_path / "run/checkpoints").exists()

@@ -31,11 +31,12 @@ class Run:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, first_process: bool = True) -> None:
         self.logged: list[tuple[int, dict[str, float]]] = []
-        self.data = SimpleNamespace(observers=["other"], iteration_ends=True)
-        monkeypatch.setattr("sppo_lightning.callbacks.times.self_play_data", lambda trainer: self.data)
+        self.data = SimpleNamespace(iteration_ends=True, current_iteration=0)
+        monkeypatch.setattr("sppo_lightning.callbacks.base.self_play_data", lambda trainer: self.data)
         logger = SimpleNamespace(log_metrics=lambda metrics, step: self.logged.append((step, metrics)))
         self.trainer: Any = SimpleNamespace(
             is_global_zero=first_process,
+            state=SimpleNamespace(fn="fit"),
             loggers=[logger],
             global_step=7,
             strategy=SimpleNamespace(root_device=torch.device("cpu")),
@@ -46,7 +47,7 @@ class Run:
     def phase(self, name: Phase, work: Callable[[], object] = lambda: None) -> None:
         """Go through a phase of the data module, of two prompts."""
         for done in range(3):
-            self.callback.on_phase_progress(PhaseProgress(name, 0, done, 2, done))
+            self.callback.on_phase_progress(self.trainer, PhaseProgress(name, 0, done, 2, done))
             if done == 0:
                 work()
 
@@ -169,17 +170,17 @@ def test_a_system_that_does_not_tell_logs_and_says_nothing(
 
 def test_other_processes_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(monkeypatch, first_process=False)
-    assert run.data.observers == ["other"]
+    run.phase("probing")
     run.train(lambda: None)
     run.callback.on_train_epoch_end(run.trainer, NOTHING)
     assert run.logged == []
 
 
-def test_the_data_module_is_followed_while_fit_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_phases_of_other_commands_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(monkeypatch)
-    assert run.data.observers == ["other", run.callback]
-    run.callback.teardown(run.trainer, NOTHING, "fit")
-    assert run.data.observers == ["other"]
+    run.trainer.state.fn = "validate"
+    run.phase("evaluating")
+    assert "memory/evaluating" not in run.end()
 
 
 @linux

@@ -19,6 +19,7 @@ import torch
 from support.runs import cli_arguments
 
 from sppo_lightning.__main__ import main
+from sppo_lightning.callbacks import SelfPlayCallback
 from sppo_lightning.datamodule import self_play_data
 from sppo_lightning.resume.checkpoints import verify_checkpoint
 from sppo_lightning.system.lock import RunLock
@@ -32,16 +33,13 @@ class InterruptedRunError(RuntimeError):
     """Stands for whatever ends a run."""
 
 
-class StopAt(pl.Callback):
+class StopAt(SelfPlayCallback):
     """Ends the run at ``point``: the iteration, the phase or ``training``, and the phase before it."""
 
     point: tuple[int, str, str] | None = None
     phases = ("", "")  # the last two
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self_play_data(trainer).observers.append(self)
-
-    def on_phase_progress(self, progress: PhaseProgress) -> None:
+    def on_phase_progress(self, trainer: pl.Trainer, progress: PhaseProgress) -> None:
         if progress.phase != self.phases[0]:
             self.phases = (progress.phase, self.phases[0])
         if progress.done and (progress.iteration, *self.phases) == StopAt.point:

@@ -179,7 +179,7 @@ def test_probing_the_reference_leaves_the_run_as_it_is(
 ) -> None:
     prompts, settings = write_prompts(), {"model__reference": "initial", "data__iterations": 1, **LORA}
     probed = fit(tiny_policy, prompts, tmp_path / "probed", **settings)
-    monkeypatch.setattr("sppo_lightning.module.check_reference_is_frozen", lambda *_: None)
+    monkeypatch.setattr("sppo_lightning.training.reference.check_reference_is_frozen", lambda *_: None)
     not_probed = fit(tiny_policy, prompts, tmp_path / "not", **settings)
     weights = [load_file(run / "policy/adapter_model.safetensors") for run in (probed, not_probed)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sppo_lightning.iteration.reference_pass import reference_pass
 from sppo_lightning.losses import PairLogps
 from sppo_lightning.pair_forward.layouts import PlainLayout
+from sppo_lightning.pair_forward.logprobs import by_response
 from sppo_lightning.store.pairs import PairTable
 from sppo_lightning.store.reference_parts import MOST, ReferenceParts, cut_into_parts
 from sppo_lightning.system.rendezvous import FileRanks
@@ -33,23 +34,24 @@ class Reference:
     def __init__(self, *, name: str = "first", fails_after: int = 10**9, stays: bool = False) -> None:
         self.name = name
         self.fails_after = fails_after
-        self.reference_stays = stays
-        self.reads_together = False
+        self.is_fixed = stays
+        self.forward_is_collective = False
         self.seen = 0
 
-    def reference_fingerprint(self) -> str:
+    def fingerprint(self) -> str:
         return self.name
 
     @contextmanager
-    def reference_pass(self) -> Iterator[None]:
+    def held(self) -> Iterator[None]:
         yield
 
-    def reference_logps(self, batch: PairBatch) -> PairLogps:
+    def logps_by_token(self, batch: PairBatch) -> PairLogps:
         self.seen += len(batch.weights)
         if self.seen > self.fails_after:
             raise PoweredDownError
-        chosen, rejected = self.sums(batch)
-        return PairLogps(-chosen, -rejected)
+        rows = batch.rows
+        tokens = by_response(-rows.targets.double(), rows.places, rows.responses, rows.longest_response)
+        return PairLogps(*tokens.chunk(2))
 
     @staticmethod
     def sums(batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,6 +78,7 @@ def run(pairs: PairTable, reference: Reference, folder: Path, *, first: str | No
         layout=PlainLayout(0),
         batch_size=3,
         first_fingerprint=first,
+        stores_tokens=False,
         ranks=ALONE,
         report=lambda done, total, tokens: None,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sppo_lightning.pair_forward.logprobs import response_sums, token_logps
+from sppo_lightning.pair_forward.logprobs import by_response, token_logps
 
 QUICK = settings(max_examples=50, deadline=None)
 
@@ -168,26 +168,26 @@ def test_bad_chunk(chunk: int) -> None:
 
 def test_response_sums_golden() -> None:
     """Places 0, 1 and 5 of three responses of up to 3 tokens: -1 - 2 = -3; -4 alone; nothing at all."""
-    found = response_sums(torch.tensor([-1.0, -2, -4]), torch.tensor([0, 1, 5]), 3, 3)
+    found = by_response(torch.tensor([-1.0, -2, -4]), torch.tensor([0, 1, 5]), 3, 3).sum(-1)
     assert found.dtype == torch.float64
     assert found.tolist() == [-3, -4, 0]
 
 
 def test_sums_without_tokens() -> None:
-    assert response_sums(torch.zeros(0), torch.zeros(0, dtype=torch.long), 2, 0).tolist() == [0, 0]
+    assert by_response(torch.zeros(0), torch.zeros(0, dtype=torch.long), 2, 0).sum(-1).tolist() == [0, 0]
 
 
 def test_response_sums_are_float64() -> None:
     """In float32, 2**24 + 1 = 2**24."""
     logps = torch.tensor([-(2.0**24), -1.0, -1.0])
-    assert response_sums(logps, torch.arange(3), 1, 3).tolist() == [-(2.0**24) - 2]
+    assert by_response(logps, torch.arange(3), 1, 3).sum(-1).tolist() == [-(2.0**24) - 2]
     exact = torch.tensor([-1 / 3], dtype=torch.float64)
-    assert torch.equal(response_sums(exact, torch.arange(1), 1, 1), exact)
+    assert torch.equal(by_response(exact, torch.arange(1), 1, 1).sum(-1), exact)
 
 
 def test_each_token_gets_its_own_gradient() -> None:
     logps = torch.zeros(3, requires_grad=True)
-    total = response_sums(logps, torch.tensor([4, 0, 1]), 2, 3)
+    total = by_response(logps, torch.tensor([4, 0, 1]), 2, 3).sum(-1)
     (total * torch.tensor([2.0, -3.0])).sum().backward()
     assert logps.grad is not None
     assert logps.grad.tolist() == [-3, 2, 2]
@@ -204,6 +204,6 @@ def test_padding_changes_no_sum(lengths: list[int], padding: int, seed: int) -> 
     logps = torch.randn(sum(lengths), generator=generator)
     longest = max(lengths) + padding
     places = [row * longest + offset for row, length in enumerate(lengths) for offset in range(length)]
-    found = response_sums(logps, torch.tensor(places, dtype=torch.long), len(lengths), longest)
+    found = by_response(logps, torch.tensor(places, dtype=torch.long), len(lengths), longest).sum(-1)
     expected = torch.stack([part.double().sum() for part in logps.split(lengths)])
     torch.testing.assert_close(found, expected)

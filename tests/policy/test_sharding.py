@@ -327,22 +327,22 @@ def test_spread_adapters_are_swapped_and_put_back(tiny_policy: Path, tmp_path: P
 class SpreadReference:
     """Reads pairs with a spread model; counts how often."""
 
-    reference_stays = False
-    reads_together = True
+    is_fixed = False
+    forward_is_collective = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.batches = model, 0
 
-    def reference_fingerprint(self) -> str:
+    def fingerprint(self) -> str:
         return fingerprint(self.model, "tiny")
 
-    def reference_pass(self) -> Any:
+    def held(self) -> Any:
         return nullcontext()
 
-    def reference_logps(self, batch: Any) -> Any:
+    def logps_by_token(self, batch: Any) -> Any:
         self.batches += 1
         with torch.no_grad():
-            return PlainForward().logps(self.model, batch.rows)
+            return PlainForward().logps_by_token(self.model, batch.rows)
 
 
 def read_reference(mesh: DeviceMesh, folder: Path, pairs_count: int, passes: int) -> None:
@@ -357,6 +357,7 @@ def read_reference(mesh: DeviceMesh, folder: Path, pairs_count: int, passes: int
         layout=PlainLayout(2),
         batch_size=1,
         first_fingerprint=None,
+        stores_tokens=False,
         ranks=Processes(mesh),
         report=lambda *progress: reports.append(progress),
     )

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 
-from sppo_lightning.datamodule import self_play_data
+from sppo_lightning.callbacks import SelfPlayCallback
 from sppo_lightning.types import PhaseProgress
 
 PHASES = {  # what a point's path begins with, and where the run stands there
@@ -111,14 +111,10 @@ class Outcome:
         return [int(change.path.partition("/")[2]) for change in self.done if change.path.startswith("step/")]
 
 
-class Marks(pl.Callback):
+class Marks(SelfPlayCallback):
     """Names points at which nothing changes on disk: each prompt, pair, micro-batch and optimizer step."""
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Follow the phases."""
-        self_play_data(trainer).observers.append(self)
-
-    def on_phase_progress(self, progress: PhaseProgress) -> None:
+    def on_phase_progress(self, trainer: pl.Trainer, progress: PhaseProgress) -> None:
         """Mark progress inside a phase."""
         sys.audit("crashing.reach", f"{progress.phase}/{progress.done}")
 

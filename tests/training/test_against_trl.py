@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -26,6 +26,7 @@ from sppo_lightning.pair_forward import PairForward, PlainForward, SharedForward
 from sppo_lightning.pair_forward.layouts import PairLayout
 from sppo_lightning.policy.config import PolicyConfig
 from sppo_lightning.training.batching import PairDataset, StepSampler, StepSlot, accumulation_steps, collate
+from sppo_lightning.training.reference import FrozenReference
 from sppo_lightning.types import PreferencePair
 
 # the steps are too small on purpose
@@ -151,11 +152,6 @@ def test_gradient_of_one_batch(
 class StoredPairs(pl.LightningDataModule):
     """What PreferenceModule needs of its data module, without self-play."""
 
-    epochs_per_iteration = 1
-    iteration_metrics: ClassVar[dict[str, float]] = {}
-    steps_taken = 0
-    rules = SimpleNamespace(seed=0)
-
     def __init__(self, pairs: list[PreferencePair], layout: PairLayout, sampler: StepSampler) -> None:
         super().__init__()
         self.loader = DataLoader(PairDataset(pairs, layout), sampler=sampler, batch_size=None)
@@ -189,7 +185,7 @@ def make_module(setting: dict[str, Any], policy: LlamaForCausalLM, forward: Pair
 def no_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The policy comes from no folder, and differs from the reference before the first step."""
     monkeypatch.setattr(PreferenceModule, "setup", lambda self, stage: None)
-    monkeypatch.setattr(PreferenceModule, "_check_reference", lambda self, batch: None)
+    monkeypatch.setattr(FrozenReference, "check_start", lambda *given, **named: None)
 
 
 def fit(

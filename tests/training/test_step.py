@@ -21,6 +21,7 @@ from sppo_lightning.__main__ import main
 from sppo_lightning.losses import DPOLoss
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.pair_forward import AutoForward, PairForward, PlainForward, SharedForward
+from sppo_lightning.pair_forward.logprobs import summed
 from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
 from sppo_lightning.policy.loading import load_base_model
 
@@ -39,8 +40,8 @@ def test_reference_and_policy_agree_in_every_bit_at_the_start(
     module.check()
     module.configure_model()
     batch = batch_of(pairs_of(), module.pair_layout(20))
-    with module.reference_pass():
-        reference_logps = module.reference_logps(batch)
+    with module.reference.held():
+        reference_logps = summed(module.reference.logps_by_token(batch))
     assert module.policy is not None
     policy = module.pair_forward.logps(module.policy, batch.rows)
     assert policy.chosen.requires_grad
