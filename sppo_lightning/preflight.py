@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from sppo_lightning.generation import Generator
 from sppo_lightning.iteration.rules import IterationRules
+from sppo_lightning.losses import PreferenceLoss
 from sppo_lightning.memory.check import check_memory
 from sppo_lightning.memory.workload import Workload
 from sppo_lightning.prompts.reading import check_disjoint
@@ -75,6 +76,7 @@ class Preflight:
         self.generator.check()
         if stage == "fit":
             check_comparative(self.reward, self.rules, self.curriculum)
+            check_loss(self.module.loss, self.rules)
             if not self.generator.reproducible:
                 rank_zero_info(
                     f"data.generator {type(self.generator).__name__}: responses depend on more than their seeds. A run "
@@ -198,6 +200,21 @@ def check_comparative(reward: Reward, rules: IterationRules, curriculum: Curricu
         raise UserError(
             f"{name}, so that every prompt has the same mean reward and data.curriculum {type(curriculum).__name__} "
             "has nothing to order by: use RandomOrder"
+        )
+
+
+def check_loss(loss: PreferenceLoss, rules: IterationRules) -> None:
+    """Refuse a rule that reads the reference's log-probs where the loss has none computed.
+
+    Raises:
+        UserError: naming the column.
+    """
+    rule = rules.pair_selection
+    missing = [name for name in rule.requires if name.startswith("reference_")]
+    if missing and not loss.needs_reference:
+        raise UserError(
+            f"data.pair_selection {type(rule).__name__} needs {missing[0]!r}, but model.loss {type(loss).__name__} "
+            "reads no reference, so that none is computed: use another rule or loss"
         )
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.distributions import chi_square
 from support.models import byte_tokenizer, tiny_config
-from support.statistics import chi_square
 from support.tiny import CONFIGS, END, Source, random_tokens, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.distributions import chi_square
 from support.models import byte_tokenizer
 from support.sampling import (
     EARLY,
@@ -26,7 +27,6 @@ from support.sampling import (
     greedy,
     sampled,
 )
-from support.statistics import chi_square
 from support.tiny import CONFIGS, END, Source, random_tokens, tiny_model
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel

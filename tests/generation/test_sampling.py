@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.statistics import chi_square
+from support.distributions import chi_square
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 

@@ -681,7 +681,7 @@ def test_rewards_that_break_their_contract(
 
 def test_some_non_finite_rewards_drop_their_prompts(tiny_policy: Path, tmp_path: Path) -> None:
     prompts = write(tmp_path / "p.jsonl", RECORDS)
-    changes = {"data__reward__function": "test_bad_input.some_nan_reward", "data__iterations": 1}
+    changes = {"data__reward__function": f"{__name__}.some_nan_reward", "data__iterations": 1}
     changes["data__selection"] = "sppo_lightning.selection.All"
     changes["data__selection__fraction"] = None
     main(["fit", *cli_arguments(tiny_policy, prompts, tmp_path / "run", **changes)])

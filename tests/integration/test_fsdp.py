@@ -43,7 +43,7 @@ class KilledAt(pl.Callback):
 @pytest.fixture(scope="module")
 def arguments(tiny_policy: Path, counting_prompts: Path) -> Arguments:
     callbacks = [{"class_path": "sppo_lightning.callbacks.DifficultyReestimation"}]
-    callbacks += [{"class_path": f"{__name__}.KilledAt"}]
+    callbacks += [{"class_path": "test_fsdp.KilledAt"}]
 
     def build(root: Path, **changes: Any) -> list[str]:
         settings = {

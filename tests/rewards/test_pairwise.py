@@ -309,7 +309,7 @@ def test_from_a_config() -> None:
         "init_args": {
             "judge": {
                 "class_path": "sppo_lightning.rewards.pairwise.FunctionJudge",
-                "init_args": {"function": "test_pairwise_reward.longer"},
+                "init_args": {"function": f"{__name__}.longer"},
             },
             "opponents": 2,
         },

@@ -81,7 +81,7 @@ class Crashes:
                 "class_path": "sppo_lightning.callbacks.RunCheckpoint",
                 "init_args": {"every_n_minutes": changes.pop("minutes", EVERY_STEP)},
             },
-            {"class_path": "crashing.Marks"},
+            {"class_path": "support.crashing.Marks"},
         ]
         settings = {
             "data__eval_prompts": self._folder / "eval.jsonl",
