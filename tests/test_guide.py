@@ -1,8 +1,10 @@
-"""The config parts of docs/guide.md, parsed by the real command line."""
+"""The config parts of docs/guide.md, parsed by the real command line, and its classes, run."""
 
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,18 @@ from support.runs import cli_arguments
 from sppo_lightning.__main__ import main
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/guide.md").read_text(), re.DOTALL)
+GUIDE = (ROOT / "docs/guide.md").read_text()
+BLOCKS = re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)
+CLASSES = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def my_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The guide's classes as the module that it names, with one that is written nowhere else."""
+    (tmp_path / "my_rules.py").write_text("\n\n".join(CLASSES))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("my_rules", None)
 
 
 def test_the_guide_has_blocks() -> None:
@@ -36,6 +49,38 @@ def test_a_block_parses(block: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert exit.value.code == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert merged(shown, given) == shown
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_classes_of_ones_own_run(
+    tiny_policy: Path,
+    write_prompts: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    part = tmp_path / "own.yaml"
+    own = [block for block in BLOCKS if "my_rules." in block]
+    assert len(own) >= 2
+    part.write_text(yaml.safe_dump(joined(*map(yaml.safe_load, own))))
+    given = yaml.safe_load(part.read_text())
+    named = {f"{section}.{key}" for section, keys in given.items() for key in keys}
+    changes = {"data.iterations": 2, "data.generator.max_new_tokens": 6, "data.pairs_per_step": 2}
+    arguments = [
+        argument
+        for argument in cli_arguments(tiny_policy, write_prompts(), tmp_path / "run", **changes)
+        if ".".join(argument.lstrip("-").split("=")[0].split(".")[:2]) not in named
+    ]
+    main(["fit", f"--config={part}", *arguments])
+    assert "iteration 1: " in capsys.readouterr().out
+
+
+def joined(*parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Several parts of a config as one."""
+    found: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for section, keys in part.items():
+            found.setdefault(section, {}).update(keys)
+    return found
 
 
 def merged(shown: Any, given: Any) -> Any:

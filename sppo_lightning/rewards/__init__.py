@@ -1,4 +1,8 @@
-"""Reward models and functions."""
+"""Rewards: prompts and response texts in, one number a response out; chosen by ``data.reward``.
+
+A non-finite number, or ``None``, drops that response under a named reason. A reward that compares a prompt's
+responses with each other (``comparative``) gets all of them in one call, and gives no difficulty to select by.
+"""
 
 from sppo_lightning.rewards.classifier import SequenceClassificationReward
 from sppo_lightning.rewards.combined import CombinedReward
