@@ -1,4 +1,4 @@
-"""Keeps the checkpoint that a run goes on from."""
+"""Keeps the checkpoint that a run resumes from."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class RunCheckpoint(SelfPlayCallback, Checkpoint):
 
     Only between two optimizer steps, so that no gradients are lost. Beside Lightning's own state it holds how many
     pairs of the iteration are consumed, how many rows ``metrics.csv`` has, and the states of the random generators,
-    of the first process, for users' classes that draw from them. A signal that asks the run to stop is held back
-    during a step, and obeyed once the step is in a checkpoint.
+    of the first process, for users' classes that draw from them. A signal that asks the run to stop is deferred
+    during a step, and raised once the step is in a checkpoint.
 
     Args:
         every_n_minutes: between two checkpoints while an iteration trains.
@@ -41,7 +41,7 @@ class RunCheckpoint(SelfPlayCallback, Checkpoint):
             raise ValueError(f"RunCheckpoint.every_n_minutes={every_n_minutes} must be greater than 0")
         self.every_n_minutes = every_n_minutes
         self._saved_at = 0.0  # seconds, of the monotonic clock
-        self._saved_step = 0  # optimizer steps behind the last checkpoint
+        self._saved_step = 0  # optimizer steps in the last checkpoint
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Have checkpoints written so that they outlive a loss of power, unless another writer was asked for."""
@@ -53,8 +53,8 @@ class RunCheckpoint(SelfPlayCallback, Checkpoint):
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Hold signals back from here on."""
-        self_play_data(trainer).stop.hold()
+        """Defer signals from here on."""
+        self_play_data(trainer).stop.defer()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: PairBatch, batch_idx: int
@@ -68,15 +68,15 @@ class RunCheckpoint(SelfPlayCallback, Checkpoint):
         """Save what an iteration has trained before it is evaluated."""
         if trainer.state.fn == "fit" and self_play_data(trainer).iteration_is_trained:
             self._save_or_stop(trainer, True)
-            self_play_data(trainer).stop.release()
+            self_play_data(trainer).stop.stop_deferring()
 
     def on_iteration_end(self, trainer: pl.Trainer, data: SelfPlayDataModule, iteration: int) -> None:
         """Save what the iteration ends with; where another one comes, signals wait for its first step."""
-        data.stop.hold()
-        self._saved_step = -1  # its end is new, even where its steps are not
+        data.stop.defer()
+        self._saved_step = -1  # what is known at its end is new, even where no step is
         self._save_or_stop(trainer, True)
         self._prune(trainer, iteration + 1)
-        data.stop.release()
+        data.stop.stop_deferring()
 
     def _save_or_stop(self, trainer: pl.Trainer, due: bool) -> None:
         """Save if that is due here or a stop is asked for anywhere, then stop where it is: one decision for all."""
@@ -88,7 +88,7 @@ class RunCheckpoint(SelfPlayCallback, Checkpoint):
         if trainer.global_step != self._saved_step and not is_dev_run(trainer):
             self._save(trainer)
         if asked:
-            stop.obey()
+            stop.raise_pending()
 
     def _save(self, trainer: pl.Trainer) -> None:
         last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
@@ -121,7 +121,7 @@ class RunCheckpoint(SelfPlayCallback, Checkpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take up what :meth:`on_save_checkpoint` added, and let ``metrics.csv`` go on where the checkpoint stood."""
+        """Take up what :meth:`on_save_checkpoint` added, and let ``metrics.csv`` continue where the checkpoint was."""
         if trainer.state.fn != "fit" or KEY not in checkpoint:  # saved by a run without this callback
             return
         for logger in trainer.loggers:
@@ -129,7 +129,7 @@ class RunCheckpoint(SelfPlayCallback, Checkpoint):
                 logger.go_on_after(checkpoint[KEY]["rows"])
         if trainer.is_global_zero:
             _restore_random_state(checkpoint[KEY]["random"])
-        # of a run that was killed behind its last checkpoint
+        # of a run that was killed after its last checkpoint
         self._prune(trainer, checkpoint[type(self_play_data(trainer)).__qualname__]["finished"])
 
 

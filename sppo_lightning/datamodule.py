@@ -34,7 +34,7 @@ from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.rendezvous import FileRanks
 from sppo_lightning.system.signals import StopSignal
 from sppo_lightning.training.batching import PairBatch, PairDataset, steps_taken
-from sppo_lightning.training.hardware import is_dev_run, keep_to_own_signals, meet
+from sppo_lightning.training.hardware import disable_slurm_requeue, is_dev_run, open_ranks
 from sppo_lightning.training.protocol import PhaseObserver, SelfPlayModule
 from sppo_lightning.types import PhaseProgress, ResumeMode, UserError, first_line
 
@@ -177,8 +177,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
                 f"data.keep_iterations={self.keep_iterations} deletes what a checkpoint has finished, but "
                 "trainer.enable_checkpointing=false writes none: leave out one of them"
             )
-        keep_to_own_signals(self.trainer)
-        self.ranks = meet(self.trainer, self.folder.root)
+        disable_slurm_requeue(self.trainer)
+        self.ranks = open_ranks(self.trainer, self.folder.root)
         if stage == "fit" and is_dev_run(self.trainer):
             read_stage_prompts(self.prompt_sets, stage)
             self.rules = shrink(self.prompt_sets, self.rules)

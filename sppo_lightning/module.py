@@ -35,7 +35,7 @@ from sppo_lightning.training.optimizers import (
     build_optimizer,
     clip_gradients,
     clips_unscaled,
-    forget,
+    reset_state,
 )
 from sppo_lightning.training.reference import FrozenReference
 
@@ -231,7 +231,7 @@ class PreferenceModule(pl.LightningModule):
             for optimizer in self.trainer.optimizers:
                 optimizer.zero_grad()  # Lightning would, but only after the next forward, whose peak they add to
                 if batch.slot.ends_iteration and not self.carry_optimizer:
-                    forget(optimizer)  # before the next iteration samples, rather than when it trains
+                    reset_state(optimizer)  # before the next iteration samples, rather than when it trains
 
     # -------------------------------------------------------------- evaluation
 

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: obeyed at once, or held back until an optimizer step is on disk."""
+"""Signals that ask a run to stop: raised at once, or deferred until an optimizer step is on disk."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any
 
 from sppo_lightning.types import Stopped
 
-SAME_SIGNAL_S = 3.0  # what comes within so many seconds is the same wish
+SAME_SIGNAL_S = 3.0  # what comes within so many seconds is the same request
 
 
 class StopSignal:
     """Listens for SIGTERM, Ctrl-C and, in a SLURM job, SIGUSR1.
 
-    A signal raises :class:`~sppo_lightning.types.Stopped` where the process stands. Between optimizer steps that
-    loses no more than a kill: what is finished is on disk. While :meth:`hold` lasts it is only noted, for whoever
-    holds it to ask for; a second signal, seconds later, does not wait for that.
+    A signal raises :class:`~sppo_lightning.types.Stopped` wherever the process is. Between optimizer steps that
+    loses no more than a kill: what is finished is on disk. After :meth:`defer` it is only noted, and pending until
+    :meth:`raise_pending`; a second signal, seconds later, does not wait for that.
     """
 
     def __init__(self) -> None:
         self._received: signal.Signals | None = None
         self._received_at = 0.0  # seconds, of the monotonic clock
-        self._held = False
+        self._deferred = False
         self._before: dict[signal.Signals, Any] = {}
         self._forward: Callable[[int], None] = _forward_to_nobody
 
@@ -46,29 +46,29 @@ class StopSignal:
             self._before[number] = signal.signal(number, self._take)
 
     def ignore(self) -> None:
-        """Put back who took the signals before, and forget those that came."""
+        """Restore the handlers of before, and drop the signals that came."""
         for number, handler in self._before.items():
             if signal.getsignal(number) == self._take:  # else somebody has done so already
                 signal.signal(number, handler)
         self._before = {}
-        self._received, self._held = None, False
+        self._received, self._deferred = None, False
 
     @property
     def received(self) -> bool:
         """Whether a signal has come."""
         return self._received is not None
 
-    def hold(self) -> None:
+    def defer(self) -> None:
         """Only note signals from now on."""
-        self._held = True
+        self._deferred = True
 
-    def release(self) -> None:
-        """Obey signals at once again, also one that was noted."""
-        self._held = False
+    def stop_deferring(self) -> None:
+        """Raise for signals at once again, also for one that was noted."""
+        self._deferred = False
         if self.received:
-            self.obey()
+            self.raise_pending()
 
-    def obey(self) -> None:
+    def raise_pending(self) -> None:
         """Raise :class:`~sppo_lightning.types.Stopped`, for a signal that came here or to another process."""
         raise Stopped(self._received or signal.SIGTERM)
 
@@ -79,8 +79,8 @@ class StopSignal:
         if not self.received:
             self._received, self._received_at = signal.Signals(number), now
         self._forward(number)
-        if again or not self._held:
-            self.obey()
+        if again or not self._deferred:
+            self.raise_pending()
 
 
 def _forward_to_nobody(number: int) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sppo_lightning.policy.sharding import load_rest
-from sppo_lightning.training.optimizers import forget
+from sppo_lightning.training.optimizers import reset_state
 from sppo_lightning.types import UserError
 
 
@@ -45,7 +45,7 @@ def leave_out_optimizer_state(checkpoint: dict[str, Any], optimizers: Sequence[O
     for state in checkpoint.get("optimizer_states", ()):
         state["state"] = {}  # a paged optimizer's is emptied only
     for optimizer in optimizers:
-        forget(optimizer)  # of sharded weights torch has just made one, to have something to save
+        reset_state(optimizer)  # of sharded weights torch has just made one, to have something to save
 
 
 class DeferredOptimizers:

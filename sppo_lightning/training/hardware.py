@@ -104,7 +104,7 @@ def check_spread_sizes(data: int | str, tensor: int | str, *, processes: int) ->
         )
 
 
-def keep_to_own_signals(trainer: pl.Trainer) -> None:
+def disable_slurm_requeue(trainer: pl.Trainer) -> None:
     """Have Lightning neither save nor requeue by itself on a signal of SLURM's: it would do so inside a step.
 
     Args:
@@ -115,7 +115,7 @@ def keep_to_own_signals(trainer: pl.Trainer) -> None:
         environment.auto_requeue = False
 
 
-def meet(trainer: pl.Trainer, root: Path) -> FileRanks:
+def open_ranks(trainer: pl.Trainer, root: Path) -> FileRanks:
     """Let a Trainer's processes meet in the run's folder; a process that another one started ends with it.
 
     Args:

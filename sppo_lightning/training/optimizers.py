@@ -84,8 +84,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, *, algorith
         nn.utils.clip_grad_norm_(parameters, limit)
 
 
-def forget(optimizer: Optimizer) -> None:
-    """Let an optimizer begin anew, and free its state.
+def reset_state(optimizer: Optimizer) -> None:
+    """Reset an optimizer to its start, and free its state.
 
     What a paged optimizer of bitsandbytes holds is never freed, so that it is emptied and used again.
     """

@@ -36,18 +36,18 @@ def test_a_signal_is_obeyed_at_once(stop: StopSignal, number: signal.Signals) ->
 
 def test_a_signal_that_is_held_back_is_noted_and_obeyed_on_release(stop: StopSignal) -> None:
     stop.listen()
-    stop.hold()
+    stop.defer()
     send(signal.SIGTERM)
     assert stop.received
     with pytest.raises(Stopped) as left:
-        stop.release()
+        stop.stop_deferring()
     assert left.value.signal is signal.SIGTERM
 
 
 def test_a_release_without_a_signal_lets_the_run_go_on(stop: StopSignal) -> None:
     stop.listen()
-    stop.hold()
-    stop.release()
+    stop.defer()
+    stop.stop_deferring()
     with pytest.raises(Stopped):
         send(signal.SIGINT)
 
@@ -55,7 +55,7 @@ def test_a_release_without_a_signal_lets_the_run_go_on(stop: StopSignal) -> None
 def test_a_second_signal_does_not_wait(stop: StopSignal, monkeypatch: pytest.MonkeyPatch) -> None:
     """What follows within seconds comes from a terminal and from the first process, and is the same wish."""
     stop.listen()
-    stop.hold()
+    stop.defer()
     send(signal.SIGTERM)
     send(signal.SIGINT)
     monkeypatch.setattr("sppo_lightning.system.signals.SAME_SIGNAL_S", 0.0)
@@ -74,14 +74,14 @@ def test_who_took_the_signals_before_is_not_displaced_again(stop: StopSignal) ->
 
 def test_another_process_may_have_got_the_signal(stop: StopSignal) -> None:
     with pytest.raises(Stopped) as left:
-        stop.obey()
+        stop.raise_pending()
     assert left.value.signal is signal.SIGTERM
 
 
 def test_signals_are_passed_on(stop: StopSignal) -> None:
     passed: list[int] = []
     stop.listen(passed.append)
-    stop.hold()
+    stop.defer()
     send(signal.SIGTERM)
     assert passed == [signal.SIGTERM]
 
@@ -108,7 +108,7 @@ def test_who_took_the_signals_before_gets_them_back(stop: StopSignal) -> None:
     try:
         stop.listen()
         stop.listen()  # a second time: still puts back who was there before the first
-        stop.hold()
+        stop.defer()
         send(signal.SIGTERM)
         stop.ignore()
         send(signal.SIGTERM)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sppo_lightning.training.optimizers import build_optimizer, clip_gradients, forget
+from sppo_lightning.training.optimizers import build_optimizer, clip_gradients, reset_state
 
 
 def parameters() -> list[nn.Parameter]:
@@ -49,7 +49,7 @@ def test_a_forgotten_optimizer_begins_anew(paged: bool) -> None:
     states = [state["state1"] for state in used.state.values() if state["state1"].dtype == torch.uint8]
     for state in states:
         state.is_paged = paged
-    forget(used)
+    reset_state(used)
     assert len(used.state) == (len(states) if paged else 0)
     for one, other in zip(used.param_groups, fresh.param_groups, strict=True):
         for parameter, same in zip(one["params"], other["params"], strict=True):
