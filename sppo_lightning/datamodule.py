@@ -248,9 +248,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         assert self.trainer is not None
         self._listen()
         epochs, step = self.epochs_per_iteration, self.trainer.global_step
-        epoch = self._state.epoch_to_go_on(
-            folder=self.folder, rules=self.rules, epochs=epochs, global_step=step
-        )
+        epoch = self._state.resume(folder=self.folder, rules=self.rules, epochs=epochs, global_step=step)
         if epoch is not None:
             over = self.iteration_is_trained and epoch // epochs == self._state.current
             stand_before_epoch(self.trainer, epoch, only_its_end=over)

@@ -10,7 +10,7 @@ from sppo_lightning.iteration.builder import IterationBuilder, difficulty_after
 from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.seeding import random_keys
 from sppo_lightning.selection import Curriculum
-from sppo_lightning.store.integrity import check_trained, is_whole
+from sppo_lightning.store.integrity import check_trained, quarantine_damaged
 from sppo_lightning.store.iterations import IterationStore
 from sppo_lightning.store.pairs import PairTable
 from sppo_lightning.store.run_folder import RunFolder
@@ -68,7 +68,7 @@ class IterationState:
                 f"{store.folder} was sampled from another policy than the one that enters iteration {iteration}: "
                 "delete the run folder to start anew, or continue from its checkpoints/last.ckpt"
             )
-        if not is_whole(store, ranks):
+        if not quarantine_damaged(store, ranks):
             builder().build(
                 store,
                 iteration=iteration,
@@ -101,10 +101,12 @@ class IterationState:
             )
         self.pairs = store.read_pairs()
 
-    def epoch_to_go_on(
+    def resume(
         self, *, folder: RunFolder, rules: IterationRules, epochs: int, global_step: int
     ) -> int | None:
-        """Return the run's epoch in which a loaded checkpoint goes on; ``None`` if none was loaded since the last call.
+        """Take up a loaded checkpoint, and return the run's epoch in which it goes on.
+
+        ``None`` if none was loaded since the last call.
 
         Args:
             folder: the run.

@@ -202,7 +202,7 @@ def trained(
         ranks=ALONE,
     )
     again.load_state_dict(state.state_dict(finished=finished, pairs_per_step=2, global_step=before + steps))
-    return again, again.epoch_to_go_on(folder=folder, rules=RULES, epochs=2, global_step=before + steps)
+    return again, again.resume(folder=folder, rules=RULES, epochs=2, global_step=before + steps)
 
 
 @pytest.mark.parametrize(
@@ -227,16 +227,16 @@ def test_a_checkpoint_tells_where_it_goes_on(
     assert (
         state.state_dict(finished=0, pairs_per_step=2, global_step=10 + steps)["pairs_consumed"] == consumed
     )
-    assert state.epoch_to_go_on(folder=folder, rules=RULES, epochs=2, global_step=10 + steps) is None
+    assert state.resume(folder=folder, rules=RULES, epochs=2, global_step=10 + steps) is None
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_on_in(tmp_path: Path) -> None:
     state = IterationState()
-    assert state.epoch_to_go_on(folder=RunFolder(tmp_path), rules=RULES, epochs=2, global_step=0) is None
+    assert state.resume(folder=RunFolder(tmp_path), rules=RULES, epochs=2, global_step=0) is None
     state.load_state_dict(
         state.state_dict(finished=0, pairs_per_step=2, global_step=0)
     )  # before any data was made
-    assert state.epoch_to_go_on(folder=RunFolder(tmp_path), rules=RULES, epochs=2, global_step=0) is None
+    assert state.resume(folder=RunFolder(tmp_path), rules=RULES, epochs=2, global_step=0) is None
 
 
 @pytest.mark.parametrize("steps", range(7))
