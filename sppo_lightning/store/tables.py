@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,21 +22,31 @@ def write_table(path: Path, table: pa.Table) -> None:
         )
 
 
-def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+def read_table(
+    path: Path, schema: pa.Schema, *, added: Mapping[str, float] = MappingProxyType({})
+) -> pa.Table:
     """Return the columns of ``schema``.
+
+    Args:
+        path: of the file.
+        schema: names and types of its columns.
+        added: columns that older files lack, all of them together, and the number that stands for each.
 
     Raises:
         UserError: if the file is damaged.
         OSError: if the disk does not let it be read, which says nothing about the file.
     """
     try:
+        lacking = added if added and added.keys().isdisjoint(pq.read_schema(path).names) else {}
         table = pq.read_table(
             path,
-            columns=schema.names,
+            columns=[name for name in schema.names if name not in lacking],
             partitioning=None,
             page_checksum_verification=True,
             pre_buffer=False,  # it would keep the file in memory beside the table
         )
+        for name, value in lacking.items():
+            table = table.append_column(name, pa.repeat(value, table.num_rows))
         return table.select(schema.names).cast(schema)
     except (pa.ArrowException, OSError, KeyError) as error:
         if disk_error(error, path) is not None:
