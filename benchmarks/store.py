@@ -65,7 +65,7 @@ class Steps:
     def __init__(self, root: Path, count: int) -> None:
         from sppo_lightning.iteration.rules import IterationRules
         from sppo_lightning.pairing import BestWorst
-        from sppo_lightning.selection import AllPairs, AllPrompts, Easiest
+        from sppo_lightning.selection import AllPairs, AllPrompts, Easiest, EasyToHard
         from sppo_lightning.store.run_folder import RunFolder
 
         self.count = count
@@ -82,6 +82,7 @@ class Steps:
             pairing=BestWorst(),
             pair_selection=AllPairs(),
             seed=0,
+            curriculum=EasyToHard(),
         )
 
     def write(self) -> Callable[[], Any]:
@@ -171,7 +172,6 @@ class Steps:
         """Read the pairs and put an epoch's steps in order; 100 micro-batches."""
         from sppo_lightning.iteration.state import IterationState
         from sppo_lightning.pair_forward.layouts import SharedLayout
-        from sppo_lightning.selection import EasyToHard
         from sppo_lightning.training.batching import PairDataset
 
         class Alone:
@@ -179,15 +179,9 @@ class Steps:
 
         def run() -> None:
             state = IterationState()
-            state.pairs = self.store.read_pairs()
+            state.current, state.pairs = 0, self.store.read_pairs()
             steps = state.steps(
-                0,
-                folder=self.folder,
-                rules=self.rules,
-                curriculum=EasyToHard(),
-                ranks=Alone(),
-                epoch=0,
-                epochs=1,
+                folder=self.folder, rules=self.rules, ranks=Alone(), epoch=0, epochs=1, taken=0
             )
             dataset, batches = PairDataset(state.pairs, SharedLayout()), list(steps)
             for batch in random.Random(0).choices(batches, k=100):

@@ -57,7 +57,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         probe_samples: responses that a difficulty is estimated from; ``None``: ``samples_per_prompt``.
         schedule: candidate prompts of each iteration; default ``AllPrompts``.
         curriculum: order of the pairs; default ``RandomOrder``.
-        pairing: chosen and rejected response; default ``BestWorst``.
+        pairing: a prompt's pairs of a chosen and a rejected response; default ``BestWorst``.
         pair_selection: which pairs to keep, given their statistics; default ``AllPairs``.
         eval_prompts: held-out prompts, evaluated before the first and after each iteration.
         test_prompts: held-out prompts of ``test``.
@@ -137,8 +137,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
             pairing=pairing or BestWorst(),
             pair_selection=pair_selection or AllPairs(),
             seed=seed,
+            curriculum=curriculum or RandomOrder(),
         )
-        self.curriculum = curriculum or RandomOrder()
         self.generator = generator
         self.reward = reward
         self._made_with = {
@@ -190,7 +190,6 @@ class SelfPlayDataModule(pl.LightningDataModule):
             epochs_per_iteration=self.epochs_per_iteration,
             generator=self.generator,
             reward=self.reward,
-            curriculum=self.curriculum,
             ranks=self.ranks,
             memory_check=self.memory_check,
         ).check(stage)
@@ -258,9 +257,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         assert self.trainer is not None
         self._listen()
         epochs, step = self.epochs_per_iteration, self.trainer.global_step
-        epoch = self._state.epoch_to_go_on(
-            folder=self.folder, rules=self.rules, epochs=epochs, global_step=step
-        )
+        epoch = self._state.resume(folder=self.folder, rules=self.rules, epochs=epochs, global_step=step)
         if epoch is not None:
             over = self.iteration_is_trained and epoch // epochs == self._state.current
             stand_before_epoch(self.trainer, epoch, only_its_end=over)
@@ -283,7 +280,6 @@ class SelfPlayDataModule(pl.LightningDataModule):
         sampler = self._state.steps(
             folder=self.folder,
             rules=self.rules,
-            curriculum=self.curriculum,
             ranks=self.ranks,
             epoch=epoch_in_iteration,
             epochs=epochs,

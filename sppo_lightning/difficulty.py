@@ -8,24 +8,90 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sppo_lightning.types import FINISH_REASONS, FinishReason, UserError
 
 REWARD_COLUMNS = ("mean_reward", "std_reward", "min_reward", "max_reward", "samples")
 DIFFICULTY_COLUMNS = ("difficulty", "estimated_iteration", *REWARD_COLUMNS)
 """Columns of the table that ``data.selection`` sees."""
 
 
+@dataclass(frozen=True, eq=False)
+class ProbeResponses:
+    """The usable responses of an iteration's probe, prompt after prompt, in the order of ``sample_index``.
+
+    Shapes: R responses to P prompts. A prompt that is not probed in this iteration has none.
+
+    Args:
+        rewards: ``[R]`` float64.
+        lengths: ``[R]`` int32, tokens.
+        finish_codes: ``[R]`` int8, places in :data:`~sppo_lightning.types.FINISH_REASONS`.
+        starts: ``[P + 1]`` int64; the responses to prompt p are those from ``starts[p]`` to ``starts[p + 1]``.
+    """
+
+    rewards: Tensor
+    lengths: Tensor
+    finish_codes: Tensor
+    starts: Tensor
+
+    def of(self, row: int) -> slice:
+        """Return where the responses to the prompt of a table's row lie."""
+        return slice(int(self.starts[row]), int(self.starts[row + 1]))
+
+    @property
+    def rows(self) -> Tensor:
+        """The table's row of each response's prompt, ``[R]`` int64."""
+        counts = self.starts.diff()
+        return torch.arange(len(counts)).repeat_interleave(counts)
+
+    def ended_by(self, reason: FinishReason) -> Tensor:
+        """Return where a response ended for ``reason``, ``[R]`` bool."""
+        return self.finish_codes == FINISH_REASONS.index(reason)
+
+
+def _not_here() -> Any:
+    raise UserError(
+        "only the table of data.selection has responses and history: name what a rule reads in its `requires`, and it "
+        "is refused at the start where that is missing"
+    )
+
+
 @dataclass(frozen=True)
 class StatisticsTable:
-    """Named columns with one row a prompt."""
+    """Named columns with one row a prompt, or a pair; the table of ``data.selection`` has more to ask for.
+
+    Args:
+        prompt_ids: of the rows.
+        columns: ``[P]`` float64 each.
+        read_responses: reads :attr:`responses`.
+        read_history: reads :attr:`history`.
+    """
 
     prompt_ids: tuple[str, ...]
-    columns: Mapping[str, Tensor]  # each [P], float64
+    columns: Mapping[str, Tensor]
+    read_responses: Callable[[], ProbeResponses] = field(default=_not_here, repr=False, compare=False)
+    read_history: Callable[[], tuple[StatisticsTable, ...]] = field(
+        default=_not_here, repr=False, compare=False
+    )
+
+    @property
+    def responses(self) -> ProbeResponses:
+        """The probe's usable responses, read from disk when first asked for."""
+        return self.read_responses()
+
+    @property
+    def history(self) -> tuple[StatisticsTable, ...]:
+        """What each earlier iteration knew of these prompts, read from disk when first asked for.
+
+        Tables with these rows, :data:`DIFFICULTY_COLUMNS` and ``selected`` (1 or 0); NaN where a prompt was not known.
+        """
+        return self.read_history()
 
     def __post_init__(self) -> None:
         assert all(len(column) == len(self.prompt_ids) for column in self.columns.values())
@@ -54,6 +120,20 @@ class StatisticsTable:
         index = torch.tensor([position[prompt_id] for prompt_id in prompt_ids], dtype=torch.long)
         return StatisticsTable(
             tuple(prompt_ids), {name: column[index] for name, column in self.columns.items()}
+        )
+
+    def aligned(self, prompt_ids: tuple[str, ...]) -> StatisticsTable:
+        """Return the rows of ``prompt_ids``, in that order; NaN where this table lacks one."""
+        position = {prompt_id: row for row, prompt_id in enumerate(self.prompt_ids)}
+        index = torch.tensor(
+            [position.get(prompt_id, len(self)) for prompt_id in prompt_ids], dtype=torch.long
+        )
+        return StatisticsTable(
+            prompt_ids,
+            {
+                name: torch.cat([column, column.new_tensor([math.nan])])[index]
+                for name, column in self.columns.items()
+            },
         )
 
     def updated(self, newer: StatisticsTable) -> StatisticsTable:

@@ -1,10 +1,12 @@
-"""From a prompt's scored responses to a chosen and a rejected one. Shapes: N responses of one prompt."""
+"""From a prompt's scored responses to pairs of a chosen and a rejected one. Shapes: N responses of one prompt."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import math
+from abc import ABC
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,7 +14,14 @@ from torch import Tensor
 
 from sppo_lightning.difficulty import StatisticsTable, reward_statistics
 from sppo_lightning.seeding import derive_seed
-from sppo_lightning.types import EncodedPrompt, PreferencePair, ScoredRollout
+from sppo_lightning.types import (
+    WIN_PROBABILITY,
+    EncodedPrompt,
+    FinishReason,
+    PreferencePair,
+    ScoredRollout,
+    UserError,
+)
 
 PAIR_COLUMNS = (
     "difficulty",
@@ -28,8 +37,13 @@ PAIR_COLUMNS = (
     "rejected_length",
     "reference_chosen_logp",
     "reference_rejected_logp",
+    "chosen_win_probability",
+    "rejected_win_probability",
 )
-"""Columns of the table that ``data.pair_selection`` sees; lengths in tokens, log-probs in nats."""
+"""Columns of the table that ``data.pair_selection`` sees; lengths in tokens, log-probs in nats.
+
+Win probabilities are NaN where ``data.reward`` gives none.
+"""
 
 
 class Choice(NamedTuple):
@@ -39,17 +53,62 @@ class Choice(NamedTuple):
     rejected: int
 
 
-class Pairing(ABC):
-    """Chooses the two responses to learn from, by ``class_path`` in the config."""
+@dataclass(frozen=True, eq=False)
+class Responses:
+    """The usable responses to one prompt in the order of ``sample_index``: two or more, not all with the same reward.
 
-    @abstractmethod
-    def choose(self, rewards: Tensor, generator: torch.Generator) -> Choice:
-        """Return the pair.
+    Args:
+        rows: the responses; a text (``.response``) or its tokens (``.token_ids``) is read from its file when asked for.
+        rewards: ``[N]`` float64, finite.
+    """
+
+    rows: Sequence[ScoredRollout]
+    rewards: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each response, ``[N]`` int64."""
+        return torch.tensor([row.length for row in self.rows])
+
+    @property
+    def finish_reasons(self) -> tuple[FinishReason, ...]:
+        """Why each response ended."""
+        return tuple(row.finish_reason for row in self.rows)
+
+    @property
+    def sample_indices(self) -> tuple[int, ...]:
+        """The number of each response among all that were sampled for the prompt."""
+        return tuple(row.sample_index for row in self.rows)
+
+    @property
+    def win_probabilities(self) -> Tensor | None:
+        """Mean win probability of each response, ``[N]`` float64; ``None`` if the reward gives none."""
+        found = torch.tensor([_win_probability(row) for row in self.rows], dtype=torch.float64)
+        return None if bool(found.isnan().all()) else found
+
+
+class Pairing(ABC):
+    """Chooses the responses to learn from, by ``class_path`` in the config.
+
+    A subclass defines one of two methods: ``choose(rewards, generator)``, which returns one :class:`Choice`, or
+    :meth:`pairs`. ``choose`` gets the ``[N]`` finite rewards, not all equal, in the order of ``sample_index``, and the
+    prompt's own randomness. ``most_pairs`` is the most pairs that :meth:`pairs` may return for a prompt.
+    """
+
+    choose: Callable[[Tensor, torch.Generator], Choice]
+    most_pairs: int = 1
+
+    def pairs(self, responses: Responses, generator: torch.Generator) -> Sequence[Choice]:
+        """Return the prompt's pairs; none drops the prompt as ``no_pair``.
 
         Args:
-            rewards: ``[N]`` finite rewards, not all equal, in the order of ``sample_index``.
+            responses: the prompt's usable responses.
             generator: the prompt's own randomness.
         """
+        return [self.choose(responses.rewards, generator)]
 
 
 class BestWorst(Pairing):
@@ -71,10 +130,11 @@ class BestRandom(Pairing):
 
 
 class Outcome(NamedTuple):
-    """A prompt's pair, or why it has none."""
+    """What becomes of a prompt."""
 
-    pair: PreferencePair | None
-    drop_reason: str | None
+    pairs: list[PreferencePair]
+    drop_reason: str | None  # why the prompt has no pair
+    dropped_choices: Counter[str]  # choices of the rule that became no pair, by reason
 
 
 def pair_responses(
@@ -89,8 +149,10 @@ def pair_responses(
     """Pair the first ``samples_per_prompt`` responses to a prompt.
 
     Without two usable responses the prompt is dropped for the reason that most of the others have (most often
-    ``non_finite_reward``); else as ``tied_rewards`` (all equal) or ``identical_responses`` (chosen and rejected are
-    the same tokens or read the same).
+    ``non_finite_reward``); if all rewards are equal, as ``tied_rewards`` or ``identical_responses``; if the rule
+    chooses nothing, as ``no_pair``. A choice is dropped as ``identical_responses`` (chosen and rejected are the same
+    tokens or read the same), ``tied_rewards``, or ``repeated_pair`` (the same tokens as an earlier choice); a prompt
+    without any other choice is dropped for the reason that most of them have.
 
     Args:
         rows: scored responses; those with the lowest ``sample_index`` take part.
@@ -99,23 +161,60 @@ def pair_responses(
         samples_per_prompt: responses that take part.
         iteration: self-play iteration, for the rule's randomness.
         seed: the run's seed.
+
+    Raises:
+        UserError: if the rule chooses a response that is not there, or more pairs than its ``most_pairs``.
     """
     taken = sorted(rows, key=lambda row: row.sample_index)[:samples_per_prompt]
     scored = [row for row in taken if row.usable]
     if len(scored) < 2:
-        return Outcome(None, main_drop_reason(taken))
+        return Outcome([], main_drop_reason(taken), Counter())
     rewards = torch.tensor([row.reward for row in scored], dtype=torch.float64)
     if bool(rewards.max() == rewards.min()):
         identical = len({row.response for row in scored}) == 1
-        return Outcome(None, "identical_responses" if identical else "tied_rewards")
+        return Outcome([], "identical_responses" if identical else "tied_rewards", Counter())
     generator = torch.Generator().manual_seed(derive_seed(seed, iteration, prompt.prompt.id, "pairing"))
-    choice = pairing.choose(rewards, generator)
-    chosen, rejected = scored[choice.chosen], scored[choice.rejected]
-    if chosen.token_ids == rejected.token_ids or chosen.response == rejected.response:
-        return Outcome(None, "identical_responses")
+    choices = pairing.pairs(Responses(scored, rewards), generator)
+    _check_choices(choices, len(scored), pairing, prompt.prompt.id)
+    pairs: dict[tuple[tuple[int, ...], tuple[int, ...]], PreferencePair] = {}
+    dropped: Counter[str] = Counter()
+    for choice in choices:
+        chosen, rejected = scored[choice[0]], scored[choice[1]]
+        tokens = chosen.token_ids, rejected.token_ids
+        if tokens[0] == tokens[1] or chosen.response == rejected.response:
+            dropped["identical_responses"] += 1
+        elif chosen.reward == rejected.reward:
+            dropped["tied_rewards"] += 1
+        elif tokens in pairs:
+            dropped["repeated_pair"] += 1
+        else:
+            pairs[tokens] = _pair(prompt, chosen, rejected)
+    if pairs:
+        return Outcome(list(pairs.values()), None, dropped)
+    return Outcome([], dropped.most_common(1)[0][0] if dropped else "no_pair", dropped)
+
+
+def _check_choices(choices: Sequence[Choice], responses: int, pairing: Pairing, prompt_id: str) -> None:
+    name = f"data.pairing {type(pairing).__name__}"
+    if not isinstance(choices, Sequence) or not all(isinstance(c, tuple) and len(c) == 2 for c in choices):
+        raise UserError(f"{name} returned {choices!r}: it must return a list of Choice(chosen, rejected)")
+    if len(choices) > pairing.most_pairs:
+        raise UserError(
+            f"{name} chose {len(choices)} pairs of prompt {prompt_id!r}, more than its "
+            f"most_pairs={pairing.most_pairs}: set most_pairs to the most that it may choose"
+        )
+    for row in (row for choice in choices for row in choice):
+        if not -responses <= row < responses:
+            raise UserError(
+                f"{name} chose response {row} of the {responses} usable ones to prompt {prompt_id!r}: it must choose "
+                f"from 0 to {responses - 1}"
+            )
+
+
+def _pair(prompt: EncodedPrompt, chosen: ScoredRollout, rejected: ScoredRollout) -> PreferencePair:
     assert chosen.reward is not None
     assert rejected.reward is not None
-    pair = PreferencePair(
+    return PreferencePair(
         prompt_id=prompt.prompt.id,
         prompt_token_ids=prompt.token_ids,
         chosen_token_ids=chosen.token_ids,
@@ -124,8 +223,15 @@ def pair_responses(
         rejected=rejected.response,
         chosen_reward=chosen.reward,
         rejected_reward=rejected.reward,
+        chosen_win_probability=_win_probability(chosen),
+        rejected_win_probability=_win_probability(rejected),
+        chosen_sample_index=chosen.sample_index,
+        rejected_sample_index=rejected.sample_index,
     )
-    return Outcome(pair, None)
+
+
+def _win_probability(row: ScoredRollout) -> float:
+    return row.reward_parts.get(WIN_PROBABILITY, math.nan)
 
 
 def main_drop_reason(rows: Sequence[ScoredRollout]) -> str:
@@ -143,12 +249,13 @@ def pair_statistics(
     """Return the :data:`PAIR_COLUMNS` of each pair.
 
     Args:
-        prompt_ids: of the pairs.
+        prompt_ids: of the pairs, once a pair.
         pairs: rewards, lengths and reference log-probs of chosen and rejected responses, ``[pairs]`` each.
         rewards: usable rewards by prompt id.
         difficulty: difficulty by prompt id.
     """
-    statistics = reward_statistics({prompt_id: rewards[prompt_id] for prompt_id in prompt_ids})
+    by_prompt = reward_statistics({prompt_id: rewards[prompt_id] for prompt_id in prompt_ids})
+    statistics = by_prompt.rows(prompt_ids)
     columns = {
         **statistics.columns,
         **pairs,

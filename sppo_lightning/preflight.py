@@ -20,12 +20,12 @@ from sppo_lightning.prompts.reading import check_disjoint
 from sppo_lightning.prompts.sets import PromptSets
 from sppo_lightning.prompts.table import EncodedPrompts
 from sppo_lightning.rewards import Reward
-from sppo_lightning.selection import Curriculum, EasyToHard, HardToEasy
+from sppo_lightning.selection import EasyToHard, HardToEasy
 from sppo_lightning.training.batching import accumulation_steps
 from sppo_lightning.training.hardware import is_dev_run
 from sppo_lightning.training.optimizers import clips_unscaled
 from sppo_lightning.training.protocol import SelfPlayModule
-from sppo_lightning.types import EncodedPrompt, Ranks, UserError
+from sppo_lightning.types import WIN_PROBABILITY, EncodedPrompt, Ranks, UserError
 
 PROMPTS_OF = {"validate": "eval_prompts", "test": "test_prompts", "predict": "predict_prompts"}
 
@@ -42,7 +42,6 @@ class Preflight:
         epochs_per_iteration: passes over an iteration's pairs.
         generator: answers prompts.
         reward: scores answers.
-        curriculum: order of the pairs.
         ranks: the processes.
         memory_check: what becomes of a run that is estimated not to fit.
     """
@@ -54,7 +53,6 @@ class Preflight:
     epochs_per_iteration: int
     generator: Generator
     reward: Reward
-    curriculum: Curriculum
     ranks: Ranks
     memory_check: Literal["refuse", "warn"]
 
@@ -75,7 +73,8 @@ class Preflight:
             )
         self.generator.check()
         if stage == "fit":
-            check_comparative(self.reward, self.rules, self.curriculum)
+            check_comparative(self.reward, self.rules)
+            check_win_probabilities(self.reward, self.rules)
             check_loss(self.module.loss, self.rules)
             if not self.generator.reproducible:
                 rank_zero_info(
@@ -150,7 +149,7 @@ def shrink(sets: PromptSets, rules: IterationRules) -> IterationRules:
     rules = replace(rules, iterations=1)
     ids = sets.read("prompts").ids
     for count in range(wanted, len(ids), rules.pairs_per_step):
-        if rules.expected_pairs(ids[:count], 0)[1] >= wanted:
+        if rules.expected_pairs(ids[:count], 0, each=1)[1] >= wanted:
             sets.keep_first("prompts", count)
             break
     if sets.named("eval_prompts"):
@@ -159,22 +158,23 @@ def shrink(sets: PromptSets, rules: IterationRules) -> IterationRules:
 
 
 def check_sizes(rules: IterationRules, prompt_ids: Sequence[str]) -> None:
-    """Refuse rules that leave an iteration fewer prompts than one optimizer step needs pairs.
+    """Refuse rules that leave an iteration too few prompts for the pairs that one optimizer step needs.
 
     Raises:
         UserError: naming the iteration and the sizes.
     """
     for iteration in range(rules.iterations):
-        total, size = rules.expected_pairs(prompt_ids, iteration)
+        total, size = rules.expected_pairs(prompt_ids, iteration, each=rules.most_pairs)
         if size < rules.pairs_per_step:
+            kept = f"{size} pairs" if rules.most_pairs > 1 else size
             raise UserError(
-                f"data.selection keeps {size} of {total} candidate prompts in iteration {iteration}, fewer than one "
+                f"data.selection keeps {kept} of {total} candidate prompts in iteration {iteration}, fewer than one "
                 f"optimizer step of data.pairs_per_step={rules.pairs_per_step}: raise the fraction, add prompts or "
                 "lower pairs_per_step"
             )
 
 
-def check_comparative(reward: Reward, rules: IterationRules, curriculum: Curriculum) -> None:
+def check_comparative(reward: Reward, rules: IterationRules) -> None:
     """Refuse what a reward that compares a prompt's responses with each other cannot give.
 
     Its mean over a prompt's responses is the same for every prompt, so that there is no difficulty; and responses
@@ -196,10 +196,24 @@ def check_comparative(reward: Reward, rules: IterationRules, curriculum: Curricu
                 f"{name}, so that every prompt has the same mean reward and data.{slot} {type(rule).__name__} has "
                 "nothing to choose by: use a rule that needs no difficulty"
             )
-    if isinstance(curriculum, EasyToHard | HardToEasy):
+    if isinstance(rules.curriculum, EasyToHard | HardToEasy):
         raise UserError(
-            f"{name}, so that every prompt has the same mean reward and data.curriculum {type(curriculum).__name__} "
-            "has nothing to order by: use RandomOrder"
+            f"{name}, so that every prompt has the same mean reward and data.curriculum "
+            f"{type(rules.curriculum).__name__} has nothing to order by: use RandomOrder"
+        )
+
+
+def check_win_probabilities(reward: Reward, rules: IterationRules) -> None:
+    """Refuse a rule that reads win probabilities where the reward gives none.
+
+    Raises:
+        UserError: naming the rule and the reward.
+    """
+    wanted = [name for name in rules.pair_selection.requires if name.endswith(WIN_PROBABILITY)]
+    if wanted and not reward.gives_win_probabilities:
+        raise UserError(
+            f"data.pair_selection: {type(rules.pair_selection).__name__} needs the column {wanted[0]!r}, but "
+            f"data.reward {type(reward).__name__} gives no win probabilities: use PairwiseReward, or another rule"
         )
 
 

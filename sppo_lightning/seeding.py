@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -27,3 +28,17 @@ def random_keys(ids: Sequence[str], *parts: int | str) -> Tensor:
     whatever order they come in.
     """
     return torch.tensor([derive_seed(*parts, key) / 2.0**63 for key in ids], dtype=torch.float64)
+
+
+def distinct(ids: Sequence[str]) -> list[str]:
+    """Return the ids, those that came before with a number, so that each row has a random key of its own.
+
+    >>> distinct(["a", "b", "a", "a"])
+    ['a', 'b', 'a#1', 'a#2']
+    """
+    seen: Counter[str] = Counter()
+    found = []
+    for key in ids:
+        found.append(f"{key}#{seen[key]}" if key in seen else key)
+        seen[key] += 1
+    return found

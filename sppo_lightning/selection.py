@@ -7,19 +7,20 @@ Three kinds of rule, each chosen in the config by ``class_path``:
 - curriculum: the order of the pairs inside an iteration.
 
 Every rule is deterministic and permutation-equivariant: ties and random choices are settled by a key derived
-from (seed, iteration, prompt id). Shapes: P prompts.
+from (seed, iteration, prompt id), and from a number where a prompt has several pairs. Shapes: P prompts, or pairs.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sppo_lightning.difficulty import StatisticsTable
-from sppo_lightning.seeding import random_keys
+from sppo_lightning.seeding import distinct, random_keys
 
 Fraction = float | list[float]
 """A share of the prompts in (0, 1], or one for each iteration (the last one repeats)."""
@@ -41,11 +42,28 @@ def _count(fraction: float, total: int) -> int:
     return int(fraction * total + 0.5 + 1e-9)
 
 
+class Rule:
+    """What a rule may keep from one iteration to the next: what it knows goes into checkpoints and manifests.
+
+    A run that is resumed, or makes an iteration's data again, gives a rule the state that it had before.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the rule knows, in JSON types: text keys, numbers, texts, lists and dicts."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` returned, in this process or in an earlier one."""
+
+
 # ---------------------------------------------------------------- schedules
 
 
-class Schedule(ABC):
-    """Chooses an iteration's candidate prompts."""
+class Schedule(Rule, ABC):
+    """Chooses an iteration's candidate prompts.
+
+    Before a run it is asked about all iterations, to see whether they have prompts enough.
+    """
 
     @abstractmethod
     def candidates(
@@ -102,17 +120,26 @@ class RandomSubset(Schedule):
 # --------------------------------------------------------------- selections
 
 
-class Selection(ABC):
+class Selection(Rule, ABC):
     """Chooses prompts, or pairs, from a table of statistics.
 
-    ``requires`` names the columns that the rule reads; a slot that lacks one refuses the rule at start.
+    ``requires`` names the columns that the rule reads, and ``responses`` or ``history`` if it asks for them; a slot
+    that lacks one refuses the rule at start.
     """
 
     requires: tuple[str, ...] = ()
 
     @abstractmethod
     def select(self, table: StatisticsTable, *, iteration: int, seed: int) -> Tensor:
-        """Return a bool mask ``[P]``, true where a row is kept."""
+        """Return a bool mask ``[P]``, true where a row is kept.
+
+        Args:
+            table: ``data.selection`` gets :data:`~sppo_lightning.difficulty.DIFFICULTY_COLUMNS`, and
+                ``table.responses`` and ``table.history`` when it asks for them; ``data.pair_selection`` gets
+                :data:`~sppo_lightning.pairing.PAIR_COLUMNS`, a row a pair.
+            iteration: self-play iteration, from 0.
+            seed: the run's seed.
+        """
 
     def size(self, total: int, *, iteration: int) -> int | None:
         """Return how many of ``total`` rows the rule keeps, or ``None`` if it depends on the values."""
@@ -145,7 +172,7 @@ class All(Selection):
 
 def _hardest_first(table: StatisticsTable, iteration: int, seed: int) -> Tensor:
     """Return row numbers by ascending mean reward, ties by random key."""
-    keys = random_keys(table.prompt_ids, seed, iteration, "tie")
+    keys = random_keys(distinct(table.prompt_ids), seed, iteration, "tie")
     by_key = keys.argsort(stable=True)
     return by_key[table["difficulty"][by_key].argsort(stable=True)]
 
@@ -263,7 +290,7 @@ class RandomFraction(Selection):
     def select(self, table: StatisticsTable, *, iteration: int, seed: int) -> Tensor:
         """Return the rows with the lowest random keys."""
         keep = self.size(len(table), iteration=iteration)
-        order = random_keys(table.prompt_ids, seed, iteration, "random").argsort(stable=True)
+        order = random_keys(distinct(table.prompt_ids), seed, iteration, "random").argsort(stable=True)
         return _rank_mask(order, 0, keep)
 
     def size(self, total: int, *, iteration: int) -> int:
@@ -274,8 +301,8 @@ class RandomFraction(Selection):
 # ---------------------------------------------------------------- curricula
 
 
-class Curriculum(ABC):
-    """Orders the pairs inside an iteration."""
+class Curriculum(Rule, ABC):
+    """Orders the pairs inside an iteration; it is asked for all epochs in turn, before the first one."""
 
     @abstractmethod
     def order(self, difficulty: Tensor, keys: Tensor) -> Tensor:
@@ -283,7 +310,7 @@ class Curriculum(ABC):
 
         Args:
             difficulty: ``[P]`` mean reward of each pair's prompt; low = difficult.
-            keys: ``[P]`` random keys of (seed, epoch, prompt id), for shuffling and for ties.
+            keys: ``[P]`` random keys of (seed, epoch, prompt id, number of the prompt's pair), for shuffling and ties.
         """
 
 

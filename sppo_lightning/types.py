@@ -6,13 +6,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from signal import Signals
-from typing import Any, Literal, NamedTuple, Protocol, TypedDict, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict, TypeVar, get_args
 
 T = TypeVar("T")
 
 FinishReason = Literal["stop", "length", "failed"]
 """``stop``: the model sampled an end-of-sequence token or a stop string; ``length``: cut by ``max_new_tokens`` or
 ``max_total_tokens``; ``failed``: no usable answer came back."""
+
+FINISH_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
+
+WIN_PROBABILITY = "win_probability"
+"""The part of a reward that pairs take up: the mean probability that a response beats another, in [0, 1]."""
 
 Phase = Literal["evaluating", "probing", "generating", "predicting", "scoring", "reference"]
 """What a run is doing between two training phases."""
@@ -131,7 +136,10 @@ class ScoredRollout(Protocol):
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A chosen and a rejected response to one prompt; a response's log-prob is the sum over its tokens, in nats."""
+    """A chosen and a rejected response to one prompt; reference log-probs are sums in nats.
+
+    A mean win probability lies in [0, 1], and is NaN where the reward gives none.
+    """
 
     prompt_id: str
     prompt_token_ids: tuple[int, ...]
@@ -143,8 +151,10 @@ class PreferencePair:
     rejected_reward: float
     reference_chosen_logp: float = float("nan")
     reference_rejected_logp: float = float("nan")
-    chosen_win_probability: float = float("nan")  # against the prompt's other responses; NaN: not known
+    chosen_win_probability: float = float("nan")
     rejected_win_probability: float = float("nan")
+    chosen_sample_index: int = -1  # -1: not known, of a pair that an older version stored
+    rejected_sample_index: int = -1
     reference_chosen_token_logps: tuple[float, ...] = ()  # one a token, nats; only for a loss that reads them
     reference_rejected_token_logps: tuple[float, ...] = ()
 

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from sppo_lightning.difficulty import (
     DIFFICULTY_COLUMNS,
     REWARD_COLUMNS,
+    ProbeResponses,
     StatisticsTable,
     empty_difficulty_table,
     estimate_difficulty,
     reward_statistics,
 )
+from sppo_lightning.types import UserError
 
 QUICK = settings(max_examples=50, deadline=None)
 REWARDS = st.dictionaries(
@@ -142,3 +144,33 @@ def test_updated_is_a_dictionary_update(old: dict[str, float], new: dict[str, fl
 def test_columns_of_another_length_are_refused() -> None:
     with pytest.raises(AssertionError):
         StatisticsTable(("a", "b"), {"difficulty": torch.zeros(1)})
+
+
+def test_aligned_rows_are_nan_where_nothing_is_known() -> None:
+    found = table(a=1, b=2).aligned(("b", "x", "a", "b"))
+    assert found.prompt_ids == ("b", "x", "a", "b")
+    assert found["difficulty"].tolist() == pytest.approx([2, math.nan, 1, 2], nan_ok=True)
+    assert found["samples"].dtype == torch.float64
+    assert empty_difficulty_table().aligned(("a",))["samples"].isnan().tolist() == [True]
+
+
+def test_responses_by_prompt() -> None:
+    """Two responses to the first prompt, none to the second, one to the third."""
+    responses = ProbeResponses(
+        rewards=torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64),
+        lengths=torch.tensor([4, 5, 6], dtype=torch.int32),
+        finish_codes=torch.tensor([0, 1, 0], dtype=torch.int8),
+        starts=torch.tensor([0, 2, 2, 3]),
+    )
+    assert [responses.rewards[responses.of(row)].tolist() for row in range(3)] == [[1, 2], [], [3]]
+    assert responses.rows.tolist() == [0, 0, 2]
+    assert responses.ended_by("stop").tolist() == [True, False, True]
+    assert responses.ended_by("length").tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("name", ["responses", "history"])
+def test_only_one_table_has_responses_and_history(name: str) -> None:
+    with pytest.raises(
+        UserError, match=r"^only the table of data\.selection has responses and history: name what"
+    ):
+        getattr(table(a=1), name)

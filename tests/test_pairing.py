@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -20,11 +21,12 @@ from sppo_lightning.pairing import (
     BestWorst,
     Choice,
     Pairing,
+    Responses,
     pair_responses,
     pair_statistics,
 )
 from sppo_lightning.store.pairs import PairTable
-from sppo_lightning.types import EncodedPrompt, PreferencePair, Prompt, Rollout
+from sppo_lightning.types import EncodedPrompt, PreferencePair, Prompt, Rollout, UserError
 
 QUICK = settings(max_examples=50, deadline=None)
 NAN, INF = float("nan"), float("inf")
@@ -37,6 +39,7 @@ REWARDS = st.lists(
 class PairingResult(NamedTuple):
     pairs: list[PreferencePair]
     dropped: Counter[str]
+    dropped_choices: Counter[str]
 
 
 def rollouts(rewards: Sequence[float | None], prompt_id: str = "p", texts: str = "abcdefgh") -> list[Rollout]:
@@ -67,10 +70,11 @@ def paired(
         )
         for key, rows in groups.items()
     ]
-    assert all((pair is None) != (reason is None) for pair, reason in outcomes)
+    assert all((not outcome.pairs) != (outcome.drop_reason is None) for outcome in outcomes)
     return PairingResult(
-        [pair for pair, _ in outcomes if pair is not None],
-        Counter(reason for _, reason in outcomes if reason is not None),
+        [pair for outcome in outcomes for pair in outcome.pairs],
+        Counter(outcome.drop_reason for outcome in outcomes if outcome.drop_reason is not None),
+        sum((outcome.dropped_choices for outcome in outcomes), Counter()),
     )
 
 
@@ -86,13 +90,12 @@ def test_best_worst_golden() -> None:
         rejected="c",
         chosen_reward=2,
         rejected_reward=-1,
-        reference_chosen_logp=0,
-        reference_rejected_logp=0,
+        chosen_sample_index=1,
+        rejected_sample_index=2,
     )
     (pair,) = result.pairs
-    assert math.isnan(pair.reference_chosen_logp)  # until the reference pass
-    assert math.isnan(pair.reference_rejected_logp)
-    assert replace(pair, reference_chosen_logp=0, reference_rejected_logp=0) == expected
+    # NaN: the reference's log-probs until the reference pass; win probabilities, which this reward does not give
+    assert repr(pair) == repr(expected)
     assert not result.dropped
 
 
@@ -216,10 +219,160 @@ def test_a_rule_of_ones_own_sees_finite_rewards_by_sample_index() -> None:
     assert (pair.chosen_reward, pair.rejected_reward) == (2, 3)
 
 
+# ------------------------------------------------------------ several pairs of a prompt
+
+
+class Chosen(Pairing):
+    """Returns what it is told, and keeps what it was given."""
+
+    most_pairs = 4
+
+    def __init__(self, *choices: Any) -> None:
+        self.choices = [Choice(*choice) if isinstance(choice, tuple) else choice for choice in choices]
+
+    def pairs(self, responses: Responses, generator: torch.Generator) -> list[Choice]:
+        self.given = responses
+        return self.choices
+
+
+class Unread:
+    """A response in its file: whoever asks for its text or its tokens is counted."""
+
+    def __init__(self, row: Rollout) -> None:
+        self.row, self.read = row, 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("response", "token_ids"):
+            self.read += 1
+        return getattr(self.row, name)
+
+
+def test_a_rule_of_several_pairs_sees_the_usable_responses_in_columns() -> None:
+    rows = rollouts([1, NAN, 3, 2])
+    rows[2] = replace(rows[2], finish_reason="length", token_ids=(9, 9, 9))
+    rows[3] = replace(rows[3], reward_parts={"win_probability": 0.25})
+    stored = [Unread(row) for row in rows[::-1]]
+    rule = Chosen()
+    result = paired({"p": cast(list[Rollout], stored)}, rule)
+    assert [one.read for one in stored] == [0, 0, 0, 0]
+    assert len(rule.given) == 3
+    assert rule.given.sample_indices == (0, 2, 3)
+    assert rule.given.rewards.tolist() == [1, 3, 2]
+    assert rule.given.rewards.dtype == torch.float64
+    assert rule.given.lengths.tolist() == [2, 3, 2]
+    assert rule.given.finish_reasons == ("stop", "length", "stop")
+    assert rule.given.win_probabilities is not None
+    assert rule.given.win_probabilities.tolist() == pytest.approx([NAN, NAN, 0.25], nan_ok=True)
+    assert rule.given.rows[1].response == "c"
+    assert result == PairingResult([], Counter({"no_pair": 1}), Counter())
+
+
+def test_without_win_probabilities_there_are_none() -> None:
+    rule = Chosen((1, 0))
+    (pair,) = paired({"p": rollouts([1, 2])}, rule).pairs
+    assert rule.given.win_probabilities is None
+    assert math.isnan(pair.chosen_win_probability)
+
+
+def test_pairs_carry_win_probabilities_and_sample_indices() -> None:
+    """The second response is not usable, so that the rule's row 1 is sample 2."""
+    rows = [
+        replace(row, reward_parts={"win_probability": share})
+        for row, share in zip(rollouts([1, NAN, 2]), (0.125, NAN, 0.75), strict=True)
+    ]
+    (pair,) = paired({"p": rows}).pairs
+    assert (pair.chosen_win_probability, pair.rejected_win_probability) == (0.75, 0.125)
+    assert (pair.chosen_sample_index, pair.rejected_sample_index) == (2, 0)
+
+
+def test_several_pairs_of_a_prompt_come_in_the_order_of_the_rule() -> None:
+    result = paired(
+        {"p": rollouts([1, 2, 3]), "q": rollouts([0, 1, 5], "q")}, Chosen((2, 0), (2, 1), (-2, 0))
+    )
+    assert [(pair.prompt_id, pair.chosen, pair.rejected) for pair in result.pairs] == [
+        (name, *pair) for name in "pq" for pair in (("c", "a"), ("c", "b"), ("b", "a"))
+    ]
+    assert not result.dropped
+    assert not result.dropped_choices
+
+
+@pytest.mark.parametrize(
+    ("choices", "kept", "dropped", "reason"),
+    [
+        ([(0, 1), (0, 0)], ["ab"], {"identical_responses": 1}, None),
+        ([(0, 3), (0, 1)], ["ab"], {"identical_responses": 1}, None),  # both read "a"
+        ([(0, 2), (0, 1)], ["ab"], {"tied_rewards": 1}, None),
+        (
+            [(0, 1), (0, 1), (1, 0)],
+            ["ab", "ba"],
+            {"repeated_pair": 1},
+            None,
+        ),  # which is better is the rule's to say
+        ([(0, 1), (3, 1)], ["ab"], {"repeated_pair": 1}, None),  # the same two texts
+        ([(0, 0), (2, 0), (0, 2)], [], {"identical_responses": 1, "tied_rewards": 2}, "tied_rewards"),
+        ([], [], {}, "no_pair"),
+    ],
+)
+def test_choices_that_are_no_pair_are_dropped_apart(
+    choices: list[tuple[int, int]], kept: list[str], dropped: dict[str, int], reason: str | None
+) -> None:
+    """Rewards 2, 1, 2, 3 of texts a, b, c, a."""
+    result = paired({"p": rollouts([2, 1, 2, 3], texts="abca")}, Chosen(*choices))
+    assert [pair.chosen + pair.rejected for pair in result.pairs] == kept
+    assert result.dropped_choices == Counter(dropped)
+    assert result.dropped == Counter([reason] if reason else [])
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        (
+            [(0, 2)],
+            "data.pairing Chosen chose response 2 of the 2 usable ones to prompt 'p': it must choose from 0 to 1",
+        ),
+        ([(-3, 0)], "data.pairing Chosen chose response -3 of the 2 usable ones to prompt 'p'"),
+        (
+            [(0, 1)] * 5,
+            "data.pairing Chosen chose 5 pairs of prompt 'p', more than its most_pairs=4: set most_pairs",
+        ),
+        ([0, 1], "data.pairing Chosen returned [0, 1]: it must return a list of Choice(chosen, rejected)"),
+    ],
+)
+def test_choices_that_cannot_be_are_refused(choices: list[Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        paired({"p": rollouts([0, 1])}, Chosen(*choices))
+
+
+def test_a_rule_that_forgets_to_return_is_refused() -> None:
+    class Nothing(Pairing):
+        def choose(self, rewards: Tensor, generator: torch.Generator) -> Any:
+            return None
+
+    with pytest.raises(
+        UserError, match=r"^data\.pairing Nothing returned \[None\]: it must return a list of"
+    ):
+        paired({"p": rollouts([0, 1])}, Nothing())
+
+
+def test_pair_statistics_has_a_row_a_pair() -> None:
+    pairs = [
+        PreferencePair(name, (1,), (2,), (3,), "c", "r", chosen, 0)
+        for name, chosen in (("p", 2), ("p", 1), ("q", 3), ("p", 4))
+    ]
+    table = PairTable.collect(pairs)
+    found = pair_statistics(
+        table.prompt_ids, table.statistics(), {"p": [0, 4], "q": [0, 3]}, {"p": 0.5, "q": 0.25}
+    )
+    assert found.prompt_ids == ("p", "p", "q", "p")
+    assert found["gap"].tolist() == [2, 1, 3, 4]
+    assert found["mean_reward"].tolist() == [2, 2, 1.5, 2]
+    assert found["difficulty"].tolist() == [0.5, 0.5, 0.25, 0.5]
+
+
 def test_pair_statistics_golden() -> None:
     """q: rewards 1, 2, 6: mean 3, variance (4 + 1 + 9) / 3 = 14/3; the pair is 6 against 1, gap 5."""
     pairs = [
-        PreferencePair("q", (1,), (1, 2, 3), (4,), "c", "r", 6, 1, -2.5, -7.5),
+        PreferencePair("q", (1,), (1, 2, 3), (4,), "c", "r", 6, 1, -2.5, -7.5, 0.75, 0.5),
         PreferencePair("p", (1, 2), (5,), (6, 7), "c", "r", 0.5, 0.25, -1, -2),
     ]
     table = PairTable.collect(pairs)
@@ -244,11 +397,13 @@ def test_pair_statistics_golden() -> None:
         "rejected_length": [1, 2],
         "reference_chosen_logp": [-2.5, -1],
         "reference_rejected_logp": [-7.5, -2],
+        "chosen_win_probability": [0.75, math.nan],
+        "rejected_win_probability": [0.5, math.nan],
     }
     assert set(found.columns) == set(PAIR_COLUMNS) == set(expected)
     for name, values in expected.items():
         assert found[name].dtype == torch.float64
-        assert found[name].tolist() == pytest.approx(values), name
+        assert found[name].tolist() == pytest.approx(values, nan_ok=True), name
 
 
 def test_pair_statistics_of_nothing() -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sppo_lightning.seeding import derive_seed, random_keys
+from sppo_lightning.seeding import derive_seed, distinct, random_keys
 
 PARTS = st.lists(st.integers(-(2**70), 2**70) | st.text(max_size=6), min_size=1, max_size=4)
 QUICK = settings(max_examples=50, deadline=None)
@@ -80,3 +80,13 @@ def test_keys_are_uniform_and_new_for_other_parts() -> None:
         moved = random_keys(ids, *other)
         assert not bool((moved == keys).any())
         assert abs(float(torch.corrcoef(torch.stack([keys, moved]))[0, 1])) < 0.08
+
+
+@QUICK
+@given(ids=st.lists(st.sampled_from("abc"), max_size=9))
+def test_ids_that_come_again_get_a_number(ids: list[str]) -> None:
+    found = distinct(ids)
+    assert len(set(found)) == len(ids)
+    for name in "abc":
+        own = [new for new, old in zip(found, ids, strict=True) if old == name]
+        assert own == [name, *(f"{name}#{number}" for number in range(1, 9))][: len(own)]

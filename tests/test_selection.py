@@ -351,3 +351,22 @@ def test_curricula_are_sorted_permutations_whatever_the_order_of_rows(
         order = in_order(curriculum, [row[0] for row in arranged], [row[1] for row in arranged])
         assert sorted(order) == list(range(len(rows)))
         assert [arranged[row] for row in order] == expected
+
+
+# ------------------------------------------------------- several pairs of a prompt
+
+
+@pytest.mark.parametrize("rule", [RandomFraction(0.5), Easiest(0.5)])
+def test_pairs_of_one_prompt_are_chosen_each_for_itself(rule: Selection) -> None:
+    """Of 40 pairs with one difficulty, 10 a prompt, some of each prompt go: 2 to 8 within four standard deviations."""
+    ids = [f"p{number % 4}" for number in range(40)]
+    mask = rule.select(table_of([1.0] * 40, ids), iteration=0, seed=1)
+    kept = Counter(prompt_id for prompt_id, keep in zip(ids, mask.tolist(), strict=True) if keep)
+    assert kept.total() == 20
+    assert all(1 < kept[f"p{number}"] < 9 for number in range(4))
+
+
+def test_what_a_rule_keeps_is_nothing_unless_it_says_so() -> None:
+    for rule in (All(), AllPrompts(), RandomOrder()):
+        assert rule.state_dict() == {}
+        rule.load_state_dict({})

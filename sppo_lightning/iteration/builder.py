@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -69,6 +69,7 @@ class IterationBuilder:
         reestimation: Reestimation | None,
         policy_fingerprint: str,
         first_reference: str | None = None,
+        earlier: Sequence[IterationStore] = (),
     ) -> None:
         """Make the iteration's data, or finish it.
 
@@ -79,6 +80,7 @@ class IterationBuilder:
             reestimation: which of them to estimate again; ``None``: only the unknown ones.
             policy_fingerprint: of the weights that answer.
             first_reference: digest of iteration 0's reference; ``None``: this is iteration 0.
+            earlier: the iterations before, for rules that ask for what was known then.
 
         Raises:
             UserError: if fewer pairs come out than one optimizer step needs, or if a reference that has to stay is
@@ -102,7 +104,13 @@ class IterationBuilder:
         samples = reestimation.samples if reestimation else rules.probe_samples
         self._collect(store, "probe", dict.fromkeys(due, range(samples)), iteration, "probing")
         ranked, selected = self._select(
-            store, candidates, previous, iteration=iteration, smoothing=manifest["smoothing"], dropped=dropped
+            store,
+            candidates,
+            previous,
+            earlier,
+            iteration=iteration,
+            smoothing=manifest["smoothing"],
+            dropped=dropped,
         )
         missing = self._missing(selected, set(due), samples)
         self._collect(store, "topup", missing, iteration, "generating")
@@ -122,24 +130,32 @@ class IterationBuilder:
                 ranks=self.collector.ranks,
                 report=partial(self.collector.notify, "reference", iteration),
             )
-        paired = ranked.rows(pairs.prompt_ids)
-        difficulty = dict(zip(paired.prompt_ids, paired["difficulty"].tolist(), strict=True))
+        difficulty = dict(zip(ranked.prompt_ids, ranked["difficulty"].tolist(), strict=True))
         statistics = pair_statistics(pairs.prompt_ids, pairs.statistics(), made.rewards, difficulty)
         keep = rules.pair_selection.select(statistics, iteration=iteration, seed=rules.seed).tolist()
-        dropped["pair_not_selected"] = keep.count(False)
         pairs = pairs.kept(keep)
+        paired = len(set(pairs.prompt_ids))
+        dropped["pair_not_selected"] = len(made.rewards) - paired
+        dropped_choices = made.dropped_choices + Counter(pair_not_selected=keep.count(False))
 
         counts = {"prompts": len(self.prompts) + len(self.too_long), "pairs": len(pairs)}
-        counts |= {"probed": len(due), "selected": len(selected)}
+        counts |= {"probed": len(due), "selected": len(selected), "paired_prompts": paired}
         dropped += Counter()  # forget the reasons that dropped nothing
-        assert counts["prompts"] == counts["pairs"] + dropped.total()
+        assert counts["prompts"] == paired + dropped.total()
         if len(pairs) < rules.pairs_per_step:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common()) or "nothing"
+            chosen = len(pairs) + dropped_choices.total()
+            several = f"; of {chosen} pairs that were chosen were dropped: {_reasons(dropped_choices)}"
             raise UserError(
                 f"iteration {iteration} has {len(pairs)} pairs, fewer than one optimizer step of "
                 f"data.pairs_per_step={rules.pairs_per_step}; of {counts['prompts']} prompts were dropped: "
-                f"{reasons}"
+                f"{_reasons(dropped)}{several if rules.most_pairs > 1 else ''}"
             )
+        metrics = {**made.tally.metrics(), **_iteration_metrics(ranked, pairs)}
+        if rules.most_pairs > 1:
+            metrics["iteration/pairs/prompts"] = float(paired)
+            metrics |= {
+                f"iteration/pairs_dropped/{reason}": float(n) for reason, n in dropped_choices.items()
+            }
         if first:
             store.write_pairs(pairs)
             store.write_manifest(
@@ -149,8 +165,10 @@ class IterationBuilder:
                     "reference_fingerprint": reference,
                     "counts": counts,
                     "dropped": dict(dropped),
+                    "pairs_dropped": dict(dropped_choices),
                     "responses": made.tally.counts(),
-                    "metrics": {**made.tally.metrics(), **_iteration_metrics(ranked, pairs)},
+                    "metrics": metrics,
+                    "rule_states": rules.state_dict(),
                 }
             )
             LOGGER.info("Iteration %d: policy %s, reference %s", iteration, policy_fingerprint, reference)
@@ -201,6 +219,7 @@ class IterationBuilder:
         store: IterationStore,
         candidates: Sequence[str],
         previous: StatisticsTable,
+        earlier: Sequence[IterationStore],
         *,
         iteration: int,
         smoothing: float,
@@ -216,7 +235,13 @@ class IterationBuilder:
         known = set(table.prompt_ids)
         dropped.update(self._drop_reasons(store, [key for key in candidates if key not in known]))
         ranked = table.rows([prompt_id for prompt_id in candidates if prompt_id in known])
-        keep = self.rules.selection.select(ranked, iteration=iteration, seed=self.rules.seed).tolist()
+        ids = ranked.prompt_ids
+        offered = replace(
+            ranked,
+            read_responses=cache(lambda: store.shards.measured("probe", ids)),
+            read_history=cache(lambda: tuple(one.known(ids) for one in earlier)),
+        )
+        keep = self.rules.selection.select(offered, iteration=iteration, seed=self.rules.seed).tolist()
         selected = [prompt_id for prompt_id, kept in zip(ranked.prompt_ids, keep, strict=True) if kept]
         dropped["not_selected"] = len(ranked) - len(selected)
         if self.collector.ranks.rank == 0:
@@ -243,6 +268,10 @@ def difficulty_after(
     return previous.updated(
         estimate_difficulty(reward_statistics(rewards), previous, iteration=iteration, smoothing=smoothing)
     )
+
+
+def _reasons(dropped: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.most_common()) or "nothing"
 
 
 def _iteration_metrics(ranked: StatisticsTable, pairs: PairTable) -> dict[str, float]:

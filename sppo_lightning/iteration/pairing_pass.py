@@ -24,8 +24,9 @@ class PairingPass:
         prompts: encoded prompts by id.
         iteration: self-play iteration.
         tally: counts of all responses.
-        rewards: usable rewards of the prompts that became a pair, by prompt id.
-        dropped: why the other selected prompts became none.
+        rewards: usable rewards of the prompts that have a pair, by prompt id.
+        dropped: why the other selected prompts have none.
+        dropped_choices: why choices of the pairing rule became no pair.
     """
 
     rules: IterationRules
@@ -34,6 +35,7 @@ class PairingPass:
     tally: ResponseTally = field(default_factory=ResponseTally)
     rewards: dict[str, array[float]] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
+    dropped_choices: Counter[str] = field(default_factory=Counter)
 
     def pairs(self, shards: ShardStore, candidates: Iterable[str], selected: Collection[str]) -> PairTable:
         """Count all responses, and return the pairs of the selected prompts, in the order of the candidates.
@@ -53,7 +55,7 @@ class PairingPass:
             self.tally.add(rows)
             if prompt_id not in selected:
                 continue
-            pair, reason = pair_responses(
+            outcome = pair_responses(
                 rows,
                 self.prompts[prompt_id],
                 self.rules.pairing,
@@ -61,9 +63,10 @@ class PairingPass:
                 iteration=self.iteration,
                 seed=self.rules.seed,
             )
-            if pair is None:
-                self.dropped[str(reason)] += 1
-            else:
-                usable = (row.reward for row in rows if row.usable and row.reward is not None)
-                self.rewards[prompt_id] = array("d", usable)
-                yield pair
+            self.dropped_choices.update(outcome.dropped_choices)
+            if outcome.drop_reason is not None:
+                self.dropped[outcome.drop_reason] += 1
+                continue
+            usable = (row.reward for row in rows if row.usable and row.reward is not None)
+            self.rewards[prompt_id] = array("d", usable)
+            yield from outcome.pairs

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from sppo_lightning.difficulty import Reestimation, StatisticsTable, empty_difficulty_table
 from sppo_lightning.iteration.builder import IterationBuilder, difficulty_after
 from sppo_lightning.iteration.rules import IterationRules
-from sppo_lightning.seeding import random_keys
-from sppo_lightning.selection import Curriculum
-from sppo_lightning.store.integrity import check_trained, is_whole
+from sppo_lightning.seeding import distinct, random_keys
+from sppo_lightning.store.integrity import check_trained, quarantine_damaged
 from sppo_lightning.store.iterations import IterationStore
 from sppo_lightning.store.pairs import PairTable
 from sppo_lightning.store.run_folder import RunFolder
@@ -30,6 +31,8 @@ class IterationState:
         self.pairs = PairTable.collect([])  # of that iteration, in pair order; not in a checkpoint
         self.due: Reestimation | None = None  # when the next iteration starts
         self.finished = 0  # iterations that the loaded checkpoint has finished
+        self._rule_states: Mapping[str, Any] | None = None  # what the rules know; None: they are fresh
+        self._orders: list[Tensor] = []  # of the current iteration's pairs, one an epoch
         self._first_step = 0  # optimizer steps of the run before the current iteration
         self._made_from: dict[str, str | None] = {}  # fingerprints behind the current iteration's data
         self._consumed: int | None = (
@@ -68,20 +71,23 @@ class IterationState:
                 f"{store.folder} was sampled from another policy than the one that enters iteration {iteration}: "
                 "delete the run folder to start anew, or continue from its checkpoints/last.ckpt"
             )
-        if not is_whole(store, ranks):
-            builder().build(
+        if not quarantine_damaged(store, ranks):
+            made_by = builder()
+            self._restore(made_by.rules)
+            made_by.build(
                 store,
                 iteration=iteration,
                 previous=known,
                 reestimation=self.due,
                 policy_fingerprint=policy_fingerprint,
                 first_reference=None if first is None else first.get("reference_fingerprint"),
+                earlier=[folder.iteration(number) for number in range(iteration)],
             )
         if ranks.rank == 0:
             store.reference_parts.remove()
         # only now: a checkpoint that an error saved before goes on with what was known then
         self.known, self.current, self._first_step = known, iteration, global_step
-        self.pairs = store.read_pairs()
+        self.pairs, self._orders = store.read_pairs(), []
         self._made_from = _made_from(store)
 
     def reopen(self, *, folder: RunFolder) -> None:
@@ -101,10 +107,12 @@ class IterationState:
             )
         self.pairs = store.read_pairs()
 
-    def epoch_to_go_on(
+    def resume(
         self, *, folder: RunFolder, rules: IterationRules, epochs: int, global_step: int
     ) -> int | None:
-        """Return the run's epoch in which a loaded checkpoint goes on; ``None`` if none was loaded since the last call.
+        """Take up a loaded checkpoint, and return the run's epoch in which it goes on.
+
+        ``None`` if none was loaded since the last call.
 
         Args:
             folder: the run.
@@ -143,7 +151,6 @@ class IterationState:
         *,
         folder: RunFolder,
         rules: IterationRules,
-        curriculum: Curriculum,
         ranks: Ranks,
         epoch: int,
         epochs: int,
@@ -153,19 +160,18 @@ class IterationState:
 
         Args:
             folder: the run.
-            rules: sizes of steps and micro-batches; the seed.
-            curriculum: order of the pairs.
+            rules: sizes of steps and micro-batches; the order of the pairs; the seed.
             ranks: the processes that share a step.
             epoch: of the iteration, from 0.
             epochs: that the iteration has.
             taken: optimizer steps of the iteration so far.
         """
-        difficulty, _ = folder.iteration(self.current).read_difficulty()
-        ids = self.pairs.prompt_ids
-        keys = random_keys(ids, rules.seed, self.current, epoch, "order")
-        behind = epoch * steps_taken(len(ids), pairs=len(ids), pairs_per_step=rules.pairs_per_step)
+        if not self._orders:
+            self._orders = self._ordered(folder.iteration(self.current), rules, epochs)
+        pairs = len(self.pairs)
+        behind = epoch * steps_taken(pairs, pairs=pairs, pairs_per_step=rules.pairs_per_step)
         return StepSampler(
-            curriculum.order(difficulty.rows(ids)["difficulty"], keys).tolist(),
+            self._orders[epoch].tolist(),
             pairs_per_step=rules.pairs_per_step,
             batch_size=rules.batch_size,
             lengths=self.pairs.tokens().tolist(),
@@ -176,6 +182,25 @@ class IterationState:
             first_step=taken - behind,
             seed=rules.seed,
         )
+
+    def _ordered(self, store: IterationStore, rules: IterationRules, epochs: int) -> list[Tensor]:
+        """Return the order of the pairs in each epoch, and remember what the rules know after.
+
+        All epochs at once, from what the rules knew when the iteration's data was complete, so that a run that is
+        resumed in any epoch gets the same.
+        """
+        self._rule_states = (store.read_manifest() or {}).get("rule_states", self._rule_states)
+        self._restore(rules)
+        difficulty, _ = store.read_difficulty()
+        ids = self.pairs.prompt_ids
+        values, names = difficulty.rows(ids)["difficulty"], distinct(ids)
+        keys = [random_keys(names, rules.seed, self.current, epoch, "order") for epoch in range(epochs)]
+        orders = [rules.curriculum.order(values, each) for each in keys]
+        self._rule_states = rules.state_dict()
+        return orders
+
+    def _restore(self, rules: IterationRules) -> None:
+        rules.load_state_dict(rules.fresh_states if self._rule_states is None else self._rule_states)
 
     def difficulty_after(self, iteration: int, *, folder: RunFolder) -> StatisticsTable:
         """Return the difficulties known once ``iteration``, the current one, has all its rollouts."""
@@ -222,13 +247,15 @@ class IterationState:
             "reestimation": None
             if due is None
             else {"prompt_ids": list(due.prompt_ids), "samples": due.samples, "smoothing": due.smoothing},
+            "rule_states": self._rule_states,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the state that :meth:`state_dict` came from."""
         self.current = state["iteration"]
-        self.pairs = PairTable.collect([])
+        self.pairs, self._orders = PairTable.collect([]), []
         self.finished = state["finished"]
+        self._rule_states = state.get("rule_states")
         self._consumed = state["pairs_consumed"] if self.current >= 0 else None
         self._made_from = state["made_from"]
         self.known = StatisticsTable.from_state(state["table"])

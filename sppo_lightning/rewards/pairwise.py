@@ -88,6 +88,7 @@ class PairwiseReward(Reward):
     """
 
     comparative = True
+    gives_win_probabilities = True
 
     def __init__(self, judge: Judge, opponents: int | None = None) -> None:
         if opponents is not None and opponents < 1:

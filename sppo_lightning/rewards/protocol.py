@@ -6,7 +6,7 @@ import math
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 
@@ -34,7 +34,12 @@ class Reward(ABC):
     """Scores responses; higher is better. Chosen in the config by ``class_path``.
 
     A subclass needs :meth:`score` only. A non-finite number, or ``None``, drops that response under a named reason.
+
+    ``gives_win_probabilities`` says that pairs get the mean probability that a response beats another, in [0, 1]: the
+    part ``win_probability`` of :class:`Scores`, or the rewards themselves if there is no such part.
     """
+
+    gives_win_probabilities: ClassVar[bool] = False
 
     @property
     def comparative(self) -> bool:

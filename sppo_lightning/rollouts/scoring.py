@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rewards.protocol import CheckedScores, checked_scores
-from sppo_lightning.types import Prompt, Rollout, UserError
+from sppo_lightning.types import WIN_PROBABILITY, Prompt, Rollout, UserError
 
 FEW = 64  # responses that are too few to judge a share by, in a phase with more to come
 CHOSEN = "unfinished"  # the one reason that a config asks for; all others are failures
@@ -88,15 +88,29 @@ def score_rows(
             for text in (own, opponents.get(prompt.id, own))
         ]
         scores = _every_second(checked_scores(reward, doubled, against))
+    parts = {**_win_probabilities(reward, scores), **scores.parts}
     found = [replace(row, reward=math.nan) for row in rows]
     for position, number in enumerate(answered):
         found[number] = replace(
             rows[number],
             reward=scores.rewards[position],
-            reward_parts={name: values[position] for name, values in scores.parts.items()},
+            reward_parts={name: values[position] for name, values in parts.items()},
             drop_reason=scores.reasons.get(position),
         )
     return ScoredRows(found, scores.error)
+
+
+def _win_probabilities(reward: Reward, scores: CheckedScores) -> dict[str, list[float]]:
+    if not reward.gives_win_probabilities:
+        return {}
+    found = scores.parts.get(WIN_PROBABILITY, scores.rewards)
+    wrong = [value for value in found if not (math.isnan(value) or 0 <= value <= 1)]
+    if wrong:
+        raise UserError(
+            f"data.reward {type(reward).__name__} gave {wrong[0]!r} as a win probability: one lies in [0, 1]; set "
+            "gives_win_probabilities to false if its rewards are none"
+        )
+    return {WIN_PROBABILITY: found}
 
 
 def _every_second(scores: CheckedScores) -> CheckedScores:

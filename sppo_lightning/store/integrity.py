@@ -1,4 +1,4 @@
-"""Is what a run has stored whole: what can be made anew is kept aside, what cannot is an error.
+"""Is what a run has stored complete: what can be made anew is quarantined, what cannot is an error.
 
 Rollouts can be made anew as long as the policy that gave them is there: until their iteration is trained on.
 """
@@ -42,19 +42,19 @@ def check_iterations(folder: RunFolder) -> int:
     return begun
 
 
-def is_whole(store: IterationStore, ranks: Ranks) -> bool:
-    """Whether the data of an iteration that has not been trained on is complete; rank zero decides.
+def quarantine_damaged(store: IterationStore, ranks: Ranks) -> bool:
+    """Quarantine what is damaged of an iteration that has not been trained on; return whether its data is complete.
 
-    What is damaged is kept aside, so that it is made anew by the policy that made it, whose fingerprint the caller
-    has compared.
+    Rank zero does it. What is quarantined is made anew by the policy that made it, whose fingerprint the caller has
+    compared.
 
     Raises:
         UserError: if nothing says which policy gave the rollouts.
     """
-    return ranks.same(ranks.rank == 0 and _is_whole(store))
+    return ranks.same(ranks.rank == 0 and _quarantine_damaged(store))
 
 
-def _is_whole(store: IterationStore) -> bool:
+def _quarantine_damaged(store: IterationStore) -> bool:
     manifest = store.read_manifest()
     if manifest is None and store.shards.count() > 0:
         raise UserError(
@@ -64,15 +64,15 @@ def _is_whole(store: IterationStore) -> bool:
     if manifest is None or not manifest["complete"]:
         return False
     parts = [
-        _passes(store.read_difficulty, store.folder / "difficulty.parquet"),
-        _passes(lambda: _check_pairs(store, manifest), store.folder / "pairs.parquet"),
-        _passes(lambda: _check_shards(store, manifest), store.shards.folder),
+        _check_or_quarantine(store.read_difficulty, store.folder / "difficulty.parquet"),
+        _check_or_quarantine(lambda: _check_pairs(store, manifest), store.folder / "pairs.parquet"),
+        _check_or_quarantine(lambda: _check_shards(store, manifest), store.shards.folder),
     ]
     return all(parts)
 
 
-def _passes(check: Callable[[], object], path: Path) -> bool:
-    """Whether a check passes; a file that does not is kept aside, a shard once it is made anew."""
+def _check_or_quarantine(check: Callable[[], object], path: Path) -> bool:
+    """Return whether a check passes; a file that does not is quarantined, a shard once it is made anew."""
     try:
         check()
     except UserError:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 
 from sppo_lightning.difficulty import DIFFICULTY_COLUMNS, StatisticsTable
-from sppo_lightning.store.pairs import PAIR_SCHEMA, TOKEN_LOGPS, PairTable
+from sppo_lightning.store.pairs import ADDED_COLUMNS, PAIR_SCHEMA, TOKEN_LOGPS, PairTable
 from sppo_lightning.store.reference_parts import ReferenceParts
 from sppo_lightning.store.shards import ShardStore
 from sppo_lightning.store.tables import read_table, write_table
@@ -100,10 +100,17 @@ class IterationStore:
         selected = {key for key, keep in zip(prompt_ids, table["selected"].to_pylist(), strict=True) if keep}
         return StatisticsTable(tuple(prompt_ids), columns), selected
 
+    def known(self, prompt_ids: tuple[str, ...]) -> StatisticsTable:
+        """Return the difficulties of some prompts, and whether they were ``selected`` (1 or 0); NaN where not known."""
+        table, selected = self.read_difficulty()
+        column = torch.tensor([prompt_id in selected for prompt_id in table.prompt_ids], dtype=torch.float64)
+        return StatisticsTable(table.prompt_ids, {**table.columns, "selected": column}).aligned(prompt_ids)
+
     def write_pairs(self, pairs: PairTable) -> None:
         """Write the iteration's pairs, in pair order."""
         write_table(self.folder / "pairs.parquet", pairs.table)
 
     def read_pairs(self) -> PairTable:
         """Return the iteration's pairs, in pair order."""
-        return PairTable(read_table(self.folder / "pairs.parquet", PAIR_SCHEMA, optional=TOKEN_LOGPS))
+        path = self.folder / "pairs.parquet"
+        return PairTable(read_table(path, PAIR_SCHEMA, added=ADDED_COLUMNS, optional=TOKEN_LOGPS))

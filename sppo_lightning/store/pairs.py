@@ -29,6 +29,10 @@ PAIR_SCHEMA = pa.schema(
         ("rejected_reward", pa.float64()),
         ("reference_chosen_logp", pa.float64()),
         ("reference_rejected_logp", pa.float64()),
+        ("chosen_win_probability", pa.float64()),
+        ("rejected_win_probability", pa.float64()),
+        ("chosen_sample_index", pa.int32()),
+        ("rejected_sample_index", pa.int32()),
     ]
 )
 TOKEN_LOGPS = (
@@ -36,9 +40,13 @@ TOKEN_LOGPS = (
     pa.field("reference_rejected_token_logps", pa.list_(pa.float64())),
 )
 """Columns that are there where the loss reads them."""
+_ADDED = [f"{side}_{name}" for name in ("win_probability", "sample_index") for side in ("chosen", "rejected")]
+ADDED_COLUMNS: Mapping[str, float] = {name: getattr(PreferencePair, name) for name in _ADDED}
+"""Columns that the first version did not write, and what its files read as there."""
 TOKEN_COLUMNS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
 TEXT_COLUMNS = tuple(field.name for field in PAIR_SCHEMA if field.type == pa.string())
 NUMBER_COLUMNS = tuple(field.name for field in PAIR_SCHEMA if field.type == pa.float64())
+INDEX_COLUMNS = tuple(field.name for field in PAIR_SCHEMA if field.type == pa.int32())
 
 
 class PairTable(Sequence[PreferencePair]):
@@ -56,7 +64,8 @@ class PairTable(Sequence[PreferencePair]):
         """Return the table of ``pairs``, which are taken one by one."""
         texts = {name: RaggedColumn("B") for name in TEXT_COLUMNS}
         tokens = {name: RaggedColumn("i") for name in TOKEN_COLUMNS}
-        numbers = {name: array("d") for name in NUMBER_COLUMNS}
+        numbers: dict[str, array[Any]] = {name: array("d") for name in NUMBER_COLUMNS}
+        numbers |= {name: array("i") for name in INDEX_COLUMNS}
         for pair in pairs:
             for name, text in texts.items():
                 text.append(getattr(pair, name).encode())
@@ -81,7 +90,7 @@ class PairTable(Sequence[PreferencePair]):
             raise IndexError(f"row {row} of {len(self)} pairs")
         row %= len(self)
         fields: dict[str, Any] = {
-            name: self.table[name][row].as_py() for name in TEXT_COLUMNS + NUMBER_COLUMNS
+            name: self.table[name][row].as_py() for name in TEXT_COLUMNS + NUMBER_COLUMNS + INDEX_COLUMNS
         }
         fields |= {name: self._token_ids(name, row) for name in TOKEN_COLUMNS}
         stored = [field.name for field in TOKEN_LOGPS if field.name in self.table.column_names]

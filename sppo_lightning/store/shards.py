@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import torch
 
+from sppo_lightning.difficulty import ProbeResponses
 from sppo_lightning.store.rows import (
     STORED_COLUMNS,
     StoredRollout,
@@ -20,7 +23,7 @@ from sppo_lightning.store.rows import (
     usable_rows,
 )
 from sppo_lightning.store.tables import read_table, row_count, write_table
-from sppo_lightning.types import Rollout, ScoredRollout
+from sppo_lightning.types import FINISH_REASONS, Rollout, ScoredRollout
 
 Row = TypeVar("Row", bound=ScoredRollout)
 
@@ -49,6 +52,11 @@ _STORED_SCHEMA = pa.schema([ROLLOUT_SCHEMA.field(name) for name in STORED_COLUMN
 
 
 _REWARD_SCHEMA = pa.schema([ROLLOUT_SCHEMA.field(name) for name in ("prompt_id", "reward", "drop_reason")])
+
+
+_MEASURED_SCHEMA = pa.schema(
+    [*_REWARD_SCHEMA, *(ROLLOUT_SCHEMA.field(name) for name in ("token_ids", "finish_reason"))]
+)
 
 
 class ShardStore:
@@ -122,6 +130,27 @@ class ShardStore:
             ):
                 found.setdefault(prompt_id, array("d")).append(reward)
         return found
+
+    def measured(self, name: str, prompt_ids: Sequence[str]) -> ProbeResponses:
+        """Return what can be measured of the usable responses to ``prompt_ids``, packed, in that order."""
+        place = {prompt_id: row for row, prompt_id in enumerate(prompt_ids)}
+        prompts, rewards, lengths, codes = array("q"), array("d"), array("i"), array("b")
+        for path in self._paths(name):
+            table = read_table(path, _MEASURED_SCHEMA)
+            table = table.filter(usable_rows(table))
+            prompts.extend(place[prompt_id] for prompt_id in table["prompt_id"].to_pylist())
+            rewards.extend(table["reward"].to_pylist())
+            lengths.extend(pc.list_value_length(table["token_ids"]).to_pylist())
+            codes.extend(FINISH_REASONS.index(reason) for reason in table["finish_reason"].to_pylist())
+        rows = torch.tensor(prompts, dtype=torch.long)
+        order = rows.argsort(stable=True)
+        ends = rows.bincount(minlength=len(prompt_ids)).cumsum(0)
+        return ProbeResponses(
+            rewards=torch.tensor(rewards, dtype=torch.float64)[order],
+            lengths=torch.tensor(lengths, dtype=torch.int32)[order],
+            finish_codes=torch.tensor(codes, dtype=torch.int8)[order],
+            starts=torch.cat([ends.new_zeros(1), ends]),
+        )
 
     def _paths(self, name: str) -> list[Path]:
         return sorted(self.folder.glob(f"{name}-[0-9]*.parquet"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,23 +23,37 @@ def write_table(path: Path, table: pa.Table) -> None:
         )
 
 
-def read_table(path: Path, schema: pa.Schema, optional: Sequence[pa.Field] = ()) -> pa.Table:
+def read_table(
+    path: Path,
+    schema: pa.Schema,
+    *,
+    added: Mapping[str, float] = MappingProxyType({}),
+    optional: Sequence[pa.Field] = (),
+) -> pa.Table:
     """Return the columns of ``schema``, and those of ``optional`` that are there.
+
+    Args:
+        path: of the file.
+        schema: names and types of its columns.
+        added: columns that older files lack, all of them together, and the number that stands for each.
 
     Raises:
         UserError: if the file is damaged.
         OSError: if the disk does not let it be read, which says nothing about the file.
     """
     try:
-        there = set(pq.read_schema(path).names) if optional else set()
+        there = set(pq.read_schema(path).names) if added or optional else set()
+        lacking = added if added and there.isdisjoint(added) else {}
         schema = pa.schema([*schema, *(field for field in optional if field.name in there)])
         table = pq.read_table(
             path,
-            columns=schema.names,
+            columns=[name for name in schema.names if name not in lacking],
             partitioning=None,
             page_checksum_verification=True,
             pre_buffer=False,  # it would keep the file in memory beside the table
         )
+        for name, value in lacking.items():
+            table = table.append_column(name, pa.repeat(value, table.num_rows))
         return table.select(schema.names).cast(schema)
     except (pa.ArrowException, OSError, KeyError) as error:
         if disk_error(error, path) is not None:

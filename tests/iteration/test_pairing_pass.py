@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from sppo_lightning.iteration.pairing_pass import PairingPass
 from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.iteration.tally import ResponseTally
-from sppo_lightning.pairing import BestRandom, pair_responses
+from sppo_lightning.pairing import BestRandom, Choice, Pairing, Responses, pair_responses
 from sppo_lightning.seeding import derive_seed
 from sppo_lightning.selection import AllPairs, AllPrompts, Easiest
 from sppo_lightning.store.shards import ShardStore
@@ -45,32 +47,48 @@ def rollout(key: str, index: int) -> Rollout:
     return Rollout(key, index, f"Q {key}", text, (draw % 50,) * (draw % 4 + 1), cut, reward, parts, reason)
 
 
-def test_the_pass_finds_what_all_responses_in_memory_say(tmp_path: Path) -> None:
+class BestAgainstAll(Pairing):
+    """The best response against each other one."""
+
+    most_pairs = 4
+
+    def pairs(self, responses: Responses, generator: torch.Generator) -> list[Choice]:
+        best = int(responses.rewards.argmax())
+        return [Choice(best, row) for row in range(len(responses)) if row != best]
+
+
+@pytest.mark.parametrize(("pairing", "most"), [(BestRandom(), 20), (BestAgainstAll(), 80)])
+def test_the_pass_finds_what_all_responses_in_memory_say(tmp_path: Path, pairing: Pairing, most: int) -> None:
+    rules = replace(RULES, pairing=pairing)
     store, selected = ShardStore(tmp_path), set(IDS[::2])
     groups = {key: [rollout(key, index) for index in range(5 if key in selected else 2)] for key in IDS}
     for number in range(4):
         part = [groups[key] for key in IDS[number * 10 : (number + 1) * 10]]
         store.write("probe", number, [row for rows in part for row in rows[:2]])
         store.write("topup", number, [row for rows in part for row in rows[2:]])
-    made = PairingPass(RULES, PROMPTS, 1)
+    made = PairingPass(rules, PROMPTS, 1)
     pairs = made.pairs(store, IDS, selected)
 
     tally, dropped, expected = ResponseTally(), Counter[str](), []
+    choices = Counter[str]()
     for key, rows in groups.items():
         tally.add(rows)
         if key in selected:
-            pair, reason = pair_responses(
-                rows, PROMPTS[key], RULES.pairing, samples_per_prompt=5, iteration=1, seed=3
+            found, reason, dropped_choices = pair_responses(
+                rows, PROMPTS[key], pairing, samples_per_prompt=5, iteration=1, seed=3
             )
-            expected += [pair] if pair is not None else []
+            expected += found
+            choices += dropped_choices
             dropped.update([reason] if reason is not None else [])
     assert repr(list(pairs)) == repr(expected)  # the reference's log-probs are NaN
-    assert 5 < len(expected) < 20
+    assert most / 4 < len(expected) < most
     assert made.dropped == dropped
+    assert made.dropped_choices == choices
+    assert choices
+    assert len(made.rewards) + made.dropped.total() == len(selected)
     assert made.tally.counts() == tally.counts()
     assert made.tally.metrics() == tally.metrics()
     assert made.rewards == {
         pair.prompt_id: array("d", (row.reward for row in groups[pair.prompt_id] if row.usable))
         for pair in expected
-        if pair is not None
     }

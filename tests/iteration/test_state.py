@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor
 
 from sppo_lightning.difficulty import (
     Reestimation,
+    StatisticsTable,
     empty_difficulty_table,
     estimate_difficulty,
     reward_statistics,
@@ -18,7 +23,7 @@ from sppo_lightning.iteration.builder import IterationBuilder
 from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.iteration.state import IterationState
 from sppo_lightning.pairing import BestWorst
-from sppo_lightning.selection import AllPairs, AllPrompts, Easiest, RandomOrder
+from sppo_lightning.selection import AllPairs, AllPrompts, Curriculum, Easiest
 from sppo_lightning.store.iterations import IterationStore
 from sppo_lightning.store.pairs import PairTable
 from sppo_lightning.store.run_folder import RunFolder
@@ -55,11 +60,49 @@ def rollout(prompt_id: str, index: int, reward: float) -> Rollout:
     return Rollout(prompt_id, index, "say it", "well", (5, 1), "stop", reward)
 
 
+class Keeping:
+    """What a rule keeps: how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"asked": self.asked}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.asked = state["asked"]
+
+
+class Turning(Keeping, Curriculum):
+    """Begins one pair later each time that it is asked."""
+
+    calls = 0
+
+    def order(self, difficulty: Tensor, keys: Tensor) -> Tensor:
+        self.asked += 1
+        self.calls += 1
+        return torch.arange(len(keys)).roll(-self.asked)
+
+
+class CountingAll(Keeping, AllPairs):
+    """Keeps every row."""
+
+    def select(self, table: StatisticsTable, *, iteration: int, seed: int) -> Tensor:
+        self.asked += 1
+        return super().select(table, iteration=iteration, seed=seed)
+
+
+def keeping_rules() -> IterationRules:
+    return replace(RULES, selection=CountingAll(), curriculum=Turning())
+
+
 class Building:
     """Stands where the builder is: writes an iteration with few pairs, and remembers what it was asked for."""
 
-    def __init__(self, prompts: str = "a") -> None:
+    def __init__(self, prompts: str = "a", rules: IterationRules = RULES, *, old: bool = False) -> None:
         self.prompts = prompts
+        self.rules = rules
+        self.old = old  # whether it writes a manifest as it was before rules had a state
         self.asked: list[dict[str, Any]] = []
 
     def __call__(self) -> IterationBuilder:
@@ -80,10 +123,12 @@ class Building:
             iteration=0,
             smoothing=0.0,
         )
+        self.rules.selection.select(table, iteration=0, seed=0)
         store.write_difficulty(table, set(self.prompts))
         store.write_manifest(
             {
                 **MANIFEST,
+                **({} if self.old else {"rule_states": self.rules.state_dict()}),
                 "iteration": asked.get("iteration", 0),
                 "policy_fingerprint": asked["policy_fingerprint"],
                 "counts": {"pairs": len(self.prompts)},
@@ -111,6 +156,7 @@ def test_the_next_iteration_gets_what_is_known_and_due(tmp_path: Path) -> None:
     state.due = Reestimation(("a",), 2, 0.25)
     state.enter(1, folder=folder, policy_fingerprint="second", builder=build, global_step=0, ranks=ALONE)
     assert build.asked[1]["previous"]["difficulty"].tolist() == [1.5]
+    assert [store.folder.name for store in build.asked[1]["earlier"]] == ["000"]
     assert build.asked[1]["reestimation"] == state.due
     assert state.difficulty_after(1, folder=folder)["estimated_iteration"].tolist() == [1.0]
     assert state.metrics(folder) == {"iteration/number": 1.0, "a": 1.5, "iteration/dropped/too_long": 2.0}
@@ -175,7 +221,8 @@ def test_a_checkpoint_keeps_the_state(tmp_path: Path, due: Reestimation | None) 
     path = tmp_path / "state.pt"
     torch.save(state.state_dict(finished=5, pairs_per_step=2, global_step=0), path)
     kept = torch.load(path, weights_only=True)
-    assert set(kept) == {"iteration", "finished", "pairs_consumed", "made_from", "table", "reestimation"}
+    before = {"iteration", "finished", "pairs_consumed", "made_from", "table", "reestimation"}
+    assert set(kept) == before | {"rule_states"}
     again.load_state_dict(kept)
     assert (again.current, again.finished, again.due) == (4, 5, due)
     assert again.known.prompt_ids == state.known.prompt_ids
@@ -202,7 +249,7 @@ def trained(
         ranks=ALONE,
     )
     again.load_state_dict(state.state_dict(finished=finished, pairs_per_step=2, global_step=before + steps))
-    return again, again.epoch_to_go_on(folder=folder, rules=RULES, epochs=2, global_step=before + steps)
+    return again, again.resume(folder=folder, rules=RULES, epochs=2, global_step=before + steps)
 
 
 @pytest.mark.parametrize(
@@ -227,16 +274,16 @@ def test_a_checkpoint_tells_where_it_goes_on(
     assert (
         state.state_dict(finished=0, pairs_per_step=2, global_step=10 + steps)["pairs_consumed"] == consumed
     )
-    assert state.epoch_to_go_on(folder=folder, rules=RULES, epochs=2, global_step=10 + steps) is None
+    assert state.resume(folder=folder, rules=RULES, epochs=2, global_step=10 + steps) is None
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_on_in(tmp_path: Path) -> None:
     state = IterationState()
-    assert state.epoch_to_go_on(folder=RunFolder(tmp_path), rules=RULES, epochs=2, global_step=0) is None
+    assert state.resume(folder=RunFolder(tmp_path), rules=RULES, epochs=2, global_step=0) is None
     state.load_state_dict(
         state.state_dict(finished=0, pairs_per_step=2, global_step=0)
     )  # before any data was made
-    assert state.epoch_to_go_on(folder=RunFolder(tmp_path), rules=RULES, epochs=2, global_step=0) is None
+    assert state.resume(folder=RunFolder(tmp_path), rules=RULES, epochs=2, global_step=0) is None
 
 
 @pytest.mark.parametrize("steps", range(7))
@@ -250,7 +297,6 @@ def test_what_is_left_of_an_epoch_is_the_rest_of_its_order(tmp_path: Path, steps
         found = of.steps(
             folder=folder,
             rules=RULES,
-            curriculum=RandomOrder(),
             ranks=ALONE,
             epoch=goes_on_in,
             epochs=2,
@@ -261,3 +307,110 @@ def test_what_is_left_of_an_epoch_is_the_rest_of_its_order(tmp_path: Path, steps
     left = [micro for micro in passes(whole, 3 * goes_on_in) if micro.slot.step >= steps]
     assert passes(state, steps) == left
     assert len(left) == [5, 3, 1, 5, 3, 1, 0][steps]
+
+
+# -------------------------------------------------------------- what rules keep
+
+
+def in_order(state: IterationState, folder: RunFolder, rules: IterationRules, epoch: int) -> str:
+    """The prompts of an epoch's pairs, in training order."""
+    steps = state.steps(
+        folder=folder, rules=rules, ranks=ALONE, epoch=epoch, epochs=2, taken=epoch * 3
+    )  # of two pairs
+    return "".join(state.pairs.prompt_ids[row] for row in steps.order)
+
+
+def enter(
+    state: IterationState, iteration: int, folder: RunFolder, rules: IterationRules, *, old: bool = False
+) -> None:
+    state.enter(
+        iteration,
+        folder=folder,
+        policy_fingerprint="first",
+        builder=Building("abcde", rules, old=old),
+        global_step=0,
+        ranks=ALONE,
+    )
+
+
+def saved(state: IterationState) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(
+        json.dumps(
+            {"rule_states": state.state_dict(finished=0, pairs_per_step=2, global_step=0)["rule_states"]}
+        )
+    )
+    return found
+
+
+def resumed(state: IterationState, rules: IterationRules, folder: RunFolder) -> IterationState:
+    """Return the state of another process, of whose rules it is not known what they have seen."""
+    again = IterationState()
+    again.load_state_dict(state.state_dict(finished=0, pairs_per_step=2, global_step=0))
+    again.resume(folder=folder, rules=rules, epochs=2, global_step=0)
+    rules.load_state_dict({"selection": {"asked": 77}, "curriculum": {"asked": 77}})
+    return again
+
+
+ORDERS = [["bcdea", "cdeab"], ["deabc", "eabcd"]]  # of a curriculum that was asked once to four times
+
+
+def test_a_curriculum_is_asked_once_for_each_epoch(tmp_path: Path) -> None:
+    folder, state, rules = RunFolder(tmp_path), IterationState(), keeping_rules()
+    for iteration in range(2):
+        enter(state, iteration, folder, rules)
+        for epoch in (0, 0, 1, 1):  # Lightning asks for a finished epoch again
+            assert in_order(state, folder, rules, epoch) == ORDERS[iteration][epoch]
+    assert isinstance(rules.curriculum, Turning)
+    assert rules.curriculum.calls == 4
+    states = [(folder.iteration(number).read_manifest() or {})["rule_states"] for number in range(2)]
+    assert [one["selection"] for one in states] == [{"asked": 1}, {"asked": 2}]
+    assert [one["curriculum"] for one in states] == [{"asked": 0}, {"asked": 2}]
+    assert saved(state)["rule_states"]["curriculum"] == {"asked": 4}
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_resumed_epoch_has_the_same_order(tmp_path: Path, epoch: int) -> None:
+    folder, state, rules = RunFolder(tmp_path), IterationState(), keeping_rules()
+    enter(state, 0, folder, rules)
+    in_order(state, folder, rules, 0)
+    again = resumed(state, rules, folder)
+    assert in_order(again, folder, rules, epoch) == ORDERS[0][epoch]
+    assert saved(again) == saved(state)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_next_iteration_goes_on_from_what_the_checkpoint_holds(tmp_path: Path, stored: bool) -> None:
+    """Whether its data was made before the run ended or is made after, also where part of it was made."""
+    folder, state, rules = RunFolder(tmp_path), IterationState(), keeping_rules()
+    enter(state, 0, folder, rules)
+    in_order(state, folder, rules, 0)
+    again = resumed(state, rules, folder)
+    if stored:
+        enter(state, 1, folder, rules)
+        rules.load_state_dict({"selection": {"asked": 99}, "curriculum": {"asked": 99}})
+    enter(again, 1, folder, rules)
+    assert [in_order(again, folder, rules, epoch) for epoch in range(2)] == ORDERS[1]
+    assert saved(again)["rule_states"]["selection"] == {"asked": 2}
+
+
+def test_a_run_that_starts_in_the_same_process_starts_with_fresh_rules(tmp_path: Path) -> None:
+    rules = keeping_rules()
+    for name in ("one", "other"):
+        folder, state = RunFolder(tmp_path / name), IterationState()
+        enter(state, 0, folder, rules)
+        assert in_order(state, folder, rules, 0) == ORDERS[0][0]
+        assert saved(state)["rule_states"]["selection"] == {"asked": 1}
+
+
+def test_runs_of_before_rules_had_a_state_are_resumed(tmp_path: Path) -> None:
+    """Neither their manifests nor their checkpoints say anything: rules start afresh."""
+    folder, state, rules = RunFolder(tmp_path), IterationState(), keeping_rules()
+    enter(state, 0, folder, rules, old=True)
+    kept = state.state_dict(finished=0, pairs_per_step=2, global_step=0)
+    del kept["rule_states"]
+    again = IterationState()
+    again.load_state_dict(kept)
+    again.resume(folder=folder, rules=rules, epochs=2, global_step=0)
+    assert in_order(again, folder, rules, 0) == ORDERS[0][0]
+    enter(again, 1, folder, rules)
+    assert in_order(again, folder, rules, 0) == ORDERS[1][0]

@@ -126,6 +126,55 @@ def test_what_is_scored_is_otherwise_as_it_was() -> None:
     assert replace(found, reward=None, reward_parts={}) == rows[0]
 
 
+# ------------------------------------------------------------ win probabilities
+
+
+class Winning(Reward):
+    """Its rewards are win probabilities."""
+
+    gives_win_probabilities = True
+
+    def __init__(self, *shares: float) -> None:
+        self.shares = shares
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
+        return Scores(list(self.shares))
+
+
+class Charged(Winning):
+    """Its rewards are none, but it gives some beside."""
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
+        return Scores([7.0] * len(responses), {}, {"win_probability": self.shares})
+
+
+@pytest.mark.parametrize(("kind", "lowered"), [(Winning, 0.5), (Charged, 6.5)])
+def test_a_reward_that_gives_win_probabilities_leaves_them_among_the_parts(
+    kind: type[Winning], lowered: float
+) -> None:
+    """Also where the reward itself is lowered after."""
+    cut = [row("a", text, finish_reason="length") for text in "xyz"]
+    scored = score_rows(kind(0.25, math.nan, 1.0), cut, PROMPTS).rows
+    found = [UnfinishedRule("penalise", 0.5).apply(one) for one in scored]
+    shares = [one.reward_parts["win_probability"] for one in found]
+    assert shares == pytest.approx([0.25, math.nan, 1], nan_ok=True)
+    assert found[2].reward == lowered
+
+
+def test_other_rewards_have_no_such_part() -> None:
+    (found,) = score_rows(Lengths(), [row("a", "x")], PROMPTS).rows
+    assert "win_probability" not in found.reward_parts
+
+
+@pytest.mark.parametrize("kind", [Winning, Charged])
+def test_a_win_probability_that_is_none_is_refused(kind: type[Winning]) -> None:
+    message = (
+        rf"^data\.reward {kind.__name__} gave 1\.5 as a win probability: one lies in \[0, 1\]; set gives_win_"
+    )
+    with pytest.raises(UserError, match=message):
+        score_rows(kind(0.5, 1.5), [row("a", "x"), row("a", "y")], PROMPTS)
+
+
 # ---------------------------------------------------------- comparative rewards
 
 

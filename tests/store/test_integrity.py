@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sppo_lightning.difficulty import empty_difficulty_table, estimate_difficulty, reward_statistics
-from sppo_lightning.store.integrity import check_iterations, check_trained, is_whole
+from sppo_lightning.store.integrity import check_iterations, check_trained, quarantine_damaged
 from sppo_lightning.store.iterations import IterationStore
 from sppo_lightning.store.pairs import PairTable
 from sppo_lightning.store.run_folder import RunFolder
@@ -104,10 +104,10 @@ HARMS: list[tuple[str, Callable[[Path], None], str]] = [
 ]
 
 
-def test_what_is_whole_is_left_alone(folder: RunFolder) -> None:
+def test_what_quarantine_damaged_is_left_alone(folder: RunFolder) -> None:
     store = make(folder, 0)
     before = content(folder.root)
-    assert is_whole(store, Rank())
+    assert quarantine_damaged(store, Rank())
     check_trained(store)
     assert content(folder.root) == before
 
@@ -133,7 +133,7 @@ def test_what_has_not_been_trained_on_is_kept_aside(
     path = store.folder / name
     harm(path)
     harmed = path.read_bytes() if path.exists() else None
-    assert not is_whole(store, Rank())
+    assert not quarantine_damaged(store, Rank())
     (message,) = caplog.messages
     if harmed is None or "rollouts" in name:
         assert not path.with_name(f"{path.name}.damaged").exists()
@@ -147,18 +147,18 @@ def test_what_has_not_been_trained_on_is_kept_aside(
 def test_the_first_process_decides(folder: RunFolder) -> None:
     """Another one, which comes later and finds everything mended, must still take part."""
     store = make(folder, 0)
-    assert not is_whole(store, Rank(1, other=False))
+    assert not quarantine_damaged(store, Rank(1, other=False))
     cut(store.folder / "pairs.parquet")
     before = content(folder.root)
-    assert is_whole(store, Rank(1, other=True))
+    assert quarantine_damaged(store, Rank(1, other=True))
     assert content(folder.root) == before
 
 
 def test_an_iteration_in_the_making(folder: RunFolder) -> None:
-    assert not is_whole(folder.iteration(0), Rank())
+    assert not quarantine_damaged(folder.iteration(0), Rank())
     store = make(folder, 0, complete=False)
     cut(store.shards.path("probe", 1))
-    assert not is_whole(store, Rank())
+    assert not quarantine_damaged(store, Rank())
     with pytest.raises(
         UserError, match="000 is gone or incomplete although the checkpoint was trained on it: restore"
     ):
@@ -175,7 +175,7 @@ def test_rollouts_of_nobody_knows_whom(folder: RunFolder) -> None:
     before = content(folder.root)
     message = r"000 holds rollouts but no manifest\.json, so nothing says which policy gave them: restore"
     with pytest.raises(UserError, match=message):
-        is_whole(store, Rank())
+        quarantine_damaged(store, Rank())
     assert content(folder.root) == before
 
 

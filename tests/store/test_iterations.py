@@ -159,7 +159,8 @@ def test_manifest_comes_back_as_it_was(tmp_path: Path) -> None:
         (
             PAIR_SCHEMA,
             "prompt_id, prompt_token_ids, chosen_token_ids, rejected_token_ids, chosen, rejected, "
-            "chosen_reward, rejected_reward, reference_chosen_logp, reference_rejected_logp",
+            "chosen_reward, rejected_reward, reference_chosen_logp, reference_rejected_logp, "
+            "chosen_win_probability, rejected_win_probability, chosen_sample_index, rejected_sample_index",
         ),
         (
             DIFFICULTY_SCHEMA,
@@ -367,3 +368,44 @@ def test_describe_golden() -> None:
         },
     }
     assert json.loads(json.dumps(found)) == found
+
+
+# -------------------------------------------------------- what rules may ask for
+
+
+def test_usable_responses_are_measured_in_the_order_that_is_asked_for(tmp_path: Path) -> None:
+    """``c`` was not probed; of ``b`` the second response has no finite reward, of ``a`` the first was dropped."""
+    store = IterationStore(tmp_path).shards
+
+    def row(key: str, index: int, reward: float, tokens: int, **changes: Any) -> Rollout:
+        return replace(Rollout(key, index, "Q", "A", (1,) * tokens, "stop", reward), **changes)
+
+    store.write("probe", 0, [row("b", 0, 0.5, 3), row("b", 1, math.nan, 9)])
+    rows = [
+        row("a", 0, 1, 9, drop_reason="unfinished"),
+        row("a", 1, 2, 1),
+        row("a", 2, 3, 2, finish_reason="length"),
+    ]
+    store.write("probe", 1, rows)
+    store.write("topup", 0, [row("b", 2, 7, 7)])
+    found = store.measured("probe", ("a", "c", "b"))
+    assert found.rewards.tolist() == [2, 3, 0.5]
+    assert found.lengths.tolist() == [1, 2, 3]
+    assert found.ended_by("length").tolist() == [False, True, False]
+    assert found.starts.tolist() == [0, 2, 2, 3]
+    types = [column.dtype for column in (found.rewards, found.lengths, found.finish_codes)]
+    assert types == [torch.float64, torch.int32, torch.int8]  # thirteen bytes a response
+
+
+def test_no_responses_are_measured_as_none(tmp_path: Path) -> None:
+    found = IterationStore(tmp_path).shards.measured("probe", ("a", "b"))
+    assert (found.rewards.tolist(), found.starts.tolist()) == ([], [0, 0, 0])
+
+
+def test_what_an_iteration_knew_of_some_prompts(tmp_path: Path) -> None:
+    store, table = IterationStore(tmp_path), difficulty_table()
+    store.write_difficulty(table, {"a"})
+    found = store.known(("a", "new", "b"))
+    assert found.prompt_ids == ("a", "new", "b")
+    assert found["selected"].tolist() == pytest.approx([1, math.nan, 0], nan_ok=True)
+    assert found["difficulty"][::2].tolist() == table.rows(("a", "b"))["difficulty"].tolist()

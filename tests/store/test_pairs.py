@@ -8,6 +8,7 @@ import tracemalloc
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -16,8 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sppo_lightning.prompts import ragged as ragged_module
+from sppo_lightning.store.iterations import IterationStore
 from sppo_lightning.store.pairs import PAIR_SCHEMA, PairTable
-from sppo_lightning.types import PreferencePair
+from sppo_lightning.store.tables import write_table
+from sppo_lightning.types import PreferencePair, UserError
 
 TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=4).map(tuple)
 PAIRS = st.lists(
@@ -33,6 +36,10 @@ PAIRS = st.lists(
         rejected_reward=st.floats(),
         reference_chosen_logp=st.floats(),
         reference_rejected_logp=st.floats(),
+        chosen_win_probability=st.floats(),
+        rejected_win_probability=st.floats(),
+        chosen_sample_index=st.integers(-1, 2**31 - 1),
+        rejected_sample_index=st.integers(-1, 2**31 - 1),
     ),
     max_size=7,
 )
@@ -175,6 +182,8 @@ def test_statistics_by_hand() -> None:
             "rejected_reward": [-0.0, -0.1],
             "reference_chosen_logp": [NAN, -2.5],
             "reference_rejected_logp": [NAN, -0.1],
+            "chosen_win_probability": [NAN, NAN],
+            "rejected_win_probability": [NAN, NAN],
             "chosen_length": [2.0, 3.0],
             "rejected_length": [1.0, 1.0],
         },
@@ -233,3 +242,19 @@ def test_a_table_takes_less_than_a_third_of_its_objects() -> None:
     tracemalloc.stop()
     assert table.lengths("chosen_token_ids").sum() == 200_000
     assert 4 * 600_000 < table_bytes < objects_bytes / 3
+
+
+def test_a_file_of_before_there_were_more_columns_reads_as_if_it_had_them(tmp_path: Path) -> None:
+    """Bit by bit what was written then, and nothing known of what was not."""
+    known = [pair(number, chosen_win_probability=0.5, chosen_sample_index=3) for number in range(3)]
+    old = PairTable.collect(known).table.select(PAIR_SCHEMA.names[:10])
+    assert old.schema.names[-1] == "reference_rejected_logp"
+    write_table(tmp_path / "pairs.parquet", old)
+    found = IterationStore(tmp_path).read_pairs()
+    assert same(list(found), pairs(3))
+    assert found.table.schema == PAIR_SCHEMA
+    write_table(tmp_path / "pairs.parquet", old.slice(0, 0))
+    assert list(IterationStore(tmp_path).read_pairs()) == []
+    write_table(tmp_path / "pairs.parquet", old.drop_columns("chosen_reward"))
+    with pytest.raises(UserError, match=r"pairs\.parquet is damaged"):
+        IterationStore(tmp_path).read_pairs()

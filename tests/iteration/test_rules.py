@@ -1,0 +1,144 @@
+"""What the rules of an iteration are checked for, and what they keep."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sppo_lightning.difficulty import StatisticsTable
+from sppo_lightning.iteration.rules import IterationRules
+from sppo_lightning.pairing import BestWorst, Pairing
+from sppo_lightning.selection import AllPairs, AllPrompts, Easiest, Selection
+from sppo_lightning.types import UserError
+
+
+class Counting(Selection):
+    """Keeps every row, and counts how often it was asked."""
+
+    def __init__(self, state: Any = None) -> None:
+        self.state = {"asked": 0} if state is None else state
+
+    def select(self, table: StatisticsTable, *, iteration: int, seed: int) -> Tensor:
+        self.state["asked"] += 1
+        return torch.ones(len(table), dtype=torch.bool)
+
+    def state_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.state
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.state = dict(state)
+
+
+class Several(BestWorst):
+    most_pairs = 3
+
+
+def rules(**changes: Any) -> IterationRules:
+    plain = IterationRules(
+        iterations=2,
+        samples_per_prompt=4,
+        probe_samples=2,
+        pairs_per_step=2,
+        batch_size=1,
+        schedule=AllPrompts(),
+        selection=Easiest(0.5),
+        pairing=BestWorst(),
+        pair_selection=AllPairs(),
+        seed=0,
+    )
+    return replace(plain, **changes)
+
+
+# --------------------------------------------------------------------- pairings
+
+
+def test_a_pairing_defines_one_of_two_methods() -> None:
+    class Neither(Pairing):
+        def chose(self, rewards: Tensor, generator: torch.Generator) -> Any: ...
+
+    for pairing in (Neither(), Pairing()):
+        message = (
+            f"data.pairing: {type(pairing).__name__} must define choose(rewards, generator), for one pair"
+        )
+        with pytest.raises(ValueError, match=re.escape(message)):
+            rules(pairing=pairing)
+
+
+def test_a_pairing_of_no_pairs_is_refused() -> None:
+    pairing = Several()
+    pairing.most_pairs = 0
+    with pytest.raises(ValueError, match=r"data\.pairing: Several\.most_pairs=0 must be at least 1"):
+        rules(pairing=pairing)
+
+
+@pytest.mark.parametrize(
+    ("pairing", "samples", "most"), [(BestWorst(), 4, 1), (Several(), 4, 3), (Several(), 2, 1)]
+)
+def test_most_pairs_of_a_prompt(pairing: Pairing, samples: int, most: int) -> None:
+    """Two responses are one pair, whatever the rule might choose of more."""
+    assert rules(pairing=pairing, samples_per_prompt=samples).most_pairs == most
+
+
+def test_expected_pairs() -> None:
+    """Half of 10 prompts, 3 pairs each, a fifth of which is kept."""
+    ids = [f"p{number}" for number in range(10)]
+    assert rules().expected_pairs(ids, 0, each=1) == (10, 5)
+    assert rules().expected_pairs(ids, 0, each=3) == (10, 15)
+    assert rules(pair_selection=Easiest(0.2)).expected_pairs(ids, 0, each=3) == (10, 3)
+
+
+# ------------------------------------------------------------------- selections
+
+
+def test_what_only_the_selection_of_prompts_has() -> None:
+    class Reading(Counting):
+        requires = ("history",)
+
+    rules(selection=Reading())
+    message = r"data\.pair_selection: Reading needs the column 'history', which is not there; this slot has difficulty"
+    with pytest.raises(ValueError, match=message):
+        rules(pair_selection=Reading())
+
+
+# ----------------------------------------------------------------------- states
+
+
+def test_states_come_back_whatever_happens_to_the_rule_and_to_them() -> None:
+    found = rules(selection=Counting(), pair_selection=Counting())
+    found.pair_selection.select(StatisticsTable((), {}), iteration=0, seed=0)
+    states = found.state_dict()
+    assert states == {
+        "schedule": {},
+        "selection": {"asked": 0},
+        "pair_selection": {"asked": 1},
+        "curriculum": {},
+    }
+    for _ in range(2):
+        found.load_state_dict(states)
+        found.pair_selection.select(StatisticsTable((), {}), iteration=0, seed=0)
+        assert found.state_dict()["pair_selection"] == {"asked": 2}
+    assert states["pair_selection"] == {"asked": 1}
+    found.load_state_dict(found.fresh_states)
+    assert found.state_dict() == found.fresh_states == {**states, "pair_selection": {"asked": 0}}
+
+
+def test_a_state_of_fewer_rules_leaves_the_others_as_they_are() -> None:
+    found = rules(selection=Counting({"asked": 7}))
+    found.load_state_dict({"schedule": {}})
+    assert found.state_dict()["selection"] == {"asked": 7}
+
+
+@pytest.mark.parametrize("state", [{"mean": torch.zeros(1)}, {("a", 1): 0}])
+def test_a_state_that_json_cannot_hold_is_refused_at_the_start(state: Any) -> None:
+    message = (
+        r"^data\.selection: Counting\.state_dict\(\) returned something that JSON cannot hold \(.+\): return"
+    )
+    with pytest.raises(UserError, match=message):
+        rules(selection=Counting(state))
