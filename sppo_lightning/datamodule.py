@@ -29,7 +29,8 @@ from sppo_lightning.rewards import Reward
 from sppo_lightning.rollouts.collector import Collector
 from sppo_lightning.rollouts.scoring import UnfinishedRule
 from sppo_lightning.selection import AllPairs, AllPrompts, Curriculum, RandomOrder, Schedule, Selection
-from sppo_lightning.store.manifest import describe
+from sppo_lightning.store.identity import identity
+from sppo_lightning.store.legacy import legacy_description
 from sppo_lightning.store.pairs import PairTable
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.rendezvous import FileRanks
@@ -141,11 +142,10 @@ class SelfPlayDataModule(pl.LightningDataModule):
         self.curriculum = curriculum or RandomOrder()
         self.generator = generator
         self.reward = reward
-        self._made_with = {
-            "generator": describe(generator),
-            "reward": describe(reward),
-            "system_prompt": system_prompt,
-        }
+        self._provenance, self._legacy_provenance = (
+            {"generator": describe(generator), "reward": describe(reward), "system_prompt": system_prompt}
+            for describe in (identity, legacy_description)
+        )
         self.epochs_per_iteration = epochs_per_iteration
         self.prompts_per_shard = prompts_per_shard
         self.keep_iterations = keep_iterations
@@ -298,7 +298,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
             prompts=self._encoded("prompts").by_id(),
             too_long=self.prompt_sets.too_long("prompts"),
             collector=self._collector(),
-            made_with={**self._made_with, "unfinished": vars(self.unfinished)},
+            provenance={**self._provenance, "unfinished": vars(self.unfinished)},
             reference=self.module,
             layout=self._pair_layout,
         )
@@ -374,7 +374,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
             prompts=self._encoded(key),
             collector=self._collector(),
             policy=self.module.live,
-            made_with=self._made_with,
+            provenance=self._provenance,
+            legacy_provenance=self._legacy_provenance,
             replace_others=fitting,
         )
 

@@ -11,9 +11,8 @@ import yaml
 
 from sppo_lightning.resume.checkpoints import check_checkpoint
 from sppo_lightning.store.integrity import check_iterations
-from sppo_lightning.store.manifest import FREE_SETTINGS
 from sppo_lightning.store.run_folder import RunFolder
-from sppo_lightning.types import ResumeMode, UserError
+from sppo_lightning.types import SPEED_OR_PLACE, ResumeMode, UserError
 
 # what may change between two starts of the same run: it decides speed, place or display, not results
 FREE_KEYS = {
@@ -139,7 +138,7 @@ def _decisive(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _free(key: str) -> bool:
     """Whether a key decides speed or place only."""
     strategy = key.startswith(("data.generator.", "data.reward."))
-    return key in FREE_KEYS or (strategy and key.rpartition(".")[2] in FREE_SETTINGS)
+    return key in FREE_KEYS or (strategy and key.rpartition(".")[2] in SPEED_OR_PLACE)
 
 
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

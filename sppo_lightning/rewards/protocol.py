@@ -6,11 +6,11 @@ import math
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 
-from sppo_lightning.types import Prompt, UserError, first_line
+from sppo_lightning.types import SPEED_OR_PLACE, Prompt, UserError, first_line
 
 
 class Scores(NamedTuple):
@@ -35,6 +35,9 @@ class Reward(ABC):
 
     A subclass needs :meth:`score` only. A non-finite number, or ``None``, drops that response under a named reason.
     """
+
+    free_settings: ClassVar[frozenset[str]] = SPEED_OR_PLACE
+    """Arguments of the constructor that decide speed or place, never a score: a run that resumes may change them."""
 
     @property
     def comparative(self) -> bool:

@@ -1,4 +1,4 @@
-"""Run folders that version 0.1.0 wrote (see support/old_run/record.py): resumed and read by the present code.
+"""Run folders that commit a42d472 wrote (see support/old_run/record.py): resumed and read by the present code.
 
 The folders may have been written on another processor, whose products round differently. So what is compared are
 decisions (names of files, prompt ids, token ids, finish reasons, which prompts were selected, counts), to the letter;

@@ -1,4 +1,4 @@
-"""A generator or reward of each shipped class, and ``descriptions.json``: what version 0.1.0 said of them."""
+"""A generator or reward of each shipped class, and ``descriptions.json``: what commit a42d472 said of them."""
 
 from __future__ import annotations
 

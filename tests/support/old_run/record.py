@@ -1,4 +1,4 @@
-"""Made the run folders here: what sppo-lightning 0.1.0 (commit a42d472) leaves of a tiny run.
+"""Made the run folders here: what commit a42d472, before version 0.1.0 was released, leaves of a tiny run.
 
 To make them again, in a checkout of this repository, with the path of one of that commit:
 
@@ -7,7 +7,7 @@ To make them again, in a checkout of this repository, with the path of one of th
 ``finished/`` is a run of three iterations on one CPU, with the answers to ``test.jsonl``. ``killed/`` is the same run
 until the middle of iteration 1, one optimizer step after its last checkpoint: resumed, it must become ``finished/``.
 All paths are relative to the folder that this script stands in, which is the working directory of each command.
-``descriptions.json`` holds what that version said of generators and rewards in manifests, in its order.
+``descriptions.json`` holds what it said of generators and rewards in manifests, in its order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def describe_components() -> None:
     sys.path.append(str(HERE.parents[1]))
     from support.old_run.components import components
 
-    from sppo_lightning.rollouts import describe  # where version 0.1.0 has it
+    from sppo_lightning.rollouts import describe  # where that commit has it
 
     found = {name: describe(component) for name, component in components().items()}
     (HERE / "descriptions.json").write_text(json.dumps(found, indent=1) + "\n")
