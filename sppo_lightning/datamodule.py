@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -80,6 +80,12 @@ class SelfPlayDataModule(pl.LightningDataModule):
             refuses it; ``must`` refuses one that has no checkpoint. The command line reads it.
         seed: decides every random choice of the loop; linked to ``seed_everything`` by the CLI.
     """
+
+    free_settings: ClassVar[frozenset[str]] = frozenset(
+        {"batch_size", "resume", "keep_iterations", "max_failed_share", "memory_check"}
+        | {"test_prompts", "predict_prompts"}
+    )
+    """Arguments that decide speed, place or display, never results: a run that resumes may change them."""
 
     def __init__(
         self,

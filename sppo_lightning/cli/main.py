@@ -34,7 +34,7 @@ from sppo_lightning.cli.estimate import SelfPlayTrainer, check_plannable, planne
 from sppo_lightning.cli.parse_errors import check_config_files, explain
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.module import PreferenceModule
-from sppo_lightning.policy.config import PolicyConfig
+from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
 from sppo_lightning.resume.checkpoints import check_checkpoint, verify_checkpoint
 from sppo_lightning.resume.metrics_csv import MetricsCSV
 from sppo_lightning.resume.run_config import check_writable, resume_path
@@ -64,6 +64,14 @@ FIXED_FLAGS: dict[str, tuple[Any, str]] = {
     "barebones": (False, "leave it out"),
 }
 
+# the classes of the sections of a config that name none
+SECTIONS: dict[str, type] = {
+    "model": PreferenceModule,
+    "model.policy": PolicyConfig,
+    "model.policy.lora": LoRAConfig,
+    "data": SelfPlayDataModule,
+}
+
 
 class Parser(LightningArgumentParser):
     """A parser whose errors are one line, without hundreds of lines of usage."""
@@ -72,8 +80,7 @@ class Parser(LightningArgumentParser):
         """Print the error and leave."""
         if not self.exit_on_error:  # a component's own parser: the outer one reports, with the whole key
             super().error(message, ex)
-        sections = {"trainer": Trainer, "model": PreferenceModule, "model.policy": PolicyConfig}
-        sections["data"] = SelfPlayDataModule
+        sections = {"trainer": Trainer, **SECTIONS}
         keys = [f"{name}.{key}" for name, owner in sections.items() for key in signature(owner).parameters]
         print(f"sppo-lightning: error: {explain(message, keys)}", file=sys.stderr)
         sys.exit(2)
@@ -156,6 +163,7 @@ class SelfPlayCLI(LightningCLI):
                     self.root,
                     config.data.resume,
                     self.run_config,
+                    sections=SECTIONS,
                     given=None if given is None else Path(given),
                 )
 
