@@ -38,7 +38,7 @@ from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
 from sppo_lightning.resume.checkpoints import check_checkpoint, verify_checkpoint
 from sppo_lightning.resume.metrics_csv import MetricsCSV
 from sppo_lightning.resume.run_config import check_writable, resume_path
-from sppo_lightning.store.run_folder import remove_leftovers
+from sppo_lightning.store.run_folder import RunFolder, remove_leftovers
 from sppo_lightning.system.lock import RunLock, is_first_process
 from sppo_lightning.types import UserError
 
@@ -139,7 +139,7 @@ class SelfPlayCLI(LightningCLI):
             given = config.trainer.get(name)
             if given not in (value, None):
                 raise UserError(f"trainer.{name}={given} would break the self-play loop: {instead}")
-        self.root = Path(config.trainer.default_root_dir)
+        self.folder = RunFolder(Path(config.trainer.default_root_dir))
         self.run_config = yaml.safe_load(self._parser(self.subcommand).dump(config))
         for name in ("ckpt_path", "weights_only", "verbose", "return_predictions", "config"):
             self.run_config.pop(name, None)
@@ -154,13 +154,13 @@ class SelfPlayCLI(LightningCLI):
             wanted.accelerator, wanted.devices, wanted.num_nodes, wanted.strategy = "cpu", 1, 1, "auto"
             wanted.precision = "32-true" if self.hardware.float16 else wanted.precision
         elif not config.trainer.fast_dev_run:
-            check_writable(self.root)
+            check_writable(self.folder)
             if is_first_process(os.environ):
                 self._hold_folder()
             if self.subcommand == "fit":
                 given = config.get("ckpt_path")
                 self.start = resume_path(
-                    self.root,
+                    self.folder,
                     config.data.resume,
                     self.run_config,
                     sections=SECTIONS,
@@ -169,10 +169,10 @@ class SelfPlayCLI(LightningCLI):
 
     def _hold_folder(self) -> None:
         """Keep other runs out of the run folder until this one has ended."""
-        lock = RunLock(self.root)
+        lock = RunLock(self.folder.lock)
         self._held.enter_context(lock)
         if lock.held:
-            remove_leftovers(self.root)
+            remove_leftovers(self.folder)
 
     def _check_optimizer(self, optimizer: Any) -> None:
         """Refuse optimizer settings that the module sets by itself."""
@@ -228,9 +228,9 @@ class SelfPlayCLI(LightningCLI):
 
     def _loggers(self, given: Any) -> list[Logger]:
         fits = self.subcommand == "fit"  # other commands must not write into its curves
-        always: list[Logger] = [MetricsCSV(self.root / "metrics.csv")] if fits else []
+        always: list[Logger] = [MetricsCSV(self.folder.metrics)] if fits else []
         if given is None or given is True:
-            board = TensorBoardLogger(save_dir=self.root, name="", version="tensorboard")
+            board = TensorBoardLogger(save_dir=self.folder.root, name="", version="tensorboard")
             return [board, *always] if fits else []
         if given is False:
             return always
@@ -250,10 +250,10 @@ class SelfPlayCLI(LightningCLI):
         elif self.start is not None:
             if self.config[subcommand].trainer.enable_checkpointing is False:
                 raise UserError(
-                    f"trainer.enable_checkpointing=false: the run in {self.root} goes on from its checkpoint, and must "
-                    "go on writing it: leave it out"
+                    f"trainer.enable_checkpointing=false: the run in {self.folder.root} resumes from its checkpoint, "
+                    "and must go on writing it: leave it out"
                 )
-            print(f"Continuing the run in {self.root} from {self.start}", file=sys.stderr)
+            print(f"Continuing the run in {self.folder.root} from {self.start}", file=sys.stderr)
             kwargs["ckpt_path"] = str(self.start)
         if kwargs.get("ckpt_path") is not None and is_first_process(os.environ):
             verify_checkpoint(Path(kwargs["ckpt_path"]))

@@ -24,12 +24,13 @@ _WRITE_CONFIG = (
 )
 
 
-def check_writable(root: Path) -> None:
+def check_writable(folder: RunFolder) -> None:
     """Refuse a run folder that cannot be written.
 
     Raises:
         UserError: naming the folder.
     """
+    root = folder.root
     try:
         root.mkdir(parents=True, exist_ok=True)
         probe = root / f".writable-{os.getpid()}"
@@ -42,7 +43,7 @@ def check_writable(root: Path) -> None:
 
 
 def resume_path(
-    root: Path,
+    folder: RunFolder,
     mode: ResumeMode,
     config: Mapping[str, Any],
     *,
@@ -54,7 +55,7 @@ def resume_path(
     Without a checkpoint it still takes up the rollouts of iteration 0, if some are stored. Nothing is changed.
 
     Args:
-        root: the run folder.
+        folder: of the run.
         mode: what to do where it holds a run, or none.
         config: the resolved config of the run that is to start.
         sections: classes of the parts of a config that name none, by dotted key, e.g. ``model.policy``.
@@ -64,19 +65,17 @@ def resume_path(
         UserError: if the folder holds another config's run, or one that cannot be gone on with, or not what ``mode``
             asks for.
     """
-    last = root / "checkpoints" / "last.ckpt"
-    stored = [
-        place for place in (root / "iterations", last.parent) if place.is_dir() and any(place.iterdir())
-    ]
-    if mode == "never" and (stored or (root / "config.yaml").exists()):
+    root, last = folder.root, folder.last_checkpoint
+    stored = [place for place in (folder.iterations, last.parent) if place.is_dir() and any(place.iterdir())]
+    if mode == "never" and (stored or folder.config.exists()):
         raise UserError(
             f"data.resume=never, but {root} holds a run: use another trainer.default_root_dir, or data.resume=auto to "
             "go on with it"
         )
-    if stored and not (root / "config.yaml").exists():
+    if stored and not folder.config.exists():
         raise UserError(f"{root} holds a run, but its config.yaml is gone: {_WRITE_CONFIG}")
-    check_same_run(root, config, sections)
-    begun = check_iterations(RunFolder(root))
+    check_same_run(folder, config, sections)
+    begun = check_iterations(folder)
     if given is not None:
         check_checkpoint(given, "ckpt_path")
         return given
@@ -95,21 +94,21 @@ def resume_path(
     return None
 
 
-def check_same_run(root: Path, config: Mapping[str, Any], sections: Mapping[str, type]) -> None:
+def check_same_run(folder: RunFolder, config: Mapping[str, Any], sections: Mapping[str, type]) -> None:
     """Refuse to mix two configs in one run folder.
 
     What may change, since it decides speed, place or display only, each class says by its ``free_settings``. A setting
     that the older config does not have counts as its class's default: the version that wrote it did not know it.
 
     Args:
-        root: the run folder.
+        folder: of the run.
         config: the resolved config of the run that is to start.
         sections: see :func:`resume_path`.
 
     Raises:
         UserError: naming the first key that differs, with both values.
     """
-    path = root / "config.yaml"
+    path = folder.config
     if not path.exists():
         return
     try:
@@ -119,7 +118,7 @@ def check_same_run(root: Path, config: Mapping[str, Any], sections: Mapping[str,
         raise UserError(f"{path} is damaged: {_WRITE_CONFIG}") from error
     if found is not None:
         raise UserError(
-            f"{root} holds a run with {found.key}={found.before!r}, but this config has {found.now!r}: "
+            f"{folder.root} holds a run with {found.key}={found.before!r}, but this config has {found.now!r}: "
             "use another trainer.default_root_dir, or delete that folder"
         )
 

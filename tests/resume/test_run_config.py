@@ -34,7 +34,10 @@ CONFIG: dict[str, Any] = {
         "keep_iterations": None,
     },
 }
-resume_path = partial(run_config.resume_path, sections=SECTIONS)
+
+
+def resume_path(root: Path, *settings: Any, **more: Any) -> Path | None:
+    return run_config.resume_path(RunFolder(root), *settings, sections=SECTIONS, **more)
 
 
 def changed(**changes: Any) -> dict[str, Any]:
