@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -28,7 +28,8 @@ from sppo_lightning.rewards import Reward
 from sppo_lightning.rollouts.collector import Collector
 from sppo_lightning.rollouts.scoring import UnfinishedRule
 from sppo_lightning.selection import AllPairs, AllPrompts, Curriculum, RandomOrder, Schedule, Selection
-from sppo_lightning.store.manifest import describe
+from sppo_lightning.store.identity import identity
+from sppo_lightning.store.legacy import legacy_description
 from sppo_lightning.store.pairs import PairTable
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.rendezvous import FileRanks
@@ -79,6 +80,12 @@ class SelfPlayDataModule(pl.LightningDataModule):
             refuses it; ``must`` refuses one that has no checkpoint. The command line reads it.
         seed: decides every random choice of the loop; linked to ``seed_everything`` by the CLI.
     """
+
+    free_settings: ClassVar[frozenset[str]] = frozenset(
+        {"batch_size", "resume", "keep_iterations", "max_failed_share", "memory_check"}
+        | {"test_prompts", "predict_prompts"}
+    )
+    """Arguments that decide speed, place or display, never results: a run that resumes may change them."""
 
     def __init__(
         self,
@@ -141,11 +148,10 @@ class SelfPlayDataModule(pl.LightningDataModule):
         )
         self.generator = generator
         self.reward = reward
-        self._made_with = {
-            "generator": describe(generator),
-            "reward": describe(reward),
-            "system_prompt": system_prompt,
-        }
+        self._provenance, self._legacy_provenance = (
+            {"generator": describe(generator), "reward": describe(reward), "system_prompt": system_prompt}
+            for describe in (identity, legacy_description)
+        )
         self.epochs_per_iteration = epochs_per_iteration
         self.prompts_per_shard = prompts_per_shard
         self.keep_iterations = keep_iterations
@@ -306,7 +312,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
             prompts=self._encoded("prompts").by_id(),
             too_long=self.prompt_sets.too_long("prompts"),
             collector=self._collector(),
-            made_with={**self._made_with, "unfinished": vars(self.unfinished)},
+            provenance={**self._provenance, "unfinished": vars(self.unfinished)},
             reference=self.module.reference if self.module.loss.needs_reference else None,
             stores_token_logps=self.module.loss.needs_token_logps,
             layout=self._pair_layout,
@@ -385,7 +391,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
             prompts=self._encoded(key),
             collector=self._collector(),
             policy=self.module.live,
-            made_with=self._made_with,
+            provenance=self._provenance,
+            legacy_provenance=self._legacy_provenance,
             replace_others=fitting,
         )
 

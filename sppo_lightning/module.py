@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -56,6 +56,9 @@ class PreferenceModule(pl.LightningModule):
         carry_optimizer: keep the optimizer's state from one iteration to the next, instead of clearing it.
         pair_forward: how log-probs are computed; default: the fastest way that this model can take.
     """
+
+    free_settings: ClassVar[frozenset[str]] = frozenset({"pair_forward"})
+    """Arguments that decide speed or place, never results: a run that resumes may change them."""
 
     def __init__(
         self,

@@ -105,13 +105,13 @@ class RandomSubset(Schedule):
     """
 
     def __init__(self, fraction: Fraction) -> None:
-        self.fractions = _checked("RandomSubset", "fraction", fraction)
+        self.fraction = _checked("RandomSubset", "fraction", fraction)
 
     def candidates(
         self, prompt_ids: Sequence[str], *, iteration: int, iterations: int, seed: int
     ) -> list[str]:
         """Return the share of ``prompt_ids`` with the lowest random keys."""
-        keep = _count(_at(self.fractions, iteration), len(prompt_ids))
+        keep = _count(_at(self.fraction, iteration), len(prompt_ids))
         order = random_keys(prompt_ids, seed, iteration, "subset").argsort(stable=True).tolist()
         part = {prompt_ids[row] for row in order[:keep]}
         return [prompt_id for prompt_id in prompt_ids if prompt_id in part]
@@ -193,7 +193,7 @@ class Easiest(Selection):
     requires = ("difficulty",)
 
     def __init__(self, fraction: Fraction) -> None:
-        self.fractions = _checked("Easiest", "fraction", fraction)
+        self.fraction = _checked("Easiest", "fraction", fraction)
 
     def select(self, table: StatisticsTable, *, iteration: int, seed: int) -> Tensor:
         """Return the rows with the highest mean reward."""
@@ -203,7 +203,7 @@ class Easiest(Selection):
 
     def size(self, total: int, *, iteration: int) -> int:
         """Return the rounded share of ``total``."""
-        return _count(_at(self.fractions, iteration), total)
+        return _count(_at(self.fraction, iteration), total)
 
 
 class DropHardest(Selection):
@@ -216,7 +216,7 @@ class DropHardest(Selection):
     requires = ("difficulty",)
 
     def __init__(self, fraction: Fraction) -> None:
-        self.fractions = _checked("DropHardest", "fraction", fraction)
+        self.fraction = _checked("DropHardest", "fraction", fraction)
 
     def select(self, table: StatisticsTable, *, iteration: int, seed: int) -> Tensor:
         """Return all but the rows with the lowest mean reward."""
@@ -226,7 +226,7 @@ class DropHardest(Selection):
 
     def size(self, total: int, *, iteration: int) -> int:
         """Return ``total`` less the rounded share."""
-        return total - _count(_at(self.fractions, iteration), total)
+        return total - _count(_at(self.fraction, iteration), total)
 
 
 class Hardest(Selection):
@@ -239,7 +239,7 @@ class Hardest(Selection):
     requires = ("difficulty",)
 
     def __init__(self, fraction: Fraction) -> None:
-        self.fractions = _checked("Hardest", "fraction", fraction)
+        self.fraction = _checked("Hardest", "fraction", fraction)
 
     def select(self, table: StatisticsTable, *, iteration: int, seed: int) -> Tensor:
         """Return the rows with the lowest mean reward."""
@@ -248,7 +248,7 @@ class Hardest(Selection):
 
     def size(self, total: int, *, iteration: int) -> int:
         """Return the rounded share of ``total``."""
-        return _count(_at(self.fractions, iteration), total)
+        return _count(_at(self.fraction, iteration), total)
 
 
 class Band(Selection):
@@ -285,7 +285,7 @@ class RandomFraction(Selection):
     """
 
     def __init__(self, fraction: Fraction) -> None:
-        self.fractions = _checked("RandomFraction", "fraction", fraction)
+        self.fraction = _checked("RandomFraction", "fraction", fraction)
 
     def select(self, table: StatisticsTable, *, iteration: int, seed: int) -> Tensor:
         """Return the rows with the lowest random keys."""
@@ -295,7 +295,7 @@ class RandomFraction(Selection):
 
     def size(self, total: int, *, iteration: int) -> int:
         """Return the rounded share of ``total``."""
-        return _count(_at(self.fractions, iteration), total)
+        return _count(_at(self.fraction, iteration), total)
 
 
 # ---------------------------------------------------------------- curricula

@@ -27,6 +27,13 @@ ResumeMode = Literal["auto", "never", "must"]
 without a checkpoint."""
 
 
+SPEED_OR_PLACE = frozenset(
+    {"batch_size", "batch_tokens", "between_phases", "gpu_memory_utilization"}
+    | {"base_url", "api_key_env", "max_concurrency", "timeout", "max_retries"}
+)
+"""Names of settings that by convention decide how fast or where a component works, never its results."""
+
+
 class Stopped(BaseException):
     """A signal asked the run to stop, and all progress is on disk; like ``KeyboardInterrupt``, no error to handle.
 

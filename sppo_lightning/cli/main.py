@@ -37,11 +37,11 @@ from sppo_lightning.cli.estimate import SelfPlayTrainer, check_plannable, planne
 from sppo_lightning.cli.parse_errors import check_config_files, explain
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.module import PreferenceModule
-from sppo_lightning.policy.config import PolicyConfig
+from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
 from sppo_lightning.resume.checkpoints import check_checkpoint, verify_checkpoint
 from sppo_lightning.resume.metrics_csv import MetricsCSV
 from sppo_lightning.resume.run_config import check_writable, resume_path
-from sppo_lightning.store.run_folder import remove_leftovers
+from sppo_lightning.store.run_folder import RunFolder, remove_leftovers
 from sppo_lightning.system.lock import RunLock, is_first_process
 from sppo_lightning.types import UserError
 
@@ -67,6 +67,14 @@ FIXED_FLAGS: dict[str, tuple[Any, str]] = {
     "barebones": (False, "leave it out"),
 }
 
+# the classes of the sections of a config that name none
+SECTIONS: dict[str, type] = {
+    "model": PreferenceModule,
+    "model.policy": PolicyConfig,
+    "model.policy.lora": LoRAConfig,
+    "data": SelfPlayDataModule,
+}
+
 
 class Parser(LightningArgumentParser):
     """A parser whose errors are one line, without hundreds of lines of usage."""
@@ -75,8 +83,7 @@ class Parser(LightningArgumentParser):
         """Print the error and leave."""
         if not self.exit_on_error:  # a component's own parser: the outer one reports, with the whole key
             super().error(message, ex)
-        sections = {"trainer": Trainer, "model": PreferenceModule, "model.policy": PolicyConfig}
-        sections["data"] = SelfPlayDataModule
+        sections = {"trainer": Trainer, **SECTIONS}
         keys = [f"{name}.{key}" for name, owner in sections.items() for key in signature(owner).parameters]
         print(f"sppo-lightning: error: {explain(message, keys)}", file=sys.stderr)
         sys.exit(2)
@@ -135,7 +142,7 @@ class SelfPlayCLI(LightningCLI):
             given = config.trainer.get(name)
             if given not in (value, None):
                 raise UserError(f"trainer.{name}={given} would break the self-play loop: {instead}")
-        self.root = Path(config.trainer.default_root_dir)
+        self.folder = RunFolder(Path(config.trainer.default_root_dir))
         self.run_config = yaml.safe_load(self._parser(self.subcommand).dump(config))
         for name in ("ckpt_path", "weights_only", "verbose", "return_predictions", "config"):
             self.run_config.pop(name, None)
@@ -150,24 +157,25 @@ class SelfPlayCLI(LightningCLI):
             wanted.accelerator, wanted.devices, wanted.num_nodes, wanted.strategy = "cpu", 1, 1, "auto"
             wanted.precision = "32-true" if self.hardware.float16 else wanted.precision
         elif not config.trainer.fast_dev_run:
-            check_writable(self.root)
+            check_writable(self.folder)
             if is_first_process(os.environ):
                 self._hold_folder()
             if self.subcommand == "fit":
                 given = config.get("ckpt_path")
                 self.start = resume_path(
-                    self.root,
+                    self.folder,
                     config.data.resume,
                     self.run_config,
+                    sections=SECTIONS,
                     given=None if given is None else Path(given),
                 )
 
     def _hold_folder(self) -> None:
         """Keep other runs out of the run folder until this one has ended."""
-        lock = RunLock(self.root)
+        lock = RunLock(self.folder.lock)
         self._held.enter_context(lock)
         if lock.held:
-            remove_leftovers(self.root)
+            remove_leftovers(self.folder)
 
     def _check_optimizer(self, optimizer: Any) -> None:
         """Refuse optimizer settings that the module sets by itself."""
@@ -224,9 +232,9 @@ class SelfPlayCLI(LightningCLI):
 
     def _loggers(self, given: Any) -> list[Logger]:
         fits = self.subcommand == "fit"  # other commands must not write into its curves
-        always: list[Logger] = [MetricsCSV(self.root / "metrics.csv")] if fits else []
+        always: list[Logger] = [MetricsCSV(self.folder.metrics)] if fits else []
         if given is None or given is True:
-            board = TensorBoardLogger(save_dir=self.root, name="", version="tensorboard")
+            board = TensorBoardLogger(save_dir=self.folder.root, name="", version="tensorboard")
             return [board, *always] if fits else []
         if given is False:
             return always
@@ -246,10 +254,10 @@ class SelfPlayCLI(LightningCLI):
         elif self.start is not None:
             if self.config[subcommand].trainer.enable_checkpointing is False:
                 raise UserError(
-                    f"trainer.enable_checkpointing=false: the run in {self.root} goes on from its checkpoint, and must "
-                    "go on writing it: leave it out"
+                    f"trainer.enable_checkpointing=false: the run in {self.folder.root} resumes from its checkpoint, "
+                    "and must go on writing it: leave it out"
                 )
-            print(f"Continuing the run in {self.root} from {self.start}", file=sys.stderr)
+            print(f"Continuing the run in {self.folder.root} from {self.start}", file=sys.stderr)
             kwargs["ckpt_path"] = str(self.start)
         if kwargs.get("ckpt_path") is not None and is_first_process(os.environ):
             verify_checkpoint(Path(kwargs["ckpt_path"]))

@@ -25,6 +25,7 @@ from sppo_lightning.types import EncodedPrompt, Ranks, Rollout, UserError
 
 LOGGER = logging.getLogger(__name__)
 BATCH = 256  # stored answers aggregated at once
+FORMAT = 1  # of an evaluation's manifest; older ones have no number
 
 
 class InitialPolicy(Protocol):
@@ -47,7 +48,8 @@ class HeldOut:
         prompts: the held-out prompts.
         collector: samples and scores.
         policy: who answers.
-        made_with: settings of the generator and the reward, JSON types.
+        provenance: identities of the generator and the reward, JSON types.
+        legacy_provenance: the same as manifests without a format number have it; their answers are accepted.
         replace_others: make stored answers anew where another policy gave them (a restarted ``fit``), instead
             of refusing to touch them.
     """
@@ -57,7 +59,8 @@ class HeldOut:
     prompts: Sequence[EncodedPrompt]
     collector: Collector
     policy: InitialPolicy
-    made_with: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    legacy_provenance: Mapping[str, Any]
     replace_others: bool
 
     def place(self, finished: int) -> Path:
@@ -78,11 +81,10 @@ class HeldOut:
 
     def _asked(self) -> str:
         """Return a digest of what decides the answers and their rewards, the policy aside."""
-        asked = [
-            [[item.prompt.id, item.token_ids, item.prompt.answer] for item in self.prompts],
-            self.made_with,
-        ]
-        return hashlib.blake2b(json.dumps(asked).encode(), digest_size=16).hexdigest()
+        return _digest([self._prompts(), json.dumps(self.provenance, sort_keys=True)])
+
+    def _prompts(self) -> list[Any]:
+        return [[item.prompt.id, item.token_ids, item.prompt.answer] for item in self.prompts]
 
     def _stored(self, finished: int) -> list[Rollout] | None:
         """Return the stored answers to these prompts, whichever policy gave them.
@@ -111,10 +113,16 @@ class HeldOut:
         if not path.exists():
             return None
         try:
-            return unsealed(path.read_bytes())
+            found = unsealed(path.read_bytes())
         except ValueError:
             self._set_aside(path)
             return None
+        if "format" not in found and found["asked"] == _digest([self._prompts(), self.legacy_provenance]):
+            return self._made_by(found["policy_fingerprint"])
+        return found
+
+    def _made_by(self, policy_fingerprint: str) -> dict[str, Any]:
+        return {"format": FORMAT, "policy_fingerprint": policy_fingerprint, "asked": self._asked()}
 
     def _set_aside(self, path: Path) -> None:
         if self.collector.ranks.rank == 0 and path.exists():
@@ -138,7 +146,7 @@ class HeldOut:
             UserError: if the folder holds another policy's answers that are not to be replaced.
         """
         place = self.place(finished)
-        made_by = {"policy_fingerprint": policy_fingerprint, "asked": self._asked()}
+        made_by = self._made_by(policy_fingerprint)
         stored, manifest = self._stored(finished), self._manifest(finished)
         if stored is not None and manifest == made_by:
             self._remove_parts(place)  # a killed run may have left them
@@ -149,8 +157,7 @@ class HeldOut:
                 "another trainer.default_root_dir"
             )
         ranks = self.collector.ranks
-        identity = hashlib.blake2b(json.dumps(made_by).encode(), digest_size=6).hexdigest()
-        parts = place / f"parts-{identity}"
+        parts = place / f"parts-{_digest(made_by)[:12]}"
         rows = self.collector.collect_greedy(
             ShardStore(parts),
             "greedy",
@@ -171,6 +178,10 @@ class HeldOut:
         if self.collector.ranks.rank == 0:
             for parts in place.glob("parts-*"):
                 shutil.rmtree(parts)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
 class EvaluationLoader:

@@ -15,12 +15,11 @@ from sppo_lightning.export.check import Distance
 from sppo_lightning.export.finished_run import FinishedRun
 from sppo_lightning.policy.config import LoRAConfig
 from sppo_lightning.policy.folder import base_arguments, opened_by_peft
-from sppo_lightning.store.manifest import FREE_SETTINGS
-from sppo_lightning.types import PreferencePair
+from sppo_lightning.types import SPEED_OR_PLACE, PreferencePair
 
 HERE = "path/to/this/folder"
 # settings of components that say nothing about the result
-FREE = {*FREE_SETTINGS, "weight_sync", "trust_remote_code"}
+FREE = {*SPEED_OR_PLACE, "weight_sync", "trust_remote_code"}
 VLLM_RANK = 16  # the highest that vLLM takes without --max-lora-rank
 REFERENCES = {
     "previous_iteration": "the policy as it was when each iteration began",

@@ -64,7 +64,7 @@ def export(
     """
     source = open_run(Path(run), iteration=iteration)
     _check_format(source, format, dtype)
-    place = source.folder.root / f"export-{format}" if output is None else Path(output).resolve()
+    place = source.folder.export(format) if output is None else Path(output).resolve()
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UserError(f"{place} is there and not empty: name another folder with --output, or delete it")
     fresh = place.with_name(f"{place.name}.unchecked")

@@ -75,7 +75,7 @@ class FinishedRun:
             return None
         stays = self.config["model"]["reference"] == "initial"
         found = self.iteration if stays else 0  # a fresh adapter changes nothing
-        return found if (self.folder.iteration(found).folder / "pairs.parquet").exists() else None
+        return found if self.folder.iteration(found).pairs_path.exists() else None
 
     def model_config(self) -> PretrainedConfig:
         """Return the settings of the trained model, or of the base that an adapter was trained on.
@@ -115,7 +115,8 @@ def open_run(root: Path, *, iteration: int | None = None) -> FinishedRun:
     Raises:
         UserError: if this is no run, or the policy is not there.
     """
-    path = root / "config.yaml"
+    folder = RunFolder(root)
+    path = folder.config
     if not path.is_file():
         raise UserError(
             f"{str(root)!r} is no run: it has no config.yaml; give a folder that was a fit's trainer.default_root_dir"
@@ -136,21 +137,20 @@ def open_run(root: Path, *, iteration: int | None = None) -> FinishedRun:
             f"{path} cannot be read as a run's config ({' '.join(str(error).split())}): restore it, or export with "
             "the version of sppo-lightning that wrote it"
         ) from error
-    folder = RunFolder(root)
-    place = root / "policy"
+    place = folder.policy
     latest = _iteration_of(place, folder) if place.is_dir() else None
     if latest is None:
         raise UserError(
             f"{root} has no finished iteration yet, so that there is no policy to export: run fit to the end of an "
             "iteration"
         )
-    kept_place = root / "policies" / f"{latest if iteration is None else iteration:03d}"
+    kept_place = folder.kept_policy(latest if iteration is None else iteration)
     if iteration is None:
         iteration = latest
     elif kept_place.is_dir():
         place = kept_place
     elif iteration != latest:
-        kept = sorted({*(int(path.name) for path in _kept(root)), latest})
+        kept = sorted({*folder.kept_policies(), latest})
         raise UserError(
             f"{root} holds no policy of iteration {iteration}, only of {', '.join(map(str, kept))}: name one of those "
             "(callback PolicyExport with keep_every_iteration: true keeps all)"
@@ -193,7 +193,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _last_finished(folder: RunFolder) -> int | None:
     """Return the run's last finished iteration, for a ``policy/`` that does not say its own."""
-    last = folder.root / "checkpoints" / "last.ckpt"
+    last = folder.last_checkpoint
     if last.exists():
         try:
             checkpoint = torch.load(state_file(last), map_location="cpu", mmap=True, weights_only=True)
@@ -205,7 +205,3 @@ def _last_finished(folder: RunFolder) -> int | None:
         while folder.iteration(finished).complete:
             finished += 1
     return finished - 1 if finished else None
-
-
-def _kept(root: Path) -> list[Path]:
-    return [path for path in (root / "policies").glob("[0-9]*") if path.name.isdigit()]

@@ -60,6 +60,11 @@ class AutoGenerator(Generator):
         self._chosen: Generator | None = None
 
     @property
+    def cuda_graphs(self) -> bool:
+        """Whether :class:`HFGenerator` may record its steps."""
+        return self._hf.cuda_graphs
+
+    @property
     def reproducible(self) -> bool:
         """Whether it is certain that :class:`HFGenerator` samples."""
         return self._continuous is None

@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import torch
 
-from sppo_lightning.types import FinishReason, Ranks, Response
+from sppo_lightning.types import SPEED_OR_PLACE, FinishReason, Ranks, Response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,6 +81,9 @@ class Generator(ABC):
         stop: texts that end a response as an end token does; they are cut off its text, not off its tokens.
         max_total_tokens: most tokens of prompt and response together; ``None``: no limit of its own.
     """
+
+    free_settings: ClassVar[frozenset[str]] = SPEED_OR_PLACE
+    """Arguments of the constructor that decide speed or place, never a response: a run that resumes may change them."""
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from sppo_lightning.generation.protocol import PolicySource
 from sppo_lightning.system.servers import Failure, ServerClient
-from sppo_lightning.types import UserError
+from sppo_lightning.types import SPEED_OR_PLACE, UserError
 
 KEY = "data.generator.weight_sync"
 PREFIX = "policy-"  # of the exports in a folder; whatever else lies there stays
@@ -26,6 +26,8 @@ class WeightSync(ABC):
 
     names_model: ClassVar[bool] = True
     """Whether the model to ask for is the hand-over's own; else it is the generator's ``model``."""
+    free_settings: ClassVar[frozenset[str]] = SPEED_OR_PLACE | {"folder"}
+    """Arguments of the constructor that decide speed or place, never a response: a run that resumes may change them."""
 
     @abstractmethod
     def hand_over(self, policy: PolicySource, *, client: ServerClient, model: str | None) -> str:

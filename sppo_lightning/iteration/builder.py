@@ -27,8 +27,8 @@ from sppo_lightning.pair_forward.layouts import PairLayout
 from sppo_lightning.pairing import main_drop_reason, pair_statistics
 from sppo_lightning.prompts.table import EncodedById
 from sppo_lightning.rollouts.collector import Collector, WantedRows
+from sppo_lightning.store.identity import identity
 from sppo_lightning.store.iterations import IterationStore
-from sppo_lightning.store.manifest import describe
 from sppo_lightning.store.pairs import PairTable
 from sppo_lightning.store.shards import by_prompt
 from sppo_lightning.types import Phase, UserError
@@ -45,7 +45,7 @@ class IterationBuilder:
         prompts: encoded prompts by id, in file order.
         too_long: prompts that were dropped before.
         collector: samples and scores.
-        made_with: settings of the generator and the reward, for the manifest.
+        provenance: settings of the generator and the reward, for the manifest.
         reference: the frozen reference; ``None``: the loss needs none, and no pass is made.
         stores_token_logps: keep the reference's log-probs of single tokens too.
         layout: of the reference pass.
@@ -55,7 +55,7 @@ class IterationBuilder:
     prompts: EncodedById
     too_long: Sequence[str]
     collector: Collector
-    made_with: Mapping[str, Any]
+    provenance: Mapping[str, Any]
     reference: Reference | None
     stores_token_logps: bool
     layout: PairLayout
@@ -182,11 +182,11 @@ class IterationBuilder:
             "iteration": iteration,
             "policy_fingerprint": policy_fingerprint,
             "seed": rules.seed,
-            **self.made_with,
-            "schedule": describe(rules.schedule),
-            "selection": describe(rules.selection),
-            "pairing": describe(rules.pairing),
-            "pair_selection": describe(rules.pair_selection),
+            **self.provenance,
+            "schedule": identity(rules.schedule),
+            "selection": identity(rules.selection),
+            "pairing": identity(rules.pairing),
+            "pair_selection": identity(rules.pair_selection),
             "samples_per_prompt": rules.samples_per_prompt,
             "probe_samples": reestimation.samples if reestimation else rules.probe_samples,
             "smoothing": reestimation.smoothing if reestimation else 0.0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from sppo_lightning.types import UserError
 
@@ -75,6 +75,9 @@ class PolicyConfig:
             prompts are plain text and go in as they are. A tokenizer without a template needs one of them.
         trust_remote_code: run code that comes with the model.
     """
+
+    free_settings: ClassVar[frozenset[str]] = frozenset({"gradient_checkpointing"})
+    """Settings that decide speed or place, never results: a run that resumes may change them."""
 
     pretrained: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from sppo_lightning.resume.checkpoints import check_checkpoint
+from sppo_lightning.store.identity import NOTHING_FREE, free_settings, parameters
 from sppo_lightning.store.integrity import check_iterations
-from sppo_lightning.store.manifest import FREE_SETTINGS
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.types import ResumeMode, UserError
 
-# what may change between two starts of the same run: it decides speed, place or display, not results
-FREE_KEYS = {
-    "data.batch_size",
-    "data.resume",
-    "data.keep_iterations",
-    "data.max_failed_share",
-    "data.memory_check",
-    "data.generator.init_args.weight_sync.init_args.folder",
-    "data.test_prompts",
-    "data.predict_prompts",
-    "model.pair_forward",
-    "model.policy.gradient_checkpointing",
-}
 TRAINER_KEYS = ("precision", "gradient_clip_val", "gradient_clip_algorithm")
 RULE_CALLBACK = "DifficultyReestimation"
 _WRITE_CONFIG = (
@@ -36,12 +24,13 @@ _WRITE_CONFIG = (
 )
 
 
-def check_writable(root: Path) -> None:
+def check_writable(folder: RunFolder) -> None:
     """Refuse a run folder that cannot be written.
 
     Raises:
         UserError: naming the folder.
     """
+    root = folder.root
     try:
         root.mkdir(parents=True, exist_ok=True)
         probe = root / f".writable-{os.getpid()}"
@@ -54,35 +43,39 @@ def check_writable(root: Path) -> None:
 
 
 def resume_path(
-    root: Path, mode: ResumeMode, config: Mapping[str, Any], *, given: Path | None = None
+    folder: RunFolder,
+    mode: ResumeMode,
+    config: Mapping[str, Any],
+    *,
+    sections: Mapping[str, type],
+    given: Path | None = None,
 ) -> Path | None:
     """Return the checkpoint that a run goes on from; ``None``: it starts with the initial policy.
 
     Without a checkpoint it still takes up the rollouts of iteration 0, if some are stored. Nothing is changed.
 
     Args:
-        root: the run folder.
+        folder: of the run.
         mode: what to do where it holds a run, or none.
         config: the resolved config of the run that is to start.
+        sections: classes of the parts of a config that name none, by dotted key, e.g. ``model.policy``.
         given: a checkpoint that the user names; ``None``: the run's own.
 
     Raises:
         UserError: if the folder holds another config's run, or one that cannot be gone on with, or not what ``mode``
             asks for.
     """
-    last = root / "checkpoints" / "last.ckpt"
-    stored = [
-        place for place in (root / "iterations", last.parent) if place.is_dir() and any(place.iterdir())
-    ]
-    if mode == "never" and (stored or (root / "config.yaml").exists()):
+    root, last = folder.root, folder.last_checkpoint
+    stored = [place for place in (folder.iterations, last.parent) if place.is_dir() and any(place.iterdir())]
+    if mode == "never" and (stored or folder.config.exists()):
         raise UserError(
             f"data.resume=never, but {root} holds a run: use another trainer.default_root_dir, or data.resume=auto to "
             "go on with it"
         )
-    if stored and not (root / "config.yaml").exists():
+    if stored and not folder.config.exists():
         raise UserError(f"{root} holds a run, but its config.yaml is gone: {_WRITE_CONFIG}")
-    check_same_run(root, config)
-    begun = check_iterations(RunFolder(root))
+    check_same_run(folder, config, sections)
+    begun = check_iterations(folder)
     if given is not None:
         check_checkpoint(given, "ckpt_path")
         return given
@@ -101,50 +94,117 @@ def resume_path(
     return None
 
 
-def check_same_run(root: Path, config: Mapping[str, Any]) -> None:
+def check_same_run(folder: RunFolder, config: Mapping[str, Any], sections: Mapping[str, type]) -> None:
     """Refuse to mix two configs in one run folder.
+
+    What may change, since it decides speed, place or display only, each class says by its ``free_settings``. A setting
+    that the older config does not have counts as its class's default: the version that wrote it did not know it.
+
+    Args:
+        folder: of the run.
+        config: the resolved config of the run that is to start.
+        sections: see :func:`resume_path`.
 
     Raises:
         UserError: naming the first key that differs, with both values.
     """
-    path = root / "config.yaml"
+    path = folder.config
     if not path.exists():
         return
     try:
-        before = dict(_decisive(yaml.safe_load(path.read_bytes())))
+        before = _decisive(yaml.safe_load(path.read_bytes()))
+        found = next(_differences("", before, _decisive(config), sections, NOTHING_FREE), None)
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {_WRITE_CONFIG}") from error
-    now = dict(_decisive(config))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            raise UserError(
-                f"{root} holds a run with {key}={before.get(key)!r}, but this config has {now.get(key)!r}: "
-                "use another trainer.default_root_dir, or delete that folder"
-            )
+    if found is not None:
+        raise UserError(
+            f"{folder.root} holds a run with {found.key}={found.before!r}, but this config has {found.now!r}: "
+            "use another trainer.default_root_dir, or delete that folder"
+        )
 
 
-def _decisive(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the dotted keys that decide a run's results."""
+def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts of a config that may decide a run's results."""
     trainer = config["trainer"]
-    yield from _flat("", {"seed_everything": config["seed_everything"]})
-    for part in ("model", "data"):
-        yield from ((key, value) for key, value in _flat(part, config[part]) if not _free(key))
-    yield from _flat("trainer", {name: trainer.get(name) for name in TRAINER_KEYS})
     callbacks = trainer.get("callbacks") or []
-    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-        if str(callback["class_path"]).endswith(RULE_CALLBACK):
-            yield from _flat(f"trainer.callbacks.{RULE_CALLBACK}", callback.get("init_args") or {})
+    rules = [
+        callback.get("init_args") or {}
+        for callback in (callbacks if isinstance(callbacks, list) else [callbacks])
+        if str(callback["class_path"]).endswith(RULE_CALLBACK)
+    ]
+    return {
+        **{name: config[name] for name in ("seed_everything", "model", "data")},
+        "trainer": {
+            **{name: trainer.get(name) for name in TRAINER_KEYS},
+            "callbacks": {RULE_CALLBACK: rules[-1] if rules else None},
+        },
+    }
 
 
-def _free(key: str) -> bool:
-    """Whether a key decides speed or place only."""
-    strategy = key.startswith(("data.generator.", "data.reward."))
-    return key in FREE_KEYS or (strategy and key.rpartition(".")[2] in FREE_SETTINGS)
+class _Difference(NamedTuple):
+    """A setting that two configs have otherwise."""
+
+    key: str  # dotted
+    before: Any
+    now: Any
 
 
-def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _flat(f"{prefix}.{name}" if prefix else str(name), item)
-    else:
-        yield prefix, value
+def _differences(
+    key: str, before: Any, now: Any, sections: Mapping[str, type], free: frozenset[str]
+) -> Iterator[_Difference]:
+    """Yield what differs in two values of a key, in the order of the keys.
+
+    Args:
+        key: dotted; empty for the whole config.
+        before: its value in the older config.
+        now: its present one.
+        sections: see :func:`resume_path`.
+        free: what the component around decides nothing by, for a class that does not say.
+    """
+    if not all(value is None or isinstance(value, Mapping) for value in (before, now)):
+        if before != now:
+            yield _Difference(key, before, now)
+        return
+    owner: Callable[..., Any] | None = None if None in (before, now) else sections.get(key)
+    left_out = free_settings(owner, NOTHING_FREE)
+    before, now = before or {}, now or {}
+    if "class_path" in before or "class_path" in now:
+        kinds = before.get("class_path"), now.get("class_path")
+        if kinds[0] != kinds[1]:
+            yield _Difference(f"{key}.class_path", *kinds)
+            return
+        owner = _imported(kinds[1])
+        if owner is not None:
+            left_out = free = free_settings(owner, free)
+        key, before, now = f"{key}.init_args", _arguments(before), _arguments(now)
+    if owner is not None:
+        before, now = ({**_defaults(owner), **_given(value)} for value in (before, now))
+    for name in sorted((before.keys() | now.keys()) - left_out, key=str):
+        inner = f"{key}.{name}".lstrip(".")
+        yield from _differences(inner, before.get(name), now.get(name), sections, free)
+
+
+def _arguments(component: Mapping[str, Any]) -> dict[str, Any]:
+    return {**(component.get("init_args") or {}), **(component.get("dict_kwargs") or {})}
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _imported(class_path: str) -> Callable[..., Any] | None:
+    """Return a class of the present config, which the parser has imported; ``None``: it is there no longer."""
+    try:
+        found: Callable[..., Any] = pkgutil.resolve_name(class_path)
+    except (ImportError, AttributeError, ValueError):
+        return None
+    return found
+
+
+def _defaults(owner: Callable[..., Any]) -> dict[str, Any]:
+    """Return what keys stand for that a config lacks; null is left out of one too, so none that may be null."""
+    return {
+        name: taken.default
+        for name, taken in parameters(owner).items()
+        if isinstance(taken.default, bool | int | float | str) and "None" not in str(taken.annotation)
+    }

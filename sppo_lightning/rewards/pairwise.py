@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from sppo_lightning.rewards.protocol import Reward, RewardMemory, Scores
 from sppo_lightning.seeding import derive_seed
-from sppo_lightning.types import Prompt, UserError
+from sppo_lightning.types import SPEED_OR_PLACE, Prompt, UserError
 
 TIE = 0.5
 
@@ -31,6 +31,9 @@ class Judge(ABC):
 
     A subclass needs :meth:`compare` only.
     """
+
+    free_settings: ClassVar[frozenset[str]] = SPEED_OR_PLACE
+    """Arguments of the constructor that decide speed or place, never an answer: a run that resumes may change them."""
 
     @abstractmethod
     def compare(self, comparisons: Sequence[Comparison]) -> Sequence[float]:

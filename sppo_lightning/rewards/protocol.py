@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 
-from sppo_lightning.types import Prompt, UserError, first_line
+from sppo_lightning.types import SPEED_OR_PLACE, Prompt, UserError, first_line
 
 
 class Scores(NamedTuple):
@@ -40,6 +40,8 @@ class Reward(ABC):
     """
 
     gives_win_probabilities: ClassVar[bool] = False
+    free_settings: ClassVar[frozenset[str]] = SPEED_OR_PLACE
+    """Arguments of the constructor that decide speed or place, never a score: a run that resumes may change them."""
 
     @property
     def comparative(self) -> bool:

@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -15,7 +15,7 @@ from sppo_lightning.policy.pretrained import load_tokenizer
 from sppo_lightning.prompts.encoding import template_token_ids
 from sppo_lightning.rewards.protocol import Reward, Scores
 from sppo_lightning.system.servers import Failure, ServerClient
-from sppo_lightning.types import Message, Prompt, UserError
+from sppo_lightning.types import SPEED_OR_PLACE, Message, Prompt, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +32,8 @@ class ScoreFormat(ABC):
     """Where the server takes requests, below ``base_url``."""
     batch_size: int = 1
     """Most responses of one request."""
+    free_settings: ClassVar[frozenset[str]] = SPEED_OR_PLACE
+    """Arguments of the constructor that decide speed or place, never a score: a run that resumes may change them."""
 
     def check(self) -> None:
         """Raise :class:`~sppo_lightning.types.UserError` if requests cannot be made."""

@@ -24,8 +24,7 @@ def check_iterations(folder: RunFolder) -> int:
     Raises:
         UserError: if one of them is gone, or is not the one that its folder's name says.
     """
-    places = [path for path in (folder.root / "iterations").glob("[0-9]*") if path.name.isdigit()]
-    begun = 1 + max((int(path.name) for path in places), default=-1)
+    begun = 1 + max(folder.iteration_numbers(), default=-1)
     for number in range(begun):
         store = folder.iteration(number)
         manifest = store.read_manifest()
@@ -64,8 +63,8 @@ def _quarantine_damaged(store: IterationStore) -> bool:
     if manifest is None or not manifest["complete"]:
         return False
     parts = [
-        _check_or_quarantine(store.read_difficulty, store.folder / "difficulty.parquet"),
-        _check_or_quarantine(lambda: _check_pairs(store, manifest), store.folder / "pairs.parquet"),
+        _check_or_quarantine(store.read_difficulty, store.difficulty_path),
+        _check_or_quarantine(lambda: _check_pairs(store, manifest), store.pairs_path),
         _check_or_quarantine(lambda: _check_shards(store, manifest), store.shards.folder),
     ]
     return all(parts)

@@ -34,6 +34,21 @@ class IterationStore:
         self.reference_parts = ReferenceParts(folder / "reference")
 
     @property
+    def manifest_path(self) -> Path:
+        """What made the iteration."""
+        return self.folder / "manifest.json"
+
+    @property
+    def difficulty_path(self) -> Path:
+        """The difficulties after the probe, one row a prompt."""
+        return self.folder / "difficulty.parquet"
+
+    @property
+    def pairs_path(self) -> Path:
+        """The pairs, in pair order."""
+        return self.folder / "pairs.parquet"
+
+    @property
     def complete(self) -> bool:
         """Whether the iteration's data is final."""
         manifest = self.read_manifest()
@@ -41,11 +56,11 @@ class IterationStore:
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Write what made the iteration."""
-        write_atomically(self.folder / "manifest.json", sealed(manifest))
+        write_atomically(self.manifest_path, sealed(manifest))
 
     def read_manifest(self) -> dict[str, Any] | None:
         """Return the manifest, or ``None`` before the iteration began."""
-        path = self.folder / "manifest.json"
+        path = self.manifest_path
         if not path.exists():
             return None
         try:
@@ -88,11 +103,11 @@ class IterationStore:
             values = table[name]
             columns[name] = (values.long() if name in _COUNTS else values).numpy()
         columns["selected"] = [prompt_id in selected for prompt_id in table.prompt_ids]
-        write_table(self.folder / "difficulty.parquet", pa.table(columns, DIFFICULTY_SCHEMA))
+        write_table(self.difficulty_path, pa.table(columns, DIFFICULTY_SCHEMA))
 
     def read_difficulty(self) -> tuple[StatisticsTable, set[str]]:
         """Return the table and the ids of the selected prompts."""
-        table = read_table(self.folder / "difficulty.parquet", DIFFICULTY_SCHEMA)
+        table = read_table(self.difficulty_path, DIFFICULTY_SCHEMA)
         prompt_ids = table["prompt_id"].to_pylist()
         columns = {
             name: torch.tensor(table[name].to_numpy(), dtype=torch.float64) for name in DIFFICULTY_COLUMNS
@@ -108,9 +123,8 @@ class IterationStore:
 
     def write_pairs(self, pairs: PairTable) -> None:
         """Write the iteration's pairs, in pair order."""
-        write_table(self.folder / "pairs.parquet", pairs.table)
+        write_table(self.pairs_path, pairs.table)
 
     def read_pairs(self) -> PairTable:
         """Return the iteration's pairs, in pair order."""
-        path = self.folder / "pairs.parquet"
-        return PairTable(read_table(path, PAIR_SCHEMA, added=ADDED_COLUMNS, optional=TOKEN_LOGPS))
+        return PairTable(read_table(self.pairs_path, PAIR_SCHEMA, added=ADDED_COLUMNS, optional=TOKEN_LOGPS))

@@ -9,33 +9,117 @@ from sppo_lightning.store.iterations import IterationStore
 
 
 class RunFolder:
-    """Where the files of a run lie."""
+    """Where the files of a run lie.
+
+    Args:
+        root: ``trainer.default_root_dir``.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    @property
+    def config(self) -> Path:
+        """The run's config, as resolved."""
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """All metrics that were logged."""
+        return self.root / "metrics.csv"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """What the run is resumed from: a file, or a link to a folder of shards next to it."""
+        return self.root / "checkpoints" / "last.ckpt"
+
+    @property
+    def iterations(self) -> Path:
+        """The self-play iterations, a folder each."""
+        return self.root / "iterations"
+
     def iteration(self, number: int) -> IterationStore:
         """Return the store of self-play iteration ``number``."""
-        return IterationStore(self.root / "iterations" / f"{number:03d}")
+        return IterationStore(self.iterations / f"{number:03d}")
+
+    def iteration_numbers(self) -> list[int]:
+        """Return the self-play iterations that have a folder, in no order."""
+        return _numbers(self.iterations)
+
+    @property
+    def evaluations(self) -> Path:
+        """The held-out evaluations, a folder each."""
+        return self.root / "evaluations"
 
     def evaluation(self, name: str) -> Path:
         """Return the folder of a held-out evaluation."""
-        return self.root / "evaluations" / name
+        return self.evaluations / name
+
+    @property
+    def policy(self) -> Path:
+        """The policy of the latest finished iteration."""
+        return self.root / "policy"
+
+    def kept_policy(self, iteration: int) -> Path:
+        """Return the folder of an earlier iteration's policy, where those are kept."""
+        return self.root / "policies" / f"{iteration:03d}"
+
+    def kept_policies(self) -> list[int]:
+        """Return the iterations whose policies are kept, in no order."""
+        return _numbers(self.root / "policies")
+
+    def export(self, format: str) -> Path:
+        """Return where a policy is exported to, unless another folder is named."""
+        return self.root / f"export-{format}"
+
+    @property
+    def samples(self) -> Path:
+        """Some held-out answers, for people."""
+        return self.root / "samples.md"
+
+    @property
+    def predictions(self) -> Path:
+        """What ``predict`` answered."""
+        return self.root / "predictions.jsonl"
+
+    @property
+    def prediction_parts(self) -> Path:
+        """Shards of predictions that are being made."""
+        return self.root / "predictions-parts"
+
+    @property
+    def lock(self) -> Path:
+        """The file whose lock the run holds."""
+        return self.root / ".lock"
+
+    @property
+    def rendezvous(self) -> Path:
+        """Where the run's processes leave each other files."""
+        return self.root / ".rendezvous"
+
+    @property
+    def sampling(self) -> Path:
+        """The sharded policy in full, while it is being sampled."""
+        return self.root / ".sampling"
 
 
-def remove_leftovers(root: Path) -> list[Path]:
+def remove_leftovers(folder: RunFolder) -> list[Path]:
     """Remove the temporary files that a killed run left in a run folder, and return them.
 
     Only for who holds the folder's lock: another run's temporary files look alike.
     """
-    places = [root, root / "checkpoints", root / "predictions-parts"]
-    places += [folder for name in ("iterations", "evaluations") for folder in root.glob(f"{name}/*")]
-    places += [folder for name in ("iterations", "evaluations") for folder in root.glob(f"{name}/*/*/")]
+    places = [folder.root, folder.last_checkpoint.parent, folder.prediction_parts]
+    for parts in (folder.iterations, folder.evaluations):
+        places += [*parts.glob("*"), *parts.glob("*/*/")]
     found = [path for place in places for path in place.glob(".*.tmp")]
-    found += [path for path in [root / ".sampling"] if path.exists()]  # a policy that was being sampled
+    found += [path for path in [folder.sampling] if path.exists()]
     for path in found:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
     return found
+
+
+def _numbers(folder: Path) -> list[int]:
+    return [int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()]

@@ -39,11 +39,11 @@ class RunLock(AbstractContextManager["RunLock"]):
     nobody holds. The file's content is for people.
 
     Args:
-        root: the run folder.
+        path: the file to lock, in the run folder.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self._descriptor: int | None = None
         # a forked child that outlives its parent would go on holding the lock
         os.register_at_fork(after_in_child=self._forget)
@@ -60,8 +60,9 @@ class RunLock(AbstractContextManager["RunLock"]):
             UserError: if another run holds it.
         """
         assert not self.held
-        self.root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        root = self.path.parent
+        root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -70,14 +71,14 @@ class RunLock(AbstractContextManager["RunLock"]):
             if error.errno in _CANNOT_LOCK:
                 LOGGER.warning(
                     "%s lies on a file system without locks (%s): see to it that one run at a time writes there",
-                    self.root,
+                    root,
                     error.strerror,
                 )
                 return
             if error.errno not in _TAKEN:
                 raise
             raise UserError(
-                f"{self.root} is in use by another run ({holder or 'which has just begun'}): wait until it has ended, "
+                f"{root} is in use by another run ({holder or 'which has just begun'}): wait until it has ended, "
                 "or use another trainer.default_root_dir"
             ) from error
         self._descriptor = descriptor

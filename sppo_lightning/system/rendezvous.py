@@ -24,14 +24,13 @@ from sppo_lightning.system.heartbeat import Heartbeat, unusable
 from sppo_lightning.types import Ranks, UserError
 
 T = TypeVar("T")
-SESSIONS = ".rendezvous"  # below the run's folder
 PATIENCE_S = 300.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.01, 1.0  # between two looks at the folder
 GOODBYE_S = 10.0  # that rank zero waits for the others before it removes the session
 
 
 def open_session(
-    root: Path,
+    sessions: Path,
     *,
     rank: int,
     world_size: int,
@@ -45,7 +44,7 @@ def open_session(
     another command may be at work in the same folder.
 
     Args:
-        root: the run's folder.
+        sessions: the folder of all sessions, in the run's folder.
         rank: this process.
         world_size: processes of the run.
         broadcast: a collective that returns rank zero's value on every rank.
@@ -56,18 +55,18 @@ def open_session(
         UserError: on all processes, if the folder cannot be made.
     """
     if world_size == 1:
-        return FileRanks(root, rank=0, world_size=1)
+        return FileRanks(sessions, rank=0, world_size=1)
     name, problem = "", ""
     if rank == 0:
         try:
-            name = _new_session(root / SESSIONS, patience_s)
+            name = _new_session(sessions, patience_s)
         except OSError as error:
-            problem = unusable(root, error)
+            problem = unusable(sessions.parent, error)
     name, problem = broadcast((name, problem))
     if problem:
         raise UserError(problem)
     return FileRanks(
-        root / SESSIONS / name,
+        sessions / name,
         rank=rank,
         world_size=world_size,
         parent=parent,

@@ -12,6 +12,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
+from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.rendezvous import FileRanks, open_session
 from sppo_lightning.types import UserError
 
@@ -123,7 +124,7 @@ def open_ranks(trainer: pl.Trainer, root: Path) -> FileRanks:
         root: the run's folder.
     """
     return open_session(
-        root,
+        RunFolder(root).rendezvous,
         rank=trainer.global_rank,
         world_size=trainer.world_size,
         broadcast=trainer.strategy.broadcast,

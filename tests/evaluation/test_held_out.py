@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import threading
@@ -136,6 +137,7 @@ class Run:
     engine: Echo
     reward: Digits
     rewarded_by: str = "levels"
+    described_as: str = "rewards.Levels"
     replace_others: bool = True
 
     def held_out(self, count: int = 3, prefix: str = "", **settings: Any) -> HeldOut:
@@ -146,7 +148,8 @@ class Run:
             encoded(count),
             collector(self.engine, self.reward, **settings),
             self.policy,
-            made_with={"reward": self.rewarded_by},
+            provenance={"reward": self.rewarded_by},
+            legacy_provenance={"reward": self.described_as},
             replace_others=self.replace_others,
         )
 
@@ -162,7 +165,7 @@ def test_answers_are_stored_with_what_made_them(run: Run) -> None:
     place = run.root / "evaluations/002"
     assert sorted(path.name for path in place.iterdir()) == ["manifest.json", "rollouts.parquet"]
     manifest = json.loads((place / "manifest.json").read_text())
-    assert manifest.keys() == {"policy_fingerprint", "asked", "digest"}
+    assert manifest.keys() == {"format", "policy_fingerprint", "asked", "digest"}
     assert manifest["policy_fingerprint"] == "abc"
     assert load_evaluation(place) == rows
     assert load_evaluation(run.root / "evaluations/003") is None
@@ -187,6 +190,49 @@ def test_another_policy_is_answered_anew_and_other_prompts_are_refused(run: Run)
     run.rewarded_by = "something else"
     with pytest.raises(UserError, match=r"or from another data\.generator or data\.reward: use another"):
         run.held_out().answer(1, policy_fingerprint="def")
+
+
+def without_a_format(run: Run, number: int) -> Path:
+    """Give an evaluation the manifest that it would have had before there was a format number, and return it."""
+    path = run.root / f"evaluations/{number:03d}/manifest.json"
+    asked = [
+        [[item.prompt.id, item.token_ids, item.prompt.answer] for item in encoded(3)],
+        {"reward": run.described_as},
+    ]
+    digest = hashlib.blake2b(json.dumps(asked).encode(), digest_size=16).hexdigest()
+    fingerprint = json.loads(path.read_text())["policy_fingerprint"]
+    path.write_text(json.dumps({"policy_fingerprint": fingerprint, "asked": digest}))
+    return path
+
+
+def test_answers_without_a_format_number_are_accepted(run: Run) -> None:
+    run.held_out().measure(0)
+    run.policy.level = 2
+    expected = run.held_out().measure(1)
+    manifests = [without_a_format(run, number) for number in (0, 1)]
+    before = [path.read_text() for path in manifests]
+    calls = run.engine.calls
+    run.replace_others = False
+    again = run.held_out().measure(1)
+    assert [column.tolist() for column in again] == [column.tolist() for column in expected]
+    assert run.engine.calls == calls
+    assert [path.read_text() for path in manifests] == before
+
+
+def test_answers_without_a_format_number_to_another_reward_are_refused(run: Run) -> None:
+    run.held_out().answer(1, policy_fingerprint="abc")
+    without_a_format(run, 1)
+    run.described_as = "rewards.Others"
+    with pytest.raises(UserError, match=r"or from another data\.generator or data\.reward: use another"):
+        run.held_out().answer(1, policy_fingerprint="abc")
+
+
+def test_a_legacy_digest_counts_without_a_format_number_alone(run: Run) -> None:
+    run.held_out().answer(1, policy_fingerprint="abc")
+    path = without_a_format(run, 1)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))
+    with pytest.raises(UserError, match=r"or from another data\.generator or data\.reward: use another"):
+        run.held_out().answer(1, policy_fingerprint="abc")
 
 
 def test_another_policy_overwrites_nothing_unless_told(run: Run) -> None:

@@ -22,6 +22,7 @@ from sppo_lightning.__main__ import main
 from sppo_lightning.callbacks import SelfPlayCallback
 from sppo_lightning.datamodule import self_play_data
 from sppo_lightning.resume.checkpoints import verify_checkpoint
+from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.lock import RunLock
 from sppo_lightning.types import PhaseProgress
 
@@ -309,7 +310,7 @@ def test_a_folder_in_use_is_left_alone(
 ) -> None:
     """Also by the commands that write evaluations: the run writes there too."""
     root = tmp_path / "run"
-    with RunLock(root):
+    with RunLock(RunFolder(root).lock):
         line = refused(arguments(root, command), capsys)
         assert f"{root} is in use by another run (process " in line
         assert line.endswith("): wait until it has ended, or use another trainer.default_root_dir")
@@ -323,7 +324,7 @@ def test_a_folder_is_free_once_its_run_has_ended_also_by_an_error(
     cut(root / "checkpoints/last.ckpt")
     for _ in range(2):
         assert "was cut short" in refused(arguments(root), capsys)
-    with RunLock(root) as lock:
+    with RunLock(RunFolder(root).lock) as lock:
         assert lock.held
 
 

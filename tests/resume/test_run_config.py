@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import pytest
 import torch
 import yaml
 
+from sppo_lightning.cli.main import SECTIONS
+from sppo_lightning.resume import run_config
 from sppo_lightning.resume.checkpoints import check_checkpoint, verify_checkpoint
-from sppo_lightning.resume.run_config import resume_path
+from sppo_lightning.rewards import Reward
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.durable import record_sizes
-from sppo_lightning.types import ResumeMode, UserError
+from sppo_lightning.types import Prompt, ResumeMode, UserError
 
 CONFIG: dict[str, Any] = {
     "seed_everything": 42,
@@ -31,6 +34,10 @@ CONFIG: dict[str, Any] = {
         "keep_iterations": None,
     },
 }
+
+
+def resume_path(root: Path, *settings: Any, **more: Any) -> Path | None:
+    return run_config.resume_path(RunFolder(root), *settings, sections=SECTIONS, **more)
 
 
 def changed(**changes: Any) -> dict[str, Any]:
@@ -152,6 +159,192 @@ def test_another_config_is_refused(root: Path, change: dict[str, Any], wording: 
         UserError, match=rf"holds a run with {wording}: use another trainer\.default_root_dir, or"
     ):
         resume_path(root, "auto", changed(**change))
+
+
+def class_of(name: str, **arguments: Any) -> dict[str, Any]:
+    """A component of a config."""
+    return {"class_path": name if "." in name else f"sppo_lightning.{name}", "init_args": arguments}
+
+
+class Sandbox(Reward):
+    """A user's reward whose results depend on how long it waits."""
+
+    free_settings = Reward.free_settings - {"timeout"}
+
+    def __init__(
+        self, timeout: float, batch_size: int = 1, retries: int = 3, limit: int | None = 9
+    ) -> None: ...
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        return [0.0 for _ in responses]
+
+
+REWARDS = "sppo_lightning.rewards"
+CLASSIFIER = partial(class_of, f"{REWARDS}.SequenceClassificationReward", pretrained="reward")
+SERVED = partial(class_of, f"{REWARDS}.ServerReward")
+SERVER = partial(class_of, "sppo_lightning.generation.OpenAIServerGenerator")
+FOLDER = partial(class_of, "sppo_lightning.generation.ModelFolder")
+OWN = partial(class_of, f"{__name__}.Sandbox")
+
+
+def combined(**weights: float) -> dict[str, Any]:
+    parts = {"first": CLASSIFIER(batch_tokens=64), "timeout": SERVED(base_url="http://a", timeout=1.0)}
+    return class_of(f"{REWARDS}.CombinedReward", rewards=parts, weights={"first": 1.0, **weights})
+
+
+def refused(tmp_path: Path, before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """What is said of a config in the folder of another one's run."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
+    begin(tmp_path, 0)
+    try:
+        resume_path(tmp_path, "auto", now)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("key", "before", "now"),
+    [
+        ("data__reward", CLASSIFIER(batch_tokens=64), CLASSIFIER(batch_tokens=None, between_phases="free")),
+        (
+            "data__reward",
+            class_of(f"{REWARDS}.LengthPenalty", reward=SERVED(base_url="http://a"), per_character=0.1),
+            class_of(f"{REWARDS}.LengthPenalty", reward=SERVED(base_url="http://b"), per_character=0.1),
+        ),
+        (
+            "data__generator",
+            SERVER(weight_sync=FOLDER(folder="a"), max_concurrency=1),
+            SERVER(weight_sync=FOLDER(folder="b"), max_concurrency=2),
+        ),
+        ("data__reward", OWN(timeout=1.0, batch_size=1), OWN(timeout=1.0, batch_size=2)),
+        # of another package's class, the component decides that it is an argument of
+        (
+            "data__reward",
+            class_of(
+                f"{REWARDS}.TorchmetricsReward", metric=class_of("torchmetrics.text.BERTScore", batch_size=1)
+            ),
+            class_of(
+                f"{REWARDS}.TorchmetricsReward", metric=class_of("torchmetrics.text.BERTScore", batch_size=2)
+            ),
+        ),
+        ("model__policy", {"pretrained": "a"}, {"pretrained": "a", "gradient_checkpointing": True}),
+        ("model__pair_forward", None, class_of("pair_forward.AutoForward", chunk=64)),
+        (
+            "model__pair_forward",
+            class_of("pair_forward.AutoForward", chunk=64),
+            class_of("pair_forward.SharedForward", chunk=32, compiled=True),
+        ),
+        ("data__test_prompts", None, "test.jsonl"),
+        # arguments that the version did not know that wrote the config: their defaults
+        ("data__reward", OWN(timeout=1.0), OWN(timeout=1.0, retries=3)),
+        ("data__max_prompt_tokens", None, 1024),
+        (
+            "model__policy",
+            {"pretrained": "a", "lora": {"rank": 4}},
+            {"pretrained": "a", "lora": {"rank": 4, "dropout": 0.0}},
+        ),
+    ],
+)
+def test_what_a_class_says_is_free_may_change(tmp_path: Path, key: str, before: Any, now: Any) -> None:
+    assert refused(tmp_path, changed(**{key: before}), changed(**{key: now})) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "before", "now", "named"),
+    [
+        (
+            "data__reward",
+            CLASSIFIER(dtype="float32"),
+            CLASSIFIER(dtype="bfloat16"),
+            "data.reward.init_args.dtype='float32', but this config has 'bfloat16'",
+        ),
+        (
+            "data__reward",
+            combined(timeout=1.0),
+            combined(timeout=2.0),  # a name among others, no setting
+            "data.reward.init_args.weights.timeout=1.0, but this config has 2.0",
+        ),
+        (
+            "data__reward",
+            OWN(timeout=1.0),
+            OWN(timeout=2.0),
+            "data.reward.init_args.timeout=1.0, but this config has 2.0",
+        ),
+        (
+            "data__reward",
+            OWN(timeout=1.0),
+            OWN(timeout=1.0, retries=4),
+            "data.reward.init_args.retries=3, but this config has 4",
+        ),
+        (
+            "data__reward",
+            OWN(timeout=1.0),  # of an argument that may be null, that is what it stands for
+            OWN(timeout=1.0, limit=9),
+            "data.reward.init_args.limit=None, but this config has 9",
+        ),
+        (
+            "data__reward",
+            OWN(timeout=1.0),
+            CLASSIFIER(),
+            f"data.reward.class_path='{__name__}.Sandbox', but this config has '{REWARDS}.Sequence",
+        ),
+        (
+            "data__reward",
+            class_of("gone.Reward", batch_size=1),
+            class_of("gone.Reward", batch_size=2),
+            "data.reward.init_args.batch_size=1, but this config has 2",
+        ),
+        (
+            "data__generator",
+            SERVER(weight_sync=class_of("sppo_lightning.generation.VLLMAdapter", adapter="a")),
+            SERVER(weight_sync=class_of("sppo_lightning.generation.VLLMAdapter", adapter="b")),
+            "data.generator.init_args.weight_sync.init_args.adapter='a', but this config has 'b'",
+        ),
+        (
+            "model__loss",
+            class_of("losses.DPOLoss", beta=0.1),
+            class_of("losses.DPOLoss", beta=0.2),
+            "model.loss.init_args.beta=0.1, but this config has 0.2",
+        ),
+        (
+            "model__policy",
+            {"pretrained": "a", "lora": {"rank": 4}},
+            {"pretrained": "a", "lora": {"rank": 4, "dropout": 0.1}},
+            "model.policy.lora.dropout=0.0, but this config has 0.1",
+        ),
+        (
+            "model__policy",
+            {"pretrained": "a"},
+            {"pretrained": "a", "lora": {"rank": 4}},
+            "model.policy.lora.rank=None, but this config has 4",
+        ),
+        (
+            "trainer__callbacks",
+            None,
+            [class_of("callbacks.DifficultyReestimation", share=0.5)],
+            "trainer.callbacks.DifficultyReestimation.share=None, but this config has 0.5",
+        ),
+        (
+            "data__selection",
+            class_of("selection.Band", batch_size=1),  # free as a key of data, not of what stands there
+            class_of("selection.Band", batch_size=2),
+            "data.selection.init_args.batch_size=1, but this config has 2",
+        ),
+        (
+            "data__eval_prompts",
+            None,
+            "eval.jsonl",
+            "data.eval_prompts=None, but this config has 'eval.jsonl'",
+        ),
+    ],
+)
+def test_what_decides_results_is_refused_by_name(
+    tmp_path: Path, key: str, before: Any, now: Any, named: str
+) -> None:
+    message = refused(tmp_path, changed(**{key: before}), changed(**{key: now}))
+    assert message is not None
+    assert f"{tmp_path} holds a run with {named}" in message
 
 
 @pytest.mark.parametrize("content", [None, "", "- a", "trainer: {", "a: 1"])

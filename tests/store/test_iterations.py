@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from support.crash import CrashError
 
 from sppo_lightning.difficulty import DIFFICULTY_COLUMNS, StatisticsTable
 from sppo_lightning.store.iterations import DIFFICULTY_SCHEMA, IterationStore
-from sppo_lightning.store.manifest import describe
 from sppo_lightning.store.pairs import PAIR_SCHEMA, PairTable
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.store.shards import ROLLOUT_SCHEMA, ShardStore, read_rollouts, write_rollouts
@@ -318,56 +317,6 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, content: bytes) -> None:
         store.read_manifest()
     with pytest.raises(UserError, match=message):
         _ = store.complete
-
-
-# -------------------------------------------------------------------- manifests
-
-
-@dataclass
-class Component:
-    """Something that a config names."""
-
-    number: float
-    names: tuple[str, ...]
-    function: Callable[..., Any]
-    part: object
-    _private: int = 3
-
-
-def test_describe_leaves_out_speed_and_place_and_looks_inside() -> None:
-    from sppo_lightning.rewards import (
-        CombinedReward,
-        FunctionReward,
-        LengthPenalty,
-        OpenAIJudge,
-        PairwiseReward,
-    )
-
-    judge = OpenAIJudge("http://localhost:1/v1", "judge", max_concurrency=3)
-    inner = LengthPenalty(PairwiseReward(judge, opponents=2), per_character=0.5)
-    found = describe(CombinedReward({"a": inner, "b": FunctionReward(len)}, {"a": 1.0, "b": 2.0}))
-    text = json.dumps(found)
-    assert "localhost" not in text
-    assert "max_concurrency" not in text
-    assert found["init_args"]["weights"] == {"a": 1.0, "b": 2.0}
-    penalty = found["init_args"]["rewards"]["a"]
-    assert penalty["class_path"] == "sppo_lightning.rewards.length.LengthPenalty"
-    assert penalty["init_args"]["reward"]["init_args"]["judge"]["init_args"]["model"] == "judge"
-    assert found["init_args"]["rewards"]["b"]["init_args"]["function"] == "builtins.len"
-
-
-def test_describe_golden() -> None:
-    found = describe(Component(0.5, ("a", "b"), math.sqrt, Path(), 4))
-    assert found == {
-        "class_path": f"{__name__}.Component",
-        "init_args": {
-            "number": 0.5,
-            "names": ["a", "b"],
-            "function": "math.sqrt",
-            "part": f"{type(Path()).__module__}.{type(Path()).__qualname__}",
-        },
-    }
-    assert json.loads(json.dumps(found)) == found
 
 
 # -------------------------------------------------------- what rules may ask for

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.crash import CrashError
 
-from sppo_lightning.store.run_folder import remove_leftovers
+from sppo_lightning.store.run_folder import RunFolder, remove_leftovers
 from sppo_lightning.system.durable import (
     changed_files,
     disk_error,
@@ -185,12 +185,12 @@ def test_leftovers_of_a_killed_run_go_and_nothing_else(tmp_path: Path) -> None:
     for name in kept + gone:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-    assert len(remove_leftovers(tmp_path)) == len(gone)
+    assert len(remove_leftovers(RunFolder(tmp_path))) == len(gone)
     assert sorted(
         str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()
     ) == sorted(kept)
-    assert remove_leftovers(tmp_path) == []
-    assert remove_leftovers(tmp_path / "no such folder") == []
+    assert remove_leftovers(RunFolder(tmp_path)) == []
+    assert remove_leftovers(RunFolder(tmp_path / "no such folder")) == []
 
 
 def test_a_damaged_file_is_kept_each_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -23,7 +23,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from sppo_lightning.system.lock import RunLock
-with RunLock(Path(sys.argv[1])):
+with RunLock(Path(sys.argv[1]) / ".lock"):
     {inside}
     print("held", flush=True)
     time.sleep(60)
@@ -53,13 +53,13 @@ def test_another_run_is_told_who_holds_the_folder(tmp_path: Path) -> None:
             rf"{re.escape(os.uname().nodename)}, since [-\d]+ [:\d]+ [+-]\d+\): wait until it has ended, "
             r"or use another trainer\.default_root_dir$"
         )
-        lock = RunLock(root)
+        lock = RunLock(root / ".lock")
         with pytest.raises(UserError, match=message):
             lock.acquire()
         assert not lock.held
         lock.release()  # nothing to give back
         with pytest.raises(UserError, match=message):
-            RunLock(root).acquire()
+            RunLock(root / ".lock").acquire()
         assert [path.name for path in root.iterdir()] == [".lock"]
 
 
@@ -68,7 +68,7 @@ def test_a_killed_run_leaves_no_lock(tmp_path: Path, how: signal.Signals) -> Non
     with holder(tmp_path) as process:
         process.send_signal(how)
         process.wait()
-        with RunLock(tmp_path) as lock:
+        with RunLock(tmp_path / ".lock") as lock:
             assert lock.held
             assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
@@ -93,11 +93,11 @@ def test_a_child_that_outlives_its_run_does_not_hold_the_folder(tmp_path: Path, 
         try:
             assert process.stdout.readline() == "held\n"
             with pytest.raises(UserError, match="is in use by another run"):
-                RunLock(tmp_path).acquire()
+                RunLock(tmp_path / ".lock").acquire()
             process.kill()
             process.wait()
             os.kill(child, 0)  # is there
-            with RunLock(tmp_path) as lock:
+            with RunLock(tmp_path / ".lock") as lock:
                 assert lock.held
         finally:
             os.kill(child, signal.SIGKILL)
@@ -105,20 +105,20 @@ def test_a_child_that_outlives_its_run_does_not_hold_the_folder(tmp_path: Path, 
 
 
 def test_a_released_folder_is_free_for_this_process_too(tmp_path: Path) -> None:
-    with RunLock(tmp_path), pytest.raises(UserError, match="is in use by another run"):
-        RunLock(tmp_path).acquire()
+    with RunLock(tmp_path / ".lock"), pytest.raises(UserError, match="is in use by another run"):
+        RunLock(tmp_path / ".lock").acquire()
     assert (tmp_path / ".lock").read_text() == ""
     for _ in range(2):
-        with RunLock(tmp_path) as lock:
+        with RunLock(tmp_path / ".lock") as lock:
             assert lock.held
         assert not lock.held
-    with pytest.raises(KeyError), RunLock(tmp_path):
+    with pytest.raises(KeyError), RunLock(tmp_path / ".lock"):
         raise KeyError
-    RunLock(tmp_path).acquire()
+    RunLock(tmp_path / ".lock").acquire()
 
 
 def test_other_folders_are_free(tmp_path: Path) -> None:
-    with RunLock(tmp_path / "a"), RunLock(tmp_path / "b") as other:
+    with RunLock(tmp_path / "a" / ".lock"), RunLock(tmp_path / "b" / ".lock") as other:
         assert other.held
 
 
@@ -132,7 +132,7 @@ def test_a_file_system_without_locks_is_warned_about(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with RunLock(tmp_path) as lock:
+    with RunLock(tmp_path / ".lock") as lock:
         assert not lock.held
     assert caplog.messages == [
         f"{tmp_path} lies on a file system without locks ({os.strerror(code)}): see to it that one run at a time "
@@ -143,7 +143,7 @@ def test_a_file_system_without_locks_is_warned_about(
 def test_taking_a_free_lock_is_quick(tmp_path: Path) -> None:
     start = time.perf_counter()
     for _ in range(100):
-        with RunLock(tmp_path):
+        with RunLock(tmp_path / ".lock"):
             pass
     assert time.perf_counter() - start < 2
 

@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from sppo_lightning.system.rendezvous import SESSIONS, FileRanks, open_session
+from sppo_lightning.system.rendezvous import FileRanks, open_session
 from sppo_lightning.types import UserError
 
 PROCESSES: Any = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["sppo_lightning.system.rendezvous"])  # torch is imported once
 BEAT_S = 0.1
+SESSIONS = ".rendezvous"
 KINDS: list[Any] = [
     *(None, True, 7, -(2**70), 2.5, math.inf, "naïve\n", "", b"\x00\xff"),
     *((), (1, None, ("a", (2.0,))), [], [[1], (2, [3])], {}, {"a": {1: (None, True)}, (1, 2): "key"}),
@@ -385,7 +386,7 @@ def test_an_orphan_ends_as_if_terminated(folder: Path) -> None:
 def inner_session(ranks: FileRanks) -> tuple[str, list[str]]:
     root = ranks.folder.parent / "root"
     session = open_session(
-        root, rank=ranks.rank, world_size=ranks.world_size, broadcast=ranks.same, patience_s=60
+        root / SESSIONS, rank=ranks.rank, world_size=ranks.world_size, broadcast=ranks.same, patience_s=60
     )
     session.barrier("start")
     inside = sorted(path.name for path in (root / SESSIONS).iterdir())
@@ -416,7 +417,7 @@ def test_two_starts_never_share_a_folder(tmp_path: Path) -> None:
 def unusable_root(ranks: FileRanks) -> None:
     (ranks.folder.parent / "file").touch()
     root = ranks.folder.parent / "file"
-    open_session(root, rank=ranks.rank, world_size=ranks.world_size, broadcast=ranks.same)
+    open_session(root / SESSIONS, rank=ranks.rank, world_size=ranks.world_size, broadcast=ranks.same)
 
 
 def test_a_folder_that_cannot_be_made_is_told_by_all(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What made an iteration, as a manifest says it: a component's class and settings."""
+"""What manifests held before they had a format number (commit a42d472), so that those run folders are accepted."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 import torch
 
-FREE_SETTINGS = {
+_LEFT_OUT = {
     *("batch_size", "batch_tokens", "between_phases", "gpu_memory_utilization"),
     *("base_url", "api_key_env", "max_concurrency", "timeout", "max_retries"),
 }
-"""Settings of generators and rewards that decide speed or place, not results."""
 
 
-def describe(component: object) -> dict[str, Any]:
-    """Return a component's class and public settings as JSON types, for a manifest.
+def legacy_description(component: object) -> dict[str, Any]:
+    """Return a component as manifests without a format number describe it: its defining module and public attributes.
 
-    :data:`FREE_SETTINGS` are left out; components inside are described too.
+    Digests were taken of the JSON, so that the order counts. A class that moves within this package needs its old
+    module here.
     """
     public = {name: value for name, value in vars(component).items() if not name.startswith("_")}
-    settings = {name: _plain(value) for name, value in public.items() if name not in FREE_SETTINGS}
-    return {"class_path": _plain_name(component), "init_args": settings}
+    settings = {name: _plain(value) for name, value in public.items() if name not in _LEFT_OUT}
+    return {"class_path": _path(component), "init_args": settings}
 
 
 def _plain(value: object) -> Any:
@@ -33,10 +33,10 @@ def _plain(value: object) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(type(value), ABCMeta) and not isinstance(value, torch.nn.Module):
-        return describe(value)
-    return _plain_name(value)
+        return legacy_description(value)
+    return _path(value)
 
 
-def _plain_name(value: object) -> str:
+def _path(value: object) -> str:
     named = value if callable(value) and hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"
