@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from sppo_lightning.datamodule import self_play_data
 from sppo_lightning.export.finished_run import RECORD
 from sppo_lightning.module import PreferenceModule
-from sppo_lightning.policy.live import LivePolicy
+from sppo_lightning.policy.trained import TrainedPolicy
 from sppo_lightning.system.durable import sync_folder, sync_tree, write_atomically
 from sppo_lightning.training.hardware import is_dev_run
 
@@ -42,12 +42,12 @@ class PolicyExport(pl.Callback):
         datamodule = self_play_data(trainer)
         if datamodule.iteration_ends and not is_dev_run(trainer):
             root, iteration = datamodule.folder.root, datamodule.current_iteration
-            policy = cast(PreferenceModule, pl_module).live
+            policy = cast(PreferenceModule, pl_module).trained_policy
             self.export(policy, root / "policy", iteration=iteration)
             if self.keep_every_iteration:
                 self.export(policy, root / "policies" / f"{iteration:03d}", iteration=iteration)
 
-    def export(self, policy: LivePolicy, folder: Path, *, iteration: int) -> None:
+    def export(self, policy: TrainedPolicy, folder: Path, *, iteration: int) -> None:
         """Write the policy into ``folder``, replacing what is there in one step; all processes call it together.
 
         Args:
@@ -60,8 +60,8 @@ class PolicyExport(pl.Callback):
         if first:
             for leftover in (fresh, stale):
                 shutil.rmtree(leftover, ignore_errors=True)
-        policy.save(fresh, first=first)
-        record = {"iteration": iteration, "fingerprint": policy.fingerprint()}
+        policy.save(fresh, is_rank0=first)
+        record = {"iteration": iteration, "fingerprint": policy.current().fingerprint()}
         if not first:
             return
         write_atomically(fresh / RECORD, json.dumps(record, indent=2).encode())

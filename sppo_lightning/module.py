@@ -22,9 +22,11 @@ from sppo_lightning.pair_forward.parity import Trial, trial_pairs
 from sppo_lightning.policy import loading as policies
 from sppo_lightning.policy.anatomy import unwrapped
 from sppo_lightning.policy.config import PolicyConfig
-from sppo_lightning.policy.live import LivePolicy
 from sppo_lightning.policy.rounding import check_updates_survive
 from sppo_lightning.policy.sharding import load_rest, local
+from sppo_lightning.policy.snapshot import PolicySnapshot
+from sppo_lightning.policy.spec import PolicySpec
+from sppo_lightning.policy.trained import TrainedPolicy, load_trained_policy
 from sppo_lightning.schedules import LearningRateSchedule, Linear
 from sppo_lightning.seeding import derive_seed
 from sppo_lightning.training.batching import PairBatch
@@ -78,12 +80,7 @@ class PreferenceModule(pl.LightningModule):
         if weight_decay < 0:
             raise ValueError(f"model.weight_decay={weight_decay} must be 0 or more")
         self.pair_forward = pair_forward or AutoForward()
-        self.live = LivePolicy(
-            policy,
-            steps=lambda: self.trainer.global_step,
-            release=self.pair_forward.release,
-            workspace=lambda: Path(self.trainer.default_root_dir) / ".sampling",
-        )
+        self.policy_spec = PolicySpec(policy)
         self.loss = loss
         self.learning_rate = learning_rate
         self.reference = reference
@@ -95,10 +92,11 @@ class PreferenceModule(pl.LightningModule):
             False  # checkpoints hold what was trained; on_load_checkpoint compares the names
         )
         self.policy: nn.Module | None = None
+        self._trained_policy: TrainedPolicy | None = None
         self.step_metrics = StepMetrics()
         self.evaluation_metrics = EvaluationMetrics()
         self._pair_layout: PairLayout | None = None
-        self._reference_model: nn.Module | None = None
+        self._reference: PolicySnapshot | None = None  # while it is held
         self._optimizers: list[Optimizer] = []  # of spread weights, while those are loaded
         self._watched: tuple[nn.Parameter, Tensor] | None = None
 
@@ -111,13 +109,13 @@ class PreferenceModule(pl.LightningModule):
     def teardown(self, stage: str) -> None:
         """Leave a policy that generates."""
         if self.policy is not None:
-            self.live.withdraw()
+            self.trained_policy.cleanup_sampling_weights()
             self.pair_forward.release(self.policy)
 
     def check(self) -> None:
         """Raise :class:`~sppo_lightning.types.UserError` if the Trainer or the policy's settings do not fit."""
         check_hardware(self.trainer)
-        self.live.check(compute_dtype=self.compute_dtype, device=self.trainer.strategy.root_device)
+        self.policy_spec.check(compute_dtype=self.compute_dtype, device=self.trainer.strategy.root_device)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -129,8 +127,21 @@ class PreferenceModule(pl.LightningModule):
         if self.policy is not None:
             return
         mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
-        self.policy = self.live.load(self.compute_dtype, self.trainer.strategy.root_device, mesh)
+        self._trained_policy = load_trained_policy(
+            self.policy_spec,
+            mesh,
+            steps=lambda: self.trainer.global_step,
+            release=self.pair_forward.release,
+            workspace=Path(self.trainer.default_root_dir) / ".sampling",
+        )
+        self.policy = self._trained_policy.model
         check_updates_survive(self._trainable(), self.learning_rate)
+
+    @property
+    def trained_policy(self) -> TrainedPolicy:
+        """The policy that is being trained, with its snapshots."""
+        assert self._trained_policy is not None, "configure_model() comes first"
+        return self._trained_policy
 
     def pair_layout(self, longest: int) -> PairLayout:
         """Return the layout that micro-batches must have; the first call tries the forward on the policy.
@@ -148,11 +159,11 @@ class PreferenceModule(pl.LightningModule):
             with policies.without_dropout(self.policy):
                 told = self.pair_forward.prepare(self.policy, trial)
             rank_zero_info(f"Training forward: {told}.")
-            pad = self.live.tokenizer.pad_token_id
+            pad = self.policy_spec.tokenizer.pad_token_id
             assert isinstance(pad, int)
             self._pair_layout = self.pair_forward.layout(pad)
-            if self.live.config.lora is not None:
-                check_reference_is_frozen(self.live, self._trial_logps)
+            if self.policy_spec.config.lora is not None:
+                check_reference_is_frozen(self.trained_policy, self._trial_logps)
         return self._pair_layout
 
     def _trial_logps(self, model: nn.Module) -> Tensor:
@@ -198,7 +209,7 @@ class PreferenceModule(pl.LightningModule):
         Lightning refuses fused optimizers under every mixed precision, though only float16's scaler is in the way, and
         clips values in a way that spread weights have not.
         """
-        own = self.compute_dtype == torch.bfloat16 or self.live.is_sharded
+        own = self.compute_dtype == torch.bfloat16 or self.trained_policy.is_sharded
         if own and gradient_clip_val is not None and gradient_clip_val > 0:
             clip_gradients(self._trainable(), gradient_clip_val, algorithm=gradient_clip_algorithm)
         else:
@@ -208,7 +219,7 @@ class PreferenceModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Keep the optimizer from Lightning while it loads spread weights: it cannot do without a stored state."""
-        if self.live.is_sharded:
+        if self.trained_policy.is_sharded:
             strategy = self.trainer.strategy
             self._optimizers, strategy.optimizers = strategy.optimizers, []
 
@@ -232,7 +243,7 @@ class PreferenceModule(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Begin an epoch, and at an iteration's first one log its data."""
         assert self.policy is not None
-        self.live.withdraw()
+        self.trained_policy.cleanup_sampling_weights()
         self.policy.train()
         datamodule = cast(Any, self.trainer).datamodule
         if datamodule.steps_taken == 0:
@@ -319,31 +330,31 @@ class PreferenceModule(pl.LightningModule):
     @property
     def reads_together(self) -> bool:
         """Whether all processes have to read equally many batches."""
-        return self.live.is_sharded
+        return self.trained_policy.is_sharded
 
     def reference_fingerprint(self) -> str:
         """Return a digest of the reference that is held."""
-        return self.live.fingerprint()
+        assert self._reference is not None
+        return self._reference.fingerprint()
 
     @contextmanager
     def reference_pass(self) -> Iterator[None]:
         """Hold the reference in memory while the context lasts."""
-        assert self.policy is not None
-        held = self.live.initial() if self.reference_stays else nullcontext(self.policy)
-        with held as model:
-            self._reference_model = model
+        policy = self.trained_policy
+        with policy.initial() if self.reference_stays else nullcontext(policy.current()) as held:
+            self._reference = held
             try:
-                with policies.without_dropout(model):
+                with policies.without_dropout(held.model):
                     yield
             finally:
-                self._reference_model = None
+                self._reference = None
 
     def reference_logps(self, batch: PairBatch) -> PairLogps:
         """Return the reference's log-probs through the training forward, ``[B]`` each, float64, on the CPU."""
-        assert self._reference_model is not None
+        assert self._reference is not None
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             logps = self.pair_forward.logps(
-                self._reference_model, move_data_to_device(batch.rows, self.device)
+                self._reference.model, move_data_to_device(batch.rows, self.device)
             )
         return PairLogps(logps.chosen.cpu(), logps.rejected.cpu())
 
@@ -401,7 +412,7 @@ class PreferenceModule(pl.LightningModule):
         self._give_optimizers_back()
         expected = self._trained_names()
         found = set(checkpoint.get("state_dict", ()))
-        if self.live.is_sharded:
+        if self.trained_policy.is_sharded:
             assert self.trainer.ckpt_path is not None
             path, fitting = Path(self.trainer.ckpt_path), self.trainer.state.fn == "fit"
             found = load_rest(path, self, self.trainer.optimizers if fitting else [])

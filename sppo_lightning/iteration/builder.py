@@ -20,6 +20,7 @@ from sppo_lightning.difficulty import (
     estimate_difficulty,
     reward_statistics,
 )
+from sppo_lightning.generation import PolicySource
 from sppo_lightning.iteration.pairing_pass import PairingPass
 from sppo_lightning.iteration.reference_pass import ReferencePolicy, reference_pass
 from sppo_lightning.iteration.rules import IterationRules
@@ -45,6 +46,7 @@ class IterationBuilder:
         prompts: encoded prompts by id, in file order.
         too_long: prompts that were dropped before.
         collector: samples and scores.
+        policy: who answers.
         made_with: settings of the generator and the reward, for the manifest.
         reference: the frozen reference.
         layout: of the reference pass.
@@ -54,6 +56,7 @@ class IterationBuilder:
     prompts: EncodedById
     too_long: Sequence[str]
     collector: Collector
+    policy: PolicySource
     made_with: Mapping[str, Any]
     reference: ReferencePolicy
     layout: PairLayout
@@ -174,7 +177,9 @@ class IterationBuilder:
         self, store: IterationStore, name: str, samples: Mapping[str, range], iteration: int, phase: Phase
     ) -> None:
         wanted = WantedRows(self.prompts.taken(samples), list(samples.values()))
-        self.collector.collect(store.shards, name, wanted, iteration=iteration, phase=phase)
+        self.collector.collect(
+            store.shards, name, wanted, policy=self.policy, iteration=iteration, phase=phase
+        )
 
     def _missing(self, selected: Sequence[str], probed: set[str], samples: int) -> dict[str, range]:
         """Return the sample indices that the selected prompts lack; ``samples``: how many the probed ones have."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sppo_lightning.losses import PairLogps
-from sppo_lightning.policy.live import LivePolicy
 from sppo_lightning.policy.lora import replaced_weights
 from sppo_lightning.policy.sharding import local, part_of
+from sppo_lightning.policy.trained import TrainedPolicy
 
 # mean |log-ratio| per token at an iteration's start, where the reference equals the policy
 RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.02}
@@ -18,7 +18,7 @@ ROUNDING = 0.01  # of what an adapter's move changes
 STEP = 0.02  # standard deviation of the noise that moves an adapter: of the size of its weights
 
 
-def check_reference_is_frozen(policy: LivePolicy, logps: Callable[[nn.Module], Tensor]) -> None:
+def check_reference_is_frozen(policy: TrainedPolicy, logps: Callable[[nn.Module], Tensor]) -> None:
     """Move the adapter for a moment: the initial policy's log-probs must stay, and the policy's own must move.
 
     Args:
@@ -29,11 +29,11 @@ def check_reference_is_frozen(policy: LivePolicy, logps: Callable[[nn.Module], T
         RuntimeError: if the reference follows the adapter, or if the adapter changes nothing.
     """
     with policy.initial() as initial:
-        before = logps(initial)
+        before = logps(initial.model)
     with replaced_weights(policy.model, _moved(policy.model)):
         own = logps(policy.model)
         with policy.initial() as initial:
-            after = logps(initial)
+            after = logps(initial.model)
     moved, policy_moved = float((after - before).abs().max()), float((own - before).abs().max())
     # to the last bit on a CPU; a GPU does not promise to round two passes alike
     if not moved <= (0.0 if before.device.type == "cpu" else ROUNDING * policy_moved):
