@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from sppo_lightning.callbacks.base import SelfPlayCallback
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.export.finished_run import RECORD
-from sppo_lightning.policy.live import LivePolicy
+from sppo_lightning.policy.trained import TrainedPolicy
 from sppo_lightning.system.durable import sync_folder, sync_tree, write_atomically
 from sppo_lightning.training.hardware import is_dev_run
 
@@ -41,12 +41,12 @@ class PolicyExport(SelfPlayCallback):
         """Export the policy."""
         if is_dev_run(trainer):
             return
-        root, policy = data.folder.root, data.module.live
-        self.export(policy, root / "policy", iteration=iteration)
+        policy = data.module.trained_policy
+        self.export(policy, data.folder.policy, iteration=iteration)
         if self.keep_every_iteration:
-            self.export(policy, root / "policies" / f"{iteration:03d}", iteration=iteration)
+            self.export(policy, data.folder.kept_policy(iteration), iteration=iteration)
 
-    def export(self, policy: LivePolicy, folder: Path, *, iteration: int) -> None:
+    def export(self, policy: TrainedPolicy, folder: Path, *, iteration: int) -> None:
         """Write the policy into ``folder``, replacing what is there in one step; all processes call it together.
 
         Args:
@@ -59,8 +59,8 @@ class PolicyExport(SelfPlayCallback):
         if first:
             for leftover in (fresh, stale):
                 shutil.rmtree(leftover, ignore_errors=True)
-        policy.save(fresh, first=first)
-        record = {"iteration": iteration, "fingerprint": policy.fingerprint()}
+        policy.save(fresh, is_rank0=first)
+        record = {"iteration": iteration, "fingerprint": policy.current().fingerprint()}
         if not first:
             return
         write_atomically(fresh / RECORD, json.dumps(record, indent=2).encode())

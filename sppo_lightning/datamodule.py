@@ -230,13 +230,12 @@ class SelfPlayDataModule(pl.LightningDataModule):
         return module
 
     def _encoded(self, key: str) -> EncodedPrompts:
-        return self.prompt_sets.encode(key, self.module.live.tokenizer)
+        return self.prompt_sets.encode(key, self.module.policy_spec.tokenizer)
 
     def _collector(self) -> Collector:
         return Collector(
             generator=self.generator,
             reward=self.reward,
-            policy=self.module.live,
             device=self.module.device,
             seed=self.rules.seed,
             prompts_per_shard=self.prompts_per_shard,
@@ -276,7 +275,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
             self._state.enter(
                 iteration,
                 folder=self.folder,
-                policy_fingerprint=self.module.live.fingerprint(),
+                policy_fingerprint=self.module.trained_policy.current().fingerprint(),
                 builder=self._builder,
                 global_step=step,
                 ranks=self.ranks,
@@ -312,6 +311,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
             prompts=self._encoded("prompts").by_id(),
             too_long=self.prompt_sets.too_long("prompts"),
             collector=self._collector(),
+            policy=self.module.trained_policy.current(),
             provenance={**self._provenance, "unfinished": vars(self.unfinished)},
             reference=self.module.reference if self.module.loss.needs_reference else None,
             stores_token_logps=self.module.loss.needs_token_logps,
@@ -390,7 +390,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
             prefix=prefix,
             prompts=self._encoded(key),
             collector=self._collector(),
-            policy=self.module.live,
+            policy=self.module.trained_policy,
             provenance=self._provenance,
             legacy_provenance=self._legacy_provenance,
             replace_others=fitting,
@@ -426,7 +426,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         """Answer ``predict_prompts`` greedily into ``predictions.jsonl``."""
         self._listen()
-        lines = write_predictions(self.folder.root, self._encoded("predict_prompts"), self._collector())
+        prompts, policy = self._encoded("predict_prompts"), self.module.trained_policy.current()
+        lines = write_predictions(self.folder.root, prompts, self._collector(), policy)
         rank_zero_info(f"{len(lines)} answers written to {self.folder.root / 'predictions.jsonl'}")
         return DataLoader(cast(Any, lines), batch_size=None)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -16,10 +15,12 @@ from sppo_lightning.pair_forward import AutoForward, PairForward
 from sppo_lightning.pair_forward.layouts import PairLayout
 from sppo_lightning.pair_forward.logprobs import summed
 from sppo_lightning.policy.config import PolicyConfig
-from sppo_lightning.policy.live import LivePolicy
 from sppo_lightning.policy.rounding import check_updates_survive
+from sppo_lightning.policy.spec import PolicySpec
+from sppo_lightning.policy.trained import TrainedPolicy, load_trained_policy
 from sppo_lightning.schedules import LearningRateSchedule, Linear
 from sppo_lightning.seeding import derive_seed
+from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.training.batching import PairBatch
 from sppo_lightning.training.checkpoints import (
     DeferredOptimizers,
@@ -37,10 +38,11 @@ from sppo_lightning.training.optimizers import (
     clips_unscaled,
     reset_state,
 )
+from sppo_lightning.training.protocol import SelfPlayModule
 from sppo_lightning.training.reference import FrozenReference
 
 
-class PreferenceModule(pl.LightningModule):
+class PreferenceModule(SelfPlayModule):
     """Trains a policy on preference pairs against a frozen reference.
 
     Args:
@@ -80,14 +82,9 @@ class PreferenceModule(pl.LightningModule):
         if type(loss) is PreferenceLoss:
             raise ValueError("model.loss: PreferenceLoss says only what a loss is; name one, e.g. DPOLoss")
         self.pair_forward = pair_forward or AutoForward()
-        self.live = LivePolicy(
-            policy,
-            steps=lambda: self.trainer.global_step,
-            release=self.pair_forward.release,
-            workspace=lambda: Path(self.trainer.default_root_dir) / ".sampling",
-        )
+        self.policy_spec = PolicySpec(policy)
         self.reference = FrozenReference(
-            self.live, self.pair_forward, kind=reference, trainer=lambda: self.trainer
+            lambda: self.trained_policy, self.pair_forward, kind=reference, trainer=lambda: self.trainer
         )
         self.loss = loss
         self.learning_rate = learning_rate
@@ -97,6 +94,7 @@ class PreferenceModule(pl.LightningModule):
         self.carry_optimizer = carry_optimizer
         self.strict_loading = False  # checkpoints hold what was trained; their names are compared
         self.policy: nn.Module | None = None
+        self._trained_policy: TrainedPolicy | None = None
         self.step_metrics = StepMetrics(loss)
         self.evaluation_metrics = EvaluationMetrics()
         self._deferred = DeferredOptimizers()  # while sharded weights are loaded
@@ -112,13 +110,13 @@ class PreferenceModule(pl.LightningModule):
     def teardown(self, stage: str) -> None:
         """Leave a policy that generates."""
         if self.policy is not None:
-            self.live.withdraw()
+            self.trained_policy.cleanup_sampling_weights()
             self.pair_forward.release(self.policy)
 
     def check(self) -> None:
         """Raise :class:`~sppo_lightning.types.UserError` if the Trainer or the policy's settings do not fit."""
         check_hardware(self.trainer)
-        self.live.check(compute_dtype=self.compute_dtype, device=self.trainer.strategy.root_device)
+        self.policy_spec.check(compute_dtype=self.compute_dtype, device=self.trainer.strategy.root_device)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -130,8 +128,21 @@ class PreferenceModule(pl.LightningModule):
         if self.policy is not None:
             return
         mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
-        self.policy = self.live.load(self.compute_dtype, self.trainer.strategy.root_device, mesh)
+        self._trained_policy = load_trained_policy(
+            self.policy_spec,
+            mesh,
+            steps=lambda: self.trainer.global_step,
+            release=self.pair_forward.release,
+            workspace=RunFolder(Path(self.trainer.default_root_dir)).sampling,
+        )
+        self.policy = self._trained_policy.model
         check_updates_survive(self._trainable(), self.learning_rate)
+
+    @property
+    def trained_policy(self) -> TrainedPolicy:
+        """The policy that is being trained, with its snapshots."""
+        assert self._trained_policy is not None, "configure_model() comes first"
+        return self._trained_policy
 
     def pair_layout(self, longest: int) -> PairLayout:
         """Return the layout that micro-batches must have; the first call checks the forward on the policy.
@@ -142,9 +153,9 @@ class PreferenceModule(pl.LightningModule):
         assert self.policy is not None
         if self._pair_layout is None:
             self._pair_layout = prepared_layout(
-                self.pair_forward, self.policy, self.live.tokenizer, self.trainer, longest=longest
+                self.pair_forward, self.policy, self.policy_spec.tokenizer, self.trainer, longest=longest
             )
-            if self.live.config.lora is not None and self.loss.needs_reference:
+            if self.policy_spec.config.lora is not None and self.loss.needs_reference:
                 self.reference.check_is_frozen(self._pair_layout)
         return self._pair_layout
 
@@ -173,7 +184,7 @@ class PreferenceModule(pl.LightningModule):
         Lightning refuses fused optimizers under every mixed precision, though only float16's scaler is in the way, and
         clips values in a way that sharded weights have not.
         """
-        own = self.compute_dtype == torch.bfloat16 or self.live.is_sharded
+        own = self.compute_dtype == torch.bfloat16 or self.trained_policy.is_sharded
         if own and gradient_clip_val is not None and gradient_clip_val > 0:
             clip_gradients(self._trainable(), gradient_clip_val, algorithm=gradient_clip_algorithm)
         else:
@@ -183,7 +194,7 @@ class PreferenceModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Defer the optimizers of sharded weights until those are loaded."""
-        if self.live.is_sharded:
+        if self.trained_policy.is_sharded:
             self._deferred.take_from(self.trainer)
 
     def on_train_start(self) -> None:
@@ -193,7 +204,7 @@ class PreferenceModule(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Begin an epoch."""
         assert self.policy is not None
-        self.live.withdraw()
+        self.trained_policy.cleanup_sampling_weights()
         self.policy.train()
         self._iteration_is_trained = False
 
@@ -274,4 +285,4 @@ class PreferenceModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another policy; have the optimizers of sharded weights back, and load their state."""
         self._deferred.give_back_to(self.trainer)
-        check_trained_weights(checkpoint, self, self.policy, sharded=self.live.is_sharded)
+        check_trained_weights(checkpoint, self, self.policy, sharded=self.trained_policy.is_sharded)

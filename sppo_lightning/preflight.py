@@ -87,7 +87,7 @@ class Preflight:
                 self.reward.check_prompts(self.prompt_sets.read(key))
         self.module.check()
         for key in keys:
-            check_context(self._encoded(key), self.generator, self.module.live.model_config, key=key)
+            check_context(self._encoded(key), self.generator, self.module.policy_spec.model_config, key=key)
         if stage == "fit":
             check_sizes(self.rules, self._encoded("prompts").ids)
             longest = {key: max(len(prompt.token_ids) for prompt in self._encoded(key)) for key in keys}
@@ -98,7 +98,7 @@ class Preflight:
             )
 
     def _encoded(self, key: str) -> EncodedPrompts:
-        return self.prompt_sets.encode(key, self.module.live.tokenizer)
+        return self.prompt_sets.encode(key, self.module.policy_spec.tokenizer)
 
     def _workload(self, longest_prompt: int, longest_trained_prompt: int) -> Workload:
         return workload_of(
@@ -285,8 +285,8 @@ def workload_of(
         spread: whether the policy's weights are spread over them.
     """
     return Workload(
-        policy=module.live.config,
-        model_config=module.live.model_config,
+        policy=module.policy_spec.config,
+        model_config=module.policy_spec.model_config,
         compute_dtype=compute_dtype,
         reference=module.reference.kind,
         optimizer=module.optimizer_factory,

@@ -135,7 +135,7 @@ class SelfPlayTrainer(pl.Trainer):
         accumulation_steps(
             pairs_per_step=rules.pairs_per_step, batch_size=rules.batch_size, world_size=hardware.processes
         )
-        model.live.check(compute_dtype=dtype, device=device)
+        model.policy_spec.check(compute_dtype=dtype, device=device)
         workload = workload_of(
             model,
             rules,

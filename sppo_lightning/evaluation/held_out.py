@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from sppo_lightning.evaluation.metrics import EvaluationBatch
+from sppo_lightning.generation import PolicySource
 from sppo_lightning.rollouts.collector import Collector
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.store.shards import ShardStore, read_rollouts, write_rollouts
@@ -28,14 +29,14 @@ BATCH = 256  # stored answers aggregated at once
 FORMAT = 1  # of an evaluation's manifest; older ones have no number
 
 
-class InitialPolicy(Protocol):
-    """A policy that can stand aside for the one that the run started from."""
+class EvaluatedPolicy(Protocol):
+    """The policy that is being trained."""
 
-    def initial(self) -> AbstractContextManager[Any]:
-        """Let the policy that the run started from stand in while the context lasts."""
+    def current(self) -> PolicySource:
+        """Return a snapshot of the policy as it is now."""
 
-    def fingerprint(self) -> str:
-        """Return a digest of the current policy."""
+    def initial(self) -> AbstractContextManager[PolicySource]:
+        """Yield a snapshot of the policy that the run started from."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class HeldOut:
     prefix: str
     prompts: Sequence[EncodedPrompt]
     collector: Collector
-    policy: InitialPolicy
+    policy: EvaluatedPolicy
     provenance: Mapping[str, Any]
     legacy_provenance: Mapping[str, Any]
     replace_others: bool
@@ -71,12 +72,10 @@ class HeldOut:
         """Ensure the current policy's answers, and the initial policy's to compare with, and measure them."""
         baseline = self._stored(0) if finished > 0 else None
         if finished > 0 and baseline is None:
-            with self.policy.initial():
-                baseline = self.answer(0, policy_fingerprint=self.policy.fingerprint())
+            with self.policy.initial() as initial:
+                baseline = self.answer(0, initial)
         opponents = {row.prompt_id: row.response for row in baseline or () if row.drop_reason is None}
-        rows = self.answer(
-            finished, policy_fingerprint=self.policy.fingerprint(), opponents=MappingProxyType(opponents)
-        )
+        rows = self.answer(finished, self.policy.current(), opponents=MappingProxyType(opponents))
         return measure(rows, rows if baseline is None else baseline)
 
     def _asked(self) -> str:
@@ -131,22 +130,22 @@ class HeldOut:
     def answer(
         self,
         finished: int,
+        policy: PolicySource,
         *,
-        policy_fingerprint: str,
         opponents: Mapping[str, str] = MappingProxyType({}),
     ) -> list[Rollout]:
         """Answer and score the prompts greedily, once a policy; return the stored rows.
 
         Args:
             finished: self-play iterations behind the policy.
-            policy_fingerprint: of the policy.
+            policy: who answers.
             opponents: by prompt id, the initial policy's answers, for a comparative reward.
 
         Raises:
             UserError: if the folder holds another policy's answers that are not to be replaced.
         """
         place = self.place(finished)
-        made_by = self._made_by(policy_fingerprint)
+        made_by = self._made_by(policy.fingerprint())
         stored, manifest = self._stored(finished), self._manifest(finished)
         if stored is not None and manifest == made_by:
             self._remove_parts(place)  # a killed run may have left them
@@ -162,6 +161,7 @@ class HeldOut:
             ShardStore(parts),
             "greedy",
             self.prompts,
+            policy=policy,
             iteration=finished,
             phase="evaluating",
             opponents=opponents,
@@ -274,14 +274,16 @@ def paired_difference(rows: Sequence[Rollout], baseline: Sequence[Rollout]) -> P
     return PairedDifference(float(differences.mean()) if count else float("nan"), stderr, count)
 
 
-def write_predictions(root: Path, prompts: Sequence[EncodedPrompt], collector: Collector) -> list[str]:
-    """Answer prompts greedily into ``predictions.jsonl`` below ``root``; return its lines."""
+def write_predictions(
+    root: Path, prompts: Sequence[EncodedPrompt], collector: Collector, policy: PolicySource
+) -> list[str]:
+    """Let ``policy`` answer prompts greedily into ``predictions.jsonl`` below ``root``; return its lines."""
     parts = root / "predictions-parts"
     if collector.ranks.rank == 0:
         shutil.rmtree(parts, ignore_errors=True)  # of another policy, perhaps
     collector.ranks.barrier("predictions begin")
     rows = collector.collect_greedy(
-        ShardStore(parts), "greedy", prompts, iteration=0, phase="predicting", score=False
+        ShardStore(parts), "greedy", prompts, policy=policy, iteration=0, phase="predicting", score=False
     )
     collector.ranks.barrier("predictions read")
     lines = [

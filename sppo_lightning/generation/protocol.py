@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class PolicySource(Protocol):
-    """Where an engine gets the current policy from."""
+    """A snapshot of the policy, which an engine samples from until it is unloaded."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -30,22 +30,22 @@ class PolicySource(Protocol):
     def quantized(self) -> bool:
         """Whether its base is held in fewer bits than a folder of it would be."""
 
-    def publish(self, ranks: Ranks, *, wanted: bool) -> None:
-        """Prepare the current policy to be sampled or exported; all processes call it together, before they begin.
+    def sync_sampling_weights(self, ranks: Ranks, *, needed: bool) -> None:
+        """Make full weights ready to be sampled or exported; all processes call it together, before they begin.
 
         Args:
             ranks: the processes.
-            wanted: whether this one will sample.
+            needed: whether this one will sample or export.
         """
 
     def sampling_model(self) -> torch.nn.Module:
-        """Return the current policy, ready to sample from: compute dtype, eval mode, on its device."""
+        """Return the policy, ready to sample from: compute dtype, eval mode, on its device."""
 
     def fingerprint(self) -> str:
-        """Return a digest of the current policy."""
+        """Return a digest of the policy."""
 
     def export(self, folder: Path) -> None:
-        """Write the current policy as a Hugging Face folder; an adapter in PEFT's layout."""
+        """Write the policy as a Hugging Face folder; an adapter in PEFT's layout."""
 
 
 class SampleRequest(NamedTuple):

@@ -20,6 +20,7 @@ from sppo_lightning.difficulty import (
     estimate_difficulty,
     reward_statistics,
 )
+from sppo_lightning.generation import PolicySource
 from sppo_lightning.iteration.pairing_pass import PairingPass
 from sppo_lightning.iteration.reference_pass import Reference, reference_pass
 from sppo_lightning.iteration.rules import IterationRules
@@ -45,6 +46,7 @@ class IterationBuilder:
         prompts: encoded prompts by id, in file order.
         too_long: prompts that were dropped before.
         collector: samples and scores.
+        policy: who answers.
         provenance: settings of the generator and the reward, for the manifest.
         reference: the frozen reference; ``None``: the loss needs none, and no pass is made.
         stores_token_logps: keep the reference's log-probs of single tokens too.
@@ -55,6 +57,7 @@ class IterationBuilder:
     prompts: EncodedById
     too_long: Sequence[str]
     collector: Collector
+    policy: PolicySource
     provenance: Mapping[str, Any]
     reference: Reference | None
     stores_token_logps: bool
@@ -197,7 +200,9 @@ class IterationBuilder:
         self, store: IterationStore, name: str, samples: Mapping[str, range], iteration: int, phase: Phase
     ) -> None:
         wanted = WantedRows(self.prompts.taken(samples), list(samples.values()))
-        self.collector.collect(store.shards, name, wanted, iteration=iteration, phase=phase)
+        self.collector.collect(
+            store.shards, name, wanted, policy=self.policy, iteration=iteration, phase=phase
+        )
 
     def _missing(self, selected: Sequence[str], probed: set[str], samples: int) -> dict[str, range]:
         """Return the sample indices that the selected prompts lack; ``samples``: how many the probed ones have."""

@@ -321,8 +321,8 @@ def _shared_prompts_attention(
     if shared_attention is None:
         raise CannotAttendError(
             f"{type(module).__name__} was called without the segments of its row: its model does not hand on what it "
-            "is called with, or it was called outside the training forward (LivePolicy.sampling_model gives a policy "
-            "to generate from)"
+            "is called with, or it was called outside the training forward (PolicySnapshot.sampling_model gives a "
+            "policy to generate from)"
         )
     own_attention.check_call(module, attention_mask, others)
     device = query.device.type

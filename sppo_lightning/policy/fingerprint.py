@@ -10,19 +10,14 @@ from torch import nn
 from sppo_lightning.policy.sharding import from_first, is_first, whole
 
 
-def digest_of(pretrained: str) -> str:
-    """Return the digest of a base without trained weights."""
-    return hashlib.sha256(pretrained.encode()).hexdigest()[:32]
-
-
 def fingerprint(model: nn.Module, pretrained: str) -> str:
     """Return a digest of what decides a policy's outputs: its base and the exact trainable weights.
 
-    The same whether the weights are whole or spread over processes; then it is a collective, one weight at a time.
+    An adapter that is switched off has none. The same whether the weights are whole or spread over processes; then it
+    is a collective, one weight at a time.
     """
-    digest = hashlib.sha256(
-        pretrained.encode()
-    )  # twice as fast as blake2b where the processor has instructions for it
+    # twice as fast as blake2b where the processor has instructions for it
+    digest = hashlib.sha256(pretrained.encode())
     counts = is_first(model)
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
         if parameter.requires_grad:

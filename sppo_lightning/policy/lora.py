@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -64,6 +64,11 @@ def copied_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return a copy of what this process holds of the trainable weights, in host memory, by name."""
     trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
     return {name: local(parameter.detach()).to("cpu", copy=True) for name, parameter in trained}
+
+
+def adapter_is_off(model: nn.Module) -> bool:
+    """Whether a model has an adapter that is switched off."""
+    return hasattr(model, "peft_config") and cast(Any, model).get_model_status().enabled is False
 
 
 @contextmanager

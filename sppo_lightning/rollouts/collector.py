@@ -59,7 +59,6 @@ class Collector:
     Args:
         generator: the engine.
         reward: the scorer.
-        policy: where the engine takes its weights from.
         device: where the reward is loaded.
         seed: the run's seed.
         prompts_per_shard: prompts of one Parquet file; ``None``: see
@@ -72,7 +71,6 @@ class Collector:
 
     generator: Generator
     reward: Reward
-    policy: PolicySource
     device: torch.device
     seed: int
     prompts_per_shard: int | None
@@ -82,14 +80,21 @@ class Collector:
     max_failed_share: float = 0.5
 
     def collect(
-        self, store: ShardStore, name: str, wanted: Sequence[Wanted], *, iteration: int, phase: Phase
+        self,
+        store: ShardStore,
+        name: str,
+        wanted: Sequence[Wanted],
+        *,
+        policy: PolicySource,
+        iteration: int,
+        phase: Phase,
     ) -> None:
-        """Sample ``wanted`` into shards called ``name`` and score them.
+        """Sample ``wanted`` from ``policy`` into shards called ``name`` and score them.
 
         Shards that are already there are not made again.
         """
         shards = self._shards(wanted)
-        self._generate(store, name, shards, iteration=iteration, phase=phase, greedy=False)
+        self._generate(store, name, shards, policy=policy, iteration=iteration, phase=phase, greedy=False)
         self._score(store, name, shards, iteration=iteration, opponents=None, unfinished=self.unfinished)
         self._check_shared(store, name, shards)
 
@@ -99,17 +104,19 @@ class Collector:
         name: str,
         prompts: Sequence[EncodedPrompt],
         *,
+        policy: PolicySource,
         iteration: int,
         phase: Phase,
         score: bool = True,
         opponents: Mapping[str, str] = MappingProxyType({}),
     ) -> list[Rollout]:
-        """Answer each prompt greedily into shards called ``name``; score unless told not to; return the answers.
+        """Let ``policy`` answer each prompt greedily into shards called ``name``, and return the answers.
 
-        ``opponents``: by prompt id, what a comparative reward compares an answer with; itself where there is none.
+        They are scored unless ``score`` is false. ``opponents``: by prompt id, what a comparative reward compares an
+        answer with; itself where there is none.
         """
         shards = self._shards(WantedRows(prompts, [range(1)] * len(prompts)))
-        self._generate(store, name, shards, iteration=iteration, phase=phase, greedy=True)
+        self._generate(store, name, shards, policy=policy, iteration=iteration, phase=phase, greedy=True)
         if score:
             self._score(
                 store,
@@ -143,18 +150,19 @@ class Collector:
         name: str,
         shards: list[Sequence[Wanted]],
         *,
+        policy: PolicySource,
         iteration: int,
         phase: Phase,
         greedy: bool,
     ) -> None:
         missing = [number for number in self._mine(shards) if not _present(store, name, number, shards)]
         total = sum(len(shards[number]) for number in missing)
-        self.policy.publish(self.ranks, wanted=bool(missing))
+        policy.sync_sampling_weights(self.ranks, needed=bool(missing))
         if missing:
             done = tokens = 0
             watch = FailureWatch(self.max_failed_share, total)
             self.notify(phase, iteration, done, total, tokens)
-            self.generator.load(self.policy)
+            self.generator.load(policy)
             for number in missing:
                 shard = list(shards[number])
                 rows: list[list[Rollout]] = [[] for _ in shard]

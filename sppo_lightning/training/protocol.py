@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
@@ -10,17 +11,26 @@ import torch
 from sppo_lightning.losses import PreferenceLoss
 from sppo_lightning.pair_forward import PairForward
 from sppo_lightning.pair_forward.layouts import PairLayout
-from sppo_lightning.policy.live import LivePolicy
+from sppo_lightning.policy.spec import PolicySpec
+from sppo_lightning.policy.trained import TrainedPolicy
 from sppo_lightning.training.optimizers import OptimizerFactory
 from sppo_lightning.training.reference import FrozenReference
 from sppo_lightning.types import PhaseProgress
 
 
-@runtime_checkable
-class SelfPlayModule(Protocol):
-    """A LightningModule that trains a policy on the loop's micro-batches, :class:`~.batching.PairBatch`."""
+class SelfPlayModule(pl.LightningModule, ABC):
+    """A LightningModule that trains a policy on the loop's micro-batches, :class:`~.batching.PairBatch`.
 
-    live: LivePolicy
+    Attributes:
+        policy_spec: which model; no weights.
+        loss: says what has to be computed for it.
+        reference: reads the pairs before the first step.
+        pair_forward: how log-probs are computed.
+        optimizer_factory: makes the optimizer; ``None``: the default.
+        carry_optimizer: whether its state is kept while the next iteration samples.
+    """
+
+    policy_spec: PolicySpec
     loss: PreferenceLoss
     reference: FrozenReference
     pair_forward: PairForward
@@ -28,16 +38,20 @@ class SelfPlayModule(Protocol):
     carry_optimizer: bool
 
     @property
-    def device(self) -> torch.device:
-        """Where the policy is."""
+    @abstractmethod
+    def trained_policy(self) -> TrainedPolicy:
+        """The policy, once it is loaded."""
 
     @property
+    @abstractmethod
     def compute_dtype(self) -> torch.dtype:
         """Dtype of the Trainer's matrix products."""
 
+    @abstractmethod
     def check(self) -> None:
         """Raise :class:`~sppo_lightning.types.UserError` if Trainer and settings do not fit; no weights are loaded."""
 
+    @abstractmethod
     def pair_layout(self, longest: int) -> PairLayout:
         """Return the layout that micro-batches must have.
 

@@ -19,10 +19,11 @@ from sppo_lightning.pair_forward import PairForward
 from sppo_lightning.pair_forward.layouts import PairLayout
 from sppo_lightning.pair_forward.parity import trial_pairs
 from sppo_lightning.policy.anatomy import unwrapped
-from sppo_lightning.policy.live import LivePolicy
 from sppo_lightning.policy.loading import without_dropout
 from sppo_lightning.policy.lora import replaced_weights
 from sppo_lightning.policy.sharding import local, part_of
+from sppo_lightning.policy.snapshot import PolicySnapshot
+from sppo_lightning.policy.trained import TrainedPolicy
 from sppo_lightning.training.batching import PairBatch
 from sppo_lightning.training.hardware import compute_dtype
 
@@ -36,7 +37,7 @@ class FrozenReference:
     """Reads an iteration's pairs with the frozen reference, by the forward of training.
 
     Args:
-        policy: that is trained; it holds the policy that the run started from too.
+        policy: returns the one that is trained, which knows the one that the run started from.
         forward: that of training.
         kind: ``previous_iteration``: the policy before the iteration's first step; ``initial``: the policy that the
             run started from.
@@ -45,7 +46,7 @@ class FrozenReference:
 
     def __init__(
         self,
-        policy: LivePolicy,
+        policy: Callable[[], TrainedPolicy],
         forward: PairForward,
         *,
         kind: Literal["previous_iteration", "initial"],
@@ -55,7 +56,7 @@ class FrozenReference:
         self._policy = policy
         self._forward = forward
         self._trainer = trainer
-        self._model: nn.Module | None = None
+        self._held: PolicySnapshot | None = None
 
     @property
     def is_fixed(self) -> bool:
@@ -65,30 +66,31 @@ class FrozenReference:
     @property
     def forward_is_collective(self) -> bool:
         """Whether all processes have to read equally many batches, since each of them holds a part of the weights."""
-        return self._policy.is_sharded
+        return self._policy().is_sharded
 
     def fingerprint(self) -> str:
         """Return a digest of the reference that is held."""
-        return self._policy.fingerprint()
+        assert self._held is not None, "held() comes first"
+        return self._held.fingerprint()
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the reference in memory while the context lasts."""
-        held = self._policy.initial() if self.is_fixed else nullcontext(self._policy.model)
-        with held as model:
-            self._model = model
+        policy = self._policy()
+        with policy.initial() if self.is_fixed else nullcontext(policy.current()) as self._held:
             try:
-                with without_dropout(model):
+                with without_dropout(self._held.model):
                     yield
             finally:
-                self._model = None
+                self._held = None
 
     def logps_by_token(self, batch: PairBatch) -> PairLogps:
         """Return the log-probs of a batch's response tokens, ``[B, T]`` each, float64, nats, on the CPU."""
-        assert self._model is not None, "held() comes first"
-        rows = move_data_to_device(batch.rows, next(self._model.parameters()).device)
+        assert self._held is not None, "held() comes first"
+        model = self._held.model
+        rows = move_data_to_device(batch.rows, next(model.parameters()).device)
         with torch.no_grad(), self._trainer().precision_plugin.forward_context():
-            logps = self._forward.logps_by_token(self._model, rows)
+            logps = self._forward.logps_by_token(model, rows)
         return PairLogps(logps.chosen.cpu(), logps.rejected.cpu())
 
     def check_is_frozen(self, layout: PairLayout) -> None:
@@ -97,16 +99,16 @@ class FrozenReference:
         Args:
             layout: of micro-batches.
         """
-        vocabulary = unwrapped(self._policy.model).config.get_text_config().vocab_size
+        vocabulary = unwrapped(self._policy().model).config.get_text_config().vocab_size
         rows = move_data_to_device(
-            layout.rows(*trial_pairs(vocabulary)), next(self._policy.model.parameters()).device
+            layout.rows(*trial_pairs(vocabulary)), next(self._policy().model.parameters()).device
         )
 
         def logps(model: nn.Module) -> Tensor:
             with torch.no_grad(), self._trainer().precision_plugin.forward_context(), without_dropout(model):
                 return torch.cat(self._forward.logps(model, rows))
 
-        check_reference_is_frozen(self._policy, logps)
+        check_reference_is_frozen(self._policy(), logps)
 
     def check_start(self, policy: nn.Module, batch: PairBatch, *, iteration_is_first: bool) -> None:
         """Raise if the policy's log-probs differ from the reference's although the two are the same.
@@ -125,7 +127,7 @@ class FrozenReference:
         )
 
 
-def check_reference_is_frozen(policy: LivePolicy, logps: Callable[[nn.Module], Tensor]) -> None:
+def check_reference_is_frozen(policy: TrainedPolicy, logps: Callable[[nn.Module], Tensor]) -> None:
     """Move the adapter for a moment: the initial policy's log-probs must stay, and the policy's own must move.
 
     Args:
@@ -136,11 +138,11 @@ def check_reference_is_frozen(policy: LivePolicy, logps: Callable[[nn.Module], T
         RuntimeError: if the reference follows the adapter, or if the adapter changes nothing.
     """
     with policy.initial() as initial:
-        before = logps(initial)
+        before = logps(initial.model)
     with replaced_weights(policy.model, _moved(policy.model)):
         own = logps(policy.model)
         with policy.initial() as initial:
-            after = logps(initial)
+            after = logps(initial.model)
     moved, policy_moved = float((after - before).abs().max()), float((own - before).abs().max())
     # to the last bit on a CPU; a GPU does not promise to round two passes alike
     if not moved <= (0.0 if before.device.type == "cpu" else ROUNDING * policy_moved):

@@ -88,13 +88,14 @@ def test_settings_are_checked(settings: dict[str, float], message: str) -> None:
 def test_export_replaces_the_folder_as_a_whole(tmp_path: Path) -> None:
     policy, tokenizer = LlamaForCausalLM(tiny_config()), byte_tokenizer()
     policy.config.use_cache = False
-    module = SimpleNamespace(
-        save=lambda folder, first: write_folder(policy, tokenizer, folder), fingerprint=lambda: "abc"
+    trained = SimpleNamespace(
+        save=lambda folder, is_rank0: write_folder(policy, tokenizer, folder),
+        current=lambda: SimpleNamespace(fingerprint=lambda: "abc"),
     )
     target = tmp_path / "policy"
     target.mkdir()
     (target / "left-behind").touch()
-    PolicyExport().export(module, target, iteration=4)  # type: ignore[arg-type]
+    PolicyExport().export(trained, target, iteration=4)  # type: ignore[arg-type]
     assert json.loads((target / "run.json").read_text()) == {"iteration": 4, "fingerprint": "abc"}
     assert not (target / "left-behind").exists()
     loaded = AutoModelForCausalLM.from_pretrained(target)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.fakes import Alone, Digits, Echo, Threads, collector, encoded, same, together
+from support.fakes import Alone, Digits, Echo, Threads, Unsampled, collector, encoded, same, together
 
 from sppo_lightning.evaluation.held_out import (
     BATCH,
@@ -100,25 +100,34 @@ def test_paired_difference_of_few() -> None:
 # ------------------------------------------------------------------ stored answers
 
 
-@dataclass
-class Policy:
-    """Its level stands for its weights; the engine reads it."""
+@dataclass(frozen=True)
+class Snapshot(Unsampled):
+    """Its level is what there is of its weights; the engine reads it."""
 
-    level: int = 0
-    asides: int = 0
-
-    def publish(self, ranks: Any, *, wanted: bool) -> None:
-        pass
-
-    @contextmanager
-    def initial(self) -> Iterator[None]:
-        level, self.level = self.level, 0
-        self.asides += 1
-        yield
-        self.level = level
+    level: int
 
     def fingerprint(self) -> str:
         return f"fingerprint of level {self.level}"
+
+
+@dataclass
+class Policy:
+    """Starts from level 0."""
+
+    level: int = 0
+    swaps: int = 0
+
+    def current(self) -> Any:
+        return Snapshot(self.level)
+
+    @contextmanager
+    def initial(self) -> Iterator[Any]:
+        self.swaps += 1
+        yield Snapshot(0)
+
+
+FIRST: Any = Snapshot(0)
+FOURTH: Any = Snapshot(4)
 
 
 class Levels(Digits):
@@ -141,7 +150,6 @@ class Run:
     replace_others: bool = True
 
     def held_out(self, count: int = 3, prefix: str = "", **settings: Any) -> HeldOut:
-        settings = {"policy": self.policy, **settings}
         return HeldOut(
             RunFolder(self.root),
             prefix,
@@ -160,36 +168,35 @@ def run(tmp_path: Path) -> Run:
 
 
 def test_answers_are_stored_with_what_made_them(run: Run) -> None:
-    rows = run.held_out().answer(2, policy_fingerprint="abc")
+    rows = run.held_out().answer(2, FIRST)
     assert [row.reward for row in rows] == [0.0, -1.0, 0.0]
     place = run.root / "evaluations/002"
     assert sorted(path.name for path in place.iterdir()) == ["manifest.json", "rollouts.parquet"]
     manifest = json.loads((place / "manifest.json").read_text())
     assert manifest.keys() == {"format", "policy_fingerprint", "asked", "digest"}
-    assert manifest["policy_fingerprint"] == "abc"
+    assert manifest["policy_fingerprint"] == "fingerprint of level 0"
     assert load_evaluation(place) == rows
     assert load_evaluation(run.root / "evaluations/003") is None
 
 
 def test_a_policy_answers_once(run: Run) -> None:
-    rows = run.held_out().answer(1, policy_fingerprint="abc")
-    assert run.held_out().answer(1, policy_fingerprint="abc") == rows
+    rows = run.held_out().answer(1, FIRST)
+    assert run.held_out().answer(1, FIRST) == rows
     assert (run.engine.calls, run.reward.calls) == (2, 2)  # two shards, once
 
 
 def test_another_policy_is_answered_anew_and_other_prompts_are_refused(run: Run) -> None:
-    run.held_out().answer(1, policy_fingerprint="abc")
-    run.policy.level = 4
-    again = run.held_out().answer(1, policy_fingerprint="def")
+    run.held_out().answer(1, FIRST)
+    again = run.held_out().answer(1, FOURTH)
     assert [row.reward for row in again] == [4.0, 3.0, 4.0]
     assert load_evaluation(run.root / "evaluations/001") == again
     with pytest.raises(
         UserError, match=r"001 holds answers to other prompts, or from another data\.generator"
     ):
-        run.held_out(count=4).answer(1, policy_fingerprint="def")
+        run.held_out(count=4).answer(1, FOURTH)
     run.rewarded_by = "something else"
     with pytest.raises(UserError, match=r"or from another data\.generator or data\.reward: use another"):
-        run.held_out().answer(1, policy_fingerprint="def")
+        run.held_out().answer(1, FOURTH)
 
 
 def without_a_format(run: Run, number: int) -> Path:
@@ -220,24 +227,24 @@ def test_answers_without_a_format_number_are_accepted(run: Run) -> None:
 
 
 def test_answers_without_a_format_number_to_another_reward_are_refused(run: Run) -> None:
-    run.held_out().answer(1, policy_fingerprint="abc")
+    run.held_out().answer(1, FIRST)
     without_a_format(run, 1)
     run.described_as = "rewards.Others"
     with pytest.raises(UserError, match=r"or from another data\.generator or data\.reward: use another"):
-        run.held_out().answer(1, policy_fingerprint="abc")
+        run.held_out().answer(1, FIRST)
 
 
 def test_a_legacy_digest_counts_without_a_format_number_alone(run: Run) -> None:
-    run.held_out().answer(1, policy_fingerprint="abc")
+    run.held_out().answer(1, FIRST)
     path = without_a_format(run, 1)
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))
     with pytest.raises(UserError, match=r"or from another data\.generator or data\.reward: use another"):
-        run.held_out().answer(1, policy_fingerprint="abc")
+        run.held_out().answer(1, FIRST)
 
 
 def test_another_policy_overwrites_nothing_unless_told(run: Run) -> None:
     """`validate` on an exported policy, in the run's own folder, must leave the initial policy's answers."""
-    rows = run.held_out().answer(0, policy_fingerprint="abc")
+    rows = run.held_out().answer(0, FIRST)
     run.replace_others = False
     run.policy.level = 4
     with pytest.raises(
@@ -278,13 +285,13 @@ def test_damaged_answers_are_kept_aside_and_given_again(
 
 
 def test_another_policy_makes_no_damaged_answers_again_unless_told(run: Run) -> None:
-    run.held_out().answer(0, policy_fingerprint="abc")
+    run.held_out().answer(0, FIRST)
     path = run.root / "evaluations/000/rollouts.parquet"
     path.unlink()
     run.replace_others = False
     with pytest.raises(UserError, match=r"000 holds the answers of another policy"):
-        run.held_out().answer(0, policy_fingerprint="def")
-    assert len(run.held_out().answer(0, policy_fingerprint="abc")) == 3
+        run.held_out().answer(0, FOURTH)
+    assert len(run.held_out().answer(0, FIRST)) == 3
 
 
 def test_a_damaged_evaluation_is_left_out_of_a_summary(run: Run, caplog: pytest.LogCaptureFixture) -> None:
@@ -297,8 +304,8 @@ def test_a_damaged_evaluation_is_left_out_of_a_summary(run: Run, caplog: pytest.
 
 
 def test_sets_of_prompts_do_not_share_a_folder(run: Run) -> None:
-    run.held_out().answer(1, policy_fingerprint="abc")
-    run.held_out(count=5, prefix="test-").answer(1, policy_fingerprint="abc")
+    run.held_out().answer(1, FIRST)
+    run.held_out(count=5, prefix="test-").answer(1, FIRST)
     found = {path.name: len(load_evaluation(path) or ()) for path in (run.root / "evaluations").iterdir()}
     assert found == {"001": 3, "test-001": 5}
 
@@ -306,9 +313,9 @@ def test_sets_of_prompts_do_not_share_a_folder(run: Run) -> None:
 def test_an_evaluation_that_broke_down_goes_on_where_it_stopped(run: Run) -> None:
     run.engine.fail_at = 1
     with pytest.raises(RuntimeError, match="out of memory"):
-        run.held_out(count=5).answer(1, policy_fingerprint="abc")
+        run.held_out(count=5).answer(1, FIRST)
     assert load_evaluation(run.root / "evaluations/001") is None
-    rows = run.held_out(count=5).answer(1, policy_fingerprint="abc")
+    rows = run.held_out(count=5).answer(1, FIRST)
     assert [row.prompt_id for row in rows] == [f"p{number}" for number in range(5)]
     assert [request.token_ids[0] for request in run.engine.asked] == [0, 1, 2, 3, 4]
 
@@ -317,7 +324,7 @@ def test_the_initial_policy_ties_with_itself(run: Run) -> None:
     found = run.held_out().measure(0)
     close(found.reward, [0.0, -1.0, 0.0])
     close(found.win, [0.5, 0.5, 0.5])
-    assert run.policy.asides == 0
+    assert run.policy.swaps == 0
 
 
 def test_a_later_policy_is_measured_against_the_initial_one(run: Run) -> None:
@@ -326,7 +333,7 @@ def test_a_later_policy_is_measured_against_the_initial_one(run: Run) -> None:
     found = run.held_out().measure(1)
     close(found.reward, [2.0, 1.0, 2.0])
     close(found.win, [1.0, 1.0, 1.0])
-    assert run.policy.asides == 0
+    assert run.policy.swaps == 0
 
 
 def test_an_initial_policy_that_never_answered_does_so_when_it_is_needed(run: Run) -> None:
@@ -334,7 +341,7 @@ def test_an_initial_policy_that_never_answered_does_so_when_it_is_needed(run: Ru
     run.policy.level = 2
     found = run.held_out().measure(3)
     close(found.win, [1.0, 1.0, 1.0])
-    assert (run.policy.asides, run.policy.level) == (1, 2)
+    assert (run.policy.swaps, run.policy.level) == (1, 2)
     assert sorted(path.name for path in (run.root / "evaluations").iterdir()) == ["000", "003"]
     initial = load_evaluation(run.root / "evaluations/000")
     assert initial is not None
@@ -420,7 +427,7 @@ def test_predictions(run: Run) -> None:
     (run.root / "predictions-parts").mkdir()
     (run.root / "predictions-parts/greedy-00000.parquet").write_text("of another policy")
     run.policy.level = 6
-    lines = write_predictions(run.root, encoded(3), collector(run.engine, run.reward, policy=run.policy))
+    lines = write_predictions(run.root, encoded(3), collector(run.engine, run.reward), run.policy.current())
     assert (run.root / "predictions.jsonl").read_text() == "".join(f"{line}\n" for line in lines)
     assert [json.loads(line) for line in lines] == [
         {

@@ -59,7 +59,7 @@ class Policy:
     exports: int = 0
     quantized: bool = False
 
-    def publish(self, ranks: Ranks, *, wanted: bool) -> None:
+    def sync_sampling_weights(self, ranks: Ranks, *, needed: bool) -> None:
         pass
 
     def sampling_model(self) -> torch.nn.Module:

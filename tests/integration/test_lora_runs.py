@@ -23,7 +23,8 @@ from support.runs import cli_arguments
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sppo_lightning.__main__ import main
-from sppo_lightning.policy.live import LivePolicy
+from sppo_lightning.policy.snapshot import PolicySnapshot
+from sppo_lightning.policy.trained import TrainedPolicy
 
 WritePrompts = Callable[..., Path]
 LORA = {"model__policy__lora__rank": 4, "model__policy__lora__alpha": 8}
@@ -191,10 +192,10 @@ def test_a_reference_that_moves_with_the_adapter_ends_the_run(
     """What a wrong reference would be: the adapter left on."""
 
     @contextmanager
-    def left_on(self: LivePolicy) -> Iterator[torch.nn.Module]:
-        yield self.model
+    def left_on(self: TrainedPolicy) -> Iterator[PolicySnapshot]:
+        yield self.current()
 
-    monkeypatch.setattr(LivePolicy, "initial", left_on)
+    monkeypatch.setattr(TrainedPolicy, "initial", left_on)
     with pytest.raises(
         RuntimeError, match=r"log-probs moved by up to .* nat when the adapter did: it is not frozen"
     ):

@@ -308,7 +308,7 @@ def test_a_call_that_does_not_reach_the_attention() -> None:
     """Also one outside the training forward."""
     message = (
         "LlamaAttention was called without the segments of its row: its model does not hand on what it is called "
-        r"with, or it was called outside the training forward \(LivePolicy\.sampling_model gives a policy to "
+        r"with, or it was called outside the training forward \(PolicySnapshot\.sampling_model gives a policy to "
         r"generate from\)"
     )
     refused(new_model(), message, attention=None)

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -31,8 +30,6 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MllamaTextConfig, Qwen2Config
 
 from sppo_lightning.generation import SampleRequest
-from sppo_lightning.losses import DPOLoss
-from sppo_lightning.module import PreferenceModule
 from sppo_lightning.pair_forward import AutoForward, PairForward, PlainForward, SharedForward
 from sppo_lightning.pair_forward.parity import Trial
 from sppo_lightning.policy.anatomy import beside_text, freeze_beside_text
@@ -371,32 +368,6 @@ def test_disable_dropout_leaves_the_adapters_own(tiny_policy: Path) -> None:
     disable_dropout(model)
     kept = {module.p for name, module in model.named_modules() if name.endswith("lora_dropout.default")}
     assert kept == {0.5}
-
-
-def test_a_modules_fingerprint_follows_its_weights_and_is_taken_once(
-    tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where weights change without an optimizer step, as when a checkpoint is loaded."""
-    module = PreferenceModule(
-        PolicyConfig(str(tiny_policy)), DPOLoss(0.1), 1e-3, reference="previous_iteration"
-    )
-    module.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    module.configure_model()
-    taken: list[str] = []
-    monkeypatch.setattr(
-        "sppo_lightning.policy.fingerprint.fingerprint",
-        lambda *given: taken.append(fingerprint(*given)) or taken[-1],
-    )
-    assert module.policy is not None
-    digests = [module.live.fingerprint(), module.live.fingerprint()]
-    with torch.no_grad():
-        next(iter(module.policy.parameters())).view(-1)[0] += 1
-    digests.append(module.live.fingerprint())
-    module.policy.load_state_dict({name: value + 1 for name, value in module.policy.state_dict().items()})
-    digests.append(module.live.fingerprint())
-    assert digests[0] == digests[1]
-    assert len(set(digests)) == len(taken) == 3
-    assert digests[-1] == fingerprint(module.policy, str(tiny_policy))
 
 
 # ---------------------------------------------------------------- models that see

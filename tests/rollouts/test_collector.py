@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from support.fakes import (
+    UNSAMPLED,
     Alone,
     Digits,
     Echo,
@@ -30,6 +31,7 @@ from support.tiny import Source, random_tokens, tiny_model
 
 from sppo_lightning.generation import (
     HFGenerator,
+    PolicySource,
     PromptResponses,
     SampleRequest,
 )
@@ -41,15 +43,25 @@ from sppo_lightning.types import (
     Message,
     PhaseProgress,
     Prompt,
+    Ranks,
     Rollout,
     UserError,
 )
 
 
+@pytest.fixture
+def store(tmp_path: Path) -> ShardStore:
+    return ShardStore(tmp_path / "rollouts")
+
+
 def collect(
-    store: ShardStore, wanted: Sequence[Wanted], iteration: int = 3, **settings: Any
+    store: ShardStore,
+    wanted: Sequence[Wanted],
+    iteration: int = 3,
+    policy: PolicySource = UNSAMPLED,
+    **settings: Any,
 ) -> list[Rollout]:
-    collector(**settings).collect(store, "probe", wanted, iteration=iteration, phase="probing")
+    collector(**settings).collect(store, "probe", wanted, policy=policy, iteration=iteration, phase="probing")
     return list(store.read_all("probe"))
 
 
@@ -126,6 +138,25 @@ def test_the_engine_is_freed_before_the_reward_is_loaded(store: ShardStore) -> N
         *("load", "generate", "generate", "unload"),
         *("load reward on cpu", "score", "score", "unload reward"),
     ]
+
+
+@dataclass
+class Syncing:
+    """A policy that records what it is asked."""
+
+    events: list[str]
+
+    def sync_sampling_weights(self, ranks: Ranks, *, needed: bool) -> None:
+        self.events.append(f"sync {needed}")
+
+
+def test_weights_are_synced_before_they_are_loaded_and_by_a_rank_without_work_too(store: ShardStore) -> None:
+    events: list[str] = []
+    policy: Any = Syncing(events)
+    collect(store, wanted_of(1), policy=policy, generator=Echo(events=events))
+    assert events == ["sync True", "load", "generate", "unload"]
+    collect(store, wanted_of(1), policy=policy, generator=Echo(events=events))
+    assert events[4:] == ["sync False"]
 
 
 # ------------------------------------------------------------- reuse and recovery
@@ -259,7 +290,9 @@ def test_shards_of_other_prompts_are_refused(store: ShardStore, other: list[Want
 
 def test_shards_of_another_name_are_others(store: ShardStore) -> None:
     collect(store, wanted_of(4))
-    collector().collect(store, "topup", wanted_of(2, range(2, 5)), iteration=3, phase="generating")
+    collector().collect(
+        store, "topup", wanted_of(2, range(2, 5)), policy=UNSAMPLED, iteration=3, phase="generating"
+    )
     assert [row.sample_index for row in store.read_all("topup")] == [2, 3, 4] * 2
     assert sorted(files(store)) == ["probe-00000.parquet", "probe-00001.parquet", "topup-00000.parquet"]
 
@@ -311,6 +344,7 @@ def test_a_rank_takes_over_what_another_left(tmp_path: Path, store: ShardStore) 
         store,
         "probe",
         [wanted_of(8)[start : start + 2] for start in range(0, 8, 2)],
+        policy=UNSAMPLED,
         iteration=3,
         phase="probing",
         greedy=False,
@@ -326,7 +360,9 @@ def test_a_rank_takes_over_what_another_left(tmp_path: Path, store: ShardStore) 
 
 def test_greedy_answers_ask_without_seeds(store: ShardStore) -> None:
     generator = Echo()
-    rows = collector(generator).collect_greedy(store, "greedy", encoded(3), iteration=1, phase="evaluating")
+    rows = collector(generator).collect_greedy(
+        store, "greedy", encoded(3), policy=UNSAMPLED, iteration=1, phase="evaluating"
+    )
     assert [request.seeds for request in generator.asked] == [()] * 3
     assert [(row.prompt_id, row.sample_index, row.reward) for row in rows] == [
         (f"p{number}", 0, 0.0) for number in range(3)
@@ -336,12 +372,12 @@ def test_greedy_answers_ask_without_seeds(store: ShardStore) -> None:
 def test_greedy_answers_can_stay_unscored(store: ShardStore) -> None:
     reward = Digits()
     rows = collector(reward=reward).collect_greedy(
-        store, "greedy", encoded(3), iteration=0, phase="predicting", score=False
+        store, "greedy", encoded(3), policy=UNSAMPLED, iteration=0, phase="predicting", score=False
     )
     assert reward.events == []
     assert [row.reward for row in rows] == [None] * 3
     scored = collector(reward=reward).collect_greedy(
-        store, "greedy", encoded(3), iteration=0, phase="evaluating"
+        store, "greedy", encoded(3), policy=UNSAMPLED, iteration=0, phase="evaluating"
     )
     assert [row.reward for row in scored] == [0.0] * 3
 
@@ -511,7 +547,7 @@ def test_prompts_of_one_shard_are_held_at_a_time(store: ShardStore) -> None:
     assert len(prompts.made) == 40  # each once to be asked, once to be scored
     alive.clear()
     greedy = collector(Sampling(), Scoring())
-    greedy.collect_greedy(store, "greedy", prompts, iteration=0, phase="evaluating")
+    greedy.collect_greedy(store, "greedy", prompts, policy=UNSAMPLED, iteration=0, phase="evaluating")
     assert len(alive) == 20
     assert max(alive) <= 4
     assert same(rows, collect(ShardStore(store.folder / "plain"), wanted_of(20)))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.fakes import Digits, Echo, collector, encoded, files, same, wanted_of
+from support.fakes import UNSAMPLED, Digits, Echo, collector, encoded, files, same, wanted_of
 
 from sppo_lightning.generation import PromptResponses, SampleRequest
 from sppo_lightning.rewards import FunctionReward, Reward
@@ -383,7 +383,7 @@ def store(tmp_path: Path) -> ShardStore:
 
 
 def collected(store: ShardStore, setting: Collector, count: int = 3) -> list[Rollout]:
-    setting.collect(store, "probe", wanted_of(count), iteration=3, phase="probing")
+    setting.collect(store, "probe", wanted_of(count), policy=UNSAMPLED, iteration=3, phase="probing")
     return list(store.read_all("probe"))
 
 
@@ -499,7 +499,9 @@ def test_unfinished_responses_are_stored_as_the_rule_says(tmp_path: Path, rule: 
 @pytest.mark.parametrize("rule", [UnfinishedRule("drop"), UnfinishedRule("penalise", 0.25)])
 def test_held_out_answers_are_never_dropped_as_unfinished(store: ShardStore, rule: UnfinishedRule) -> None:
     setting = replace(collector(reward=Lengths()), unfinished=rule)
-    rows = setting.collect_greedy(store, "greedy", encoded(3), iteration=0, phase="evaluating")
+    rows = setting.collect_greedy(
+        store, "greedy", encoded(3), policy=UNSAMPLED, iteration=0, phase="evaluating"
+    )
     assert {one.finish_reason for one in rows} == {"length"}
     assert all(one.usable for one in rows)
     assert [one.reward for one in rows] == [float(len(one.response)) for one in rows]
@@ -515,7 +517,13 @@ def test_held_out_answers_meet_their_opponents(store: ShardStore) -> None:
                 yield PromptResponses(number, [Response((1,), "four", "stop")])
 
     rows = collector(Wordy(), Longer()).collect_greedy(
-        store, "greedy", encoded(3), iteration=0, phase="evaluating", opponents={"p0": "longer", "p1": "x"}
+        store,
+        "greedy",
+        encoded(3),
+        policy=UNSAMPLED,
+        iteration=0,
+        phase="evaluating",
+        opponents={"p0": "longer", "p1": "x"},
     )
     assert [one.reward for one in rows] == [0.0, 1.0, 0.5]
 

@@ -7,19 +7,20 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.fakes import UNSAMPLED
 
 from sppo_lightning.generation import Generator, PolicySource, PromptResponses, SampleRequest
 from sppo_lightning.rewards import FunctionReward
 from sppo_lightning.rollouts.collector import Collector, WantedRows
 from sppo_lightning.rollouts.shard_size import prompts_per_shard
 from sppo_lightning.store.shards import ShardStore, read_rollouts
-from sppo_lightning.types import EncodedPrompt, Prompt, Ranks, Response, T, UserError
+from sppo_lightning.types import EncodedPrompt, Prompt, Response, T, UserError
 
 
 @pytest.mark.parametrize(
@@ -80,12 +81,6 @@ class Process:
     def check(self) -> None: ...
 
 
-class Policy:
-    """Whole weights, of which nothing is asked."""
-
-    def publish(self, ranks: Ranks, *, wanted: bool) -> None: ...
-
-
 def test_the_number_of_processes_changes_no_border(tmp_path: Path) -> None:
     """2,100 responses: 128 a shard, which are 42 prompts of 3; a start with one process goes on with two."""
     prompts = [EncodedPrompt(Prompt(f"p{number}", "Q", ()), (7,)) for number in range(700)]
@@ -97,7 +92,6 @@ def test_the_number_of_processes_changes_no_border(tmp_path: Path) -> None:
             collector = Collector(
                 generator=Instant(),
                 reward=FunctionReward(lambda prompts, responses, metadata: [1.0] * len(responses)),
-                policy=cast(PolicySource, Policy()),
                 device=torch.device("cpu"),
                 seed=0,
                 prompts_per_shard=None,
@@ -106,7 +100,7 @@ def test_the_number_of_processes_changes_no_border(tmp_path: Path) -> None:
             )
             # a rank that goes first does not find the others' shards yet
             with contextlib.suppress(UserError):
-                collector.collect(store, "probe", wanted, iteration=0, phase="probing")
+                collector.collect(store, "probe", wanted, policy=UNSAMPLED, iteration=0, phase="probing")
         names = sorted(tmp_path.iterdir())
         return {name.name: [row.prompt_id for row in read_rollouts(name)] for name in names}
 

@@ -6,10 +6,8 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from sppo_lightning.generation import (
@@ -133,8 +131,11 @@ def wanted_of(count: int, samples: range = range(2)) -> list[Wanted]:
 class Unsampled:
     """A policy that the engines of these tests do not ask."""
 
-    def publish(self, ranks: Ranks, *, wanted: bool) -> None:
+    def sync_sampling_weights(self, ranks: Ranks, *, needed: bool) -> None:
         pass
+
+
+UNSAMPLED: Any = Unsampled()
 
 
 def collector(
@@ -144,13 +145,11 @@ def collector(
     ranks: Ranks | None = None,
     prompts_per_shard: int = 2,
     observers: Sequence[Any] = (),
-    policy: Any = None,
     seed: int = 5,
 ) -> Collector:
     return Collector(
         generator=generator or Echo(),
         reward=reward or Digits(),
-        policy=policy or Unsampled(),
         device=torch.device("cpu"),
         seed=seed,
         prompts_per_shard=prompts_per_shard,
@@ -162,11 +161,6 @@ def collector(
 def same(left: Sequence[Rollout], right: Sequence[Rollout]) -> bool:
     """Equality, with NaN equal to NaN."""
     return repr(list(left)) == repr(list(right))
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> ShardStore:
-    return ShardStore(tmp_path / "rollouts")
 
 
 def files(store: ShardStore) -> dict[str, bytes]:

@@ -296,7 +296,7 @@ class Source:
     tokenizer: PreTrainedTokenizerBase = field(default_factory=byte_tokenizer)
     quantized: bool = False
 
-    def publish(self, ranks: Ranks, *, wanted: bool) -> None:
+    def sync_sampling_weights(self, ranks: Ranks, *, needed: bool) -> None:
         pass
 
     def sampling_model(self) -> torch.nn.Module:

@@ -39,8 +39,14 @@ def logps(model: nn.Module) -> Tensor:
 
 
 def held_to(model: Any, reference: Any) -> Any:
-    """A policy whose initial one is what the context ``reference`` leaves of it."""
-    return SimpleNamespace(model=model, initial=reference)
+    """A policy whose initial one is what the context ``reference`` yields."""
+
+    @contextmanager
+    def initial() -> Iterator[Any]:
+        with reference() as held:
+            yield SimpleNamespace(model=held)
+
+    return SimpleNamespace(model=model, initial=initial)
 
 
 def test_an_adapter_that_is_switched_off_is_frozen(model: Any) -> None:

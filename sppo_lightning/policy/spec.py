@@ -1,0 +1,84 @@
+"""Which policy a run trains, and what is known of it before its weights load."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sppo_lightning.policy import loading, pretrained
+from sppo_lightning.policy.anatomy import unwrapped
+from sppo_lightning.policy.config import PolicyConfig
+from sppo_lightning.prompts.encoding import choose_chat_template
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+class PolicySpec:
+    """The policy's config, the tokenizer and model config that it names, and what it will run on.
+
+    Args:
+        config: which model, and how to hold it.
+    """
+
+    compute_dtype: torch.dtype
+    """Dtype of the trainer's matrix products."""
+    device: torch.device
+    """That the policy is trained and sampled on."""
+
+    def __init__(self, config: PolicyConfig) -> None:
+        self.config = config
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._model_config: PretrainedConfig | None = None
+
+    def check(self, *, compute_dtype: torch.dtype, device: torch.device) -> None:
+        """Read tokenizer and model config, and try on them what the config asks for; no weights load.
+
+        Args:
+            compute_dtype: dtype of the trainer's matrix products.
+            device: that the policy will be on.
+
+        Raises:
+            UserError: if folder, file, tokenizer, adapter or device do not fit.
+        """
+        self.compute_dtype, self.device = compute_dtype, device
+        if self._model_config is not None:
+            return
+        config, key = self.config, loading.KEY
+        pretrained.check_quantization(config.quantization, device, key="model.policy.quantization")
+        model_config = pretrained.load_model_config(
+            config.pretrained, key=key, trust_remote_code=config.trust_remote_code, expect="causal-lm"
+        )
+        tokenizer = pretrained.load_tokenizer(
+            config.pretrained, key=key, trust_remote_code=config.trust_remote_code
+        )
+        choose_chat_template(tokenizer, config.chat_template, key="model.policy.chat_template")
+        model = loading.skeleton(config, model_config, compute_dtype=compute_dtype)
+        pretrained.check_vocabulary(tokenizer, unwrapped(model), key=key)
+        self._tokenizer, self._model_config = tokenizer, model_config
+
+    @property
+    def model_config(self) -> PretrainedConfig:
+        """The model's own settings."""
+        assert self._model_config is not None, "check() comes first"
+        return self._model_config
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's tokenizer, with the chat template that the config chooses."""
+        assert self._tokenizer is not None, "check() comes first"
+        return self._tokenizer
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the policy's base is held in fewer bits than a folder of it would be."""
+        own = getattr(self.model_config, "quantization_config", None)
+        return own is not None or self.config.quantization != "none"
+
+    def meta_model(self) -> nn.Module:
+        """Return the policy to train without its weights, on the meta device."""
+        model = loading.skeleton(self.config, self.model_config, compute_dtype=self.compute_dtype)
+        loading.keep_head_input_contiguous(unwrapped(model))
+        return model
