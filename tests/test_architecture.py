@@ -67,6 +67,9 @@ PUBLIC = {
         DifficultyReestimation PhaseMemory PhaseTimes PolicyExport RunCheckpoint RunSummary SampleTable SelfPlayProgress
     """,
     "sppo_lightning.pair_forward": "AutoForward PairForward PlainForward SharedForward VarlenForward",
+    "sppo_lightning.export": """
+        Exporter FinishedRun GGUFReadyModel HFModel MergedModel PEFTAdapter SavedPolicy
+    """,
 }
 """Class paths that a config or a user's module may name."""
 

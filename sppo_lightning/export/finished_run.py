@@ -51,6 +51,11 @@ class FinishedRun:
         return self.policy.lora is not None
 
     @property
+    def begun_with_base(self) -> bool:
+        """Whether it was a fresh adapter, which changes nothing at the start."""
+        return self.policy.lora is not None and self.policy.lora.adapter is None
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """Dtype of the products in training."""
         precision = str(self.config["trainer"].get("precision"))
@@ -71,10 +76,10 @@ class FinishedRun:
     @property
     def base_as_reference(self) -> int | None:
         """Iteration whose stored reference is the adapter's base alone; ``None`` if none is known to be."""
-        if self.policy.lora is None or self.policy.lora.adapter is not None:
+        if not self.begun_with_base:
             return None
         stays = self.config["model"]["reference"] == "initial"
-        found = self.iteration if stays else 0  # a fresh adapter changes nothing
+        found = self.iteration if stays else 0
         return found if (self.folder.iteration(found).folder / "pairs.parquet").exists() else None
 
     def model_config(self) -> PretrainedConfig:
@@ -150,7 +155,8 @@ def open_run(root: Path, *, iteration: int | None = None) -> FinishedRun:
     elif kept_place.is_dir():
         place = kept_place
     elif iteration != latest:
-        kept = sorted({*(int(path.name) for path in _kept(root)), latest})
+        names = {path.name for path in (root / "policies").glob("[0-9]*") if path.name.isdigit()}
+        kept = sorted({*map(int, names), latest})
         raise UserError(
             f"{root} holds no policy of iteration {iteration}, only of {', '.join(map(str, kept))}: name one of those "
             "(callback PolicyExport with keep_every_iteration: true keeps all)"
@@ -205,7 +211,3 @@ def _last_finished(folder: RunFolder) -> int | None:
         while folder.iteration(finished).complete:
             finished += 1
     return finished - 1 if finished else None
-
-
-def _kept(root: Path) -> list[Path]:
-    return [path for path in (root / "policies").glob("[0-9]*") if path.name.isdigit()]
