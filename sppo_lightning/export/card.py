@@ -35,14 +35,14 @@ def model_card(exporter: Exporter, policy: SavedPolicy, check: Check | None) -> 
         check: what the comparison of the two found; ``None`` if there was none.
     """
     source = policy.run
-    base = model_name(source.policy.pretrained)
+    base = model_name(source.policy_config.pretrained)
     front = {
         "base_model": base,
         "library_name": exporter.library,
         "pipeline_tag": "text-generation",
         "tags": list(_tags(source)),
     }
-    trained = f"A low-rank adapter on {base} was" if source.adapted else f"All weights of {base} were"
+    trained = f"A low-rank adapter on {base} was" if source.has_adapter else f"All weights of {base} were"
     loading = list(exporter.how_to_load(policy))
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
@@ -63,8 +63,8 @@ def model_card(exporter: Exporter, policy: SavedPolicy, check: Check | None) -> 
 
 def settings(source: FinishedRun) -> Iterator[tuple[str, str]]:
     """Yield the settings that decide a policy, with their values in words."""
-    model, data, policy = source.config["model"], source.config["data"], source.policy
-    held = str(source.held_dtype).removeprefix("torch.")
+    model, data, policy = source.config["model"], source.config["data"], source.policy_config
+    held = str(source.weights_dtype).removeprefix("torch.")
     yield "base model", model_name(policy.pretrained)
     if policy.lora is not None:
         yield "trained", _adapter_in_words(policy.lora)
@@ -132,8 +132,8 @@ def _tags(source: FinishedRun) -> Iterator[str]:
     yield from ("sppo-lightning", "self-play", "preference-optimization")
     if source.config["model"]["loss"]["class_path"].endswith(".DPOLoss"):
         yield "dpo"
-    if source.policy.lora is not None:
-        yield "lora" if source.policy.quantization == "none" else "qlora"
+    if source.policy_config.lora is not None:
+        yield "lora" if source.policy_config.quantization == "none" else "qlora"
 
 
 def _adapter_in_words(lora: LoRAConfig) -> str:
@@ -185,7 +185,7 @@ def _check(source: FinishedRun, check: Check | None) -> Iterator[str]:
         count = len(check.altered)
         yield f"FAILED: {count} weights in this folder are not what was to be written, e.g. {check.altered[0]}."
     elif check.weights:
-        which = "matrix that the adapter changed" if source.adapted else "weight"
+        which = "matrix that the adapter changed" if source.has_adapter else "weight"
         yield f"Read back, each {which} was what had been written, bit by bit."
 
 

@@ -107,7 +107,7 @@ def check_export(exporter: Exporter, policy: SavedPolicy, folder: Path) -> Check
     run, own, merged = policy.run, policy.logps(), policy.merged_logps
     distances: list[Distance] = []
     trained, moved, rounded = own, None, None
-    if run.adapted:
+    if run.has_adapter:
         model = policy.load_as_trained()
         trained = read(model, policy.pairs)
         distances += _compared_with_stored(model, trained.base, policy)
@@ -118,7 +118,7 @@ def check_export(exporter: Exporter, policy: SavedPolicy, folder: Path) -> Check
         same_base = compared(pair, found.logps, own.policy, rounding=found.rounding)
         distances.append(same_base)
         rounded = same_base.nats if merged is not None else None
-        moved = distance(own.policy, own.base) if run.begun_with_base else None
+        moved = distance(own.policy, own.base) if run.has_fresh_adapter else None
     pair = "the export and the trained policy"
     base = distance(own.base, trained.base)
     distances.append(compared(pair, found.logps, trained.policy, rounding=found.rounding, base=base))

@@ -52,8 +52,8 @@ def export(
 
     Args:
         run: folder of the run.
-        format: ``hf``: the whole model of a run without lora; ``adapter``: the adapter in PEFT's layout; ``merged``:
-            the adapter merged into its base, read again without quantisation; ``gguf-ready``: whole weights, merged
+        format: ``hf``: the full model of a run without lora; ``adapter``: the adapter in PEFT's layout; ``merged``:
+            the adapter merged into its base, read again without quantisation; ``gguf-ready``: full weights, merged
             where there is an adapter, with what llama.cpp's convert_hf_to_gguf.py looks for; or the class path of an
             exporter of your own, with its arguments as ``--format.NAME VALUE``.
         output: folder to write, absent or empty; default: ``export-<format>`` in the run's folder.

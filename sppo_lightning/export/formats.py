@@ -17,7 +17,7 @@ from sppo_lightning.export.finished_run import ADAPTER_CONFIG, FinishedRun
 from sppo_lightning.export.saved_policy import SavedPolicy
 from sppo_lightning.policy import loading as policies
 from sppo_lightning.policy.anatomy import unwrapped
-from sppo_lightning.policy.folder import base_arguments, opened_by_peft, write_folder
+from sppo_lightning.policy.folder import base_arguments, loads_with_auto_peft, write_folder
 from sppo_lightning.policy.pretrained import file_beside
 from sppo_lightning.system.durable import write_atomically
 from sppo_lightning.types import UserError
@@ -34,13 +34,13 @@ class HFModel(Exporter):
     """The full model of a run without lora, for transformers, vLLM, SGLang."""
 
     name = "hf"
-    holds = "the whole model"
+    holds = "the full model"
 
     def validate(self, run: FinishedRun, *, dtype: torch.dtype | None) -> None:
         """Refuse an adapter."""
-        if run.adapted:
+        if run.has_adapter:
             raise UserError(
-                f"{run.folder.root} trained an adapter (model.policy.lora), so that there is no whole model: use "
+                f"{run.folder.root} trained an adapter (model.policy.lora), so that there is no full model: use "
                 "--format adapter for the adapter alone, or --format merged for base and adapter in one"
             )
 
@@ -61,7 +61,7 @@ class MergedModel(Exporter):
     """The adapter merged into its base, read again without quantisation, as one full model."""
 
     name = "merged"
-    holds = "base and adapter merged into a whole model"
+    holds = "base and adapter merged into a full model"
 
     def validate(self, run: FinishedRun, *, dtype: torch.dtype | None) -> None:
         """Refuse a run without an adapter."""
@@ -88,7 +88,7 @@ class GGUFReadyModel(Exporter):
     """
 
     name = "gguf-ready"
-    holds = "a whole model, ready for llama.cpp's `convert_hf_to_gguf.py`"
+    holds = "a full model, ready for llama.cpp's `convert_hf_to_gguf.py`"
 
     def write(self, policy: SavedPolicy, folder: Path) -> None:
         """Write the model, and what the converter looks for."""
@@ -103,7 +103,7 @@ class GGUFReadyModel(Exporter):
                 scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
                 config.setdefault("rope_scaling", scaling)
         write_atomically(path, json.dumps(config, indent=2, sort_keys=True).encode())
-        vocabulary = file_beside(policy.run.policy.pretrained, "tokenizer.model")
+        vocabulary = file_beside(policy.run.policy_config.pretrained, "tokenizer.model")
         if vocabulary is not None:
             shutil.copyfile(vocabulary, folder / "tokenizer.model")
 
@@ -131,16 +131,16 @@ class PEFTAdapter(Exporter):
         _require_adapter(run)
         if dtype not in (None, torch.float32):
             raise UserError(
-                f"--dtype {str(dtype).removeprefix('torch.')} is for whole models: an adapter stays float32, as it was "
+                f"--dtype {str(dtype).removeprefix('torch.')} is for full models: an adapter stays float32, as it was "
                 "trained; leave it out"
             )
 
     def write(self, policy: SavedPolicy, folder: Path) -> None:
         """Write the adapter with its base's location, absolute where that is a folder."""
         run = policy.run
-        shutil.copyfile(run.place / WEIGHTS, folder / WEIGHTS)
+        shutil.copyfile(run.policy_folder / WEIGHTS, folder / WEIGHTS)
         settings = run.adapter_settings()
-        location = Path(run.policy.pretrained)
+        location = Path(run.policy_config.pretrained)
         settings["base_model_name_or_path"] = str(location.resolve() if location.exists() else location)
         if isinstance(settings["target_modules"], list):
             settings["target_modules"] = sorted(settings["target_modules"])
@@ -154,7 +154,7 @@ class PEFTAdapter(Exporter):
         """Load adapter and base as PEFT does by the folder's name alone, where it can."""
         from peft import AutoPeftModelForCausalLM
 
-        if not opened_by_peft(policy.run.policy.pretrained, policy.loader.__name__):
+        if not loads_with_auto_peft(policy.run.policy_config.pretrained, policy.loader.__name__):
             return policy.load_adapter(folder)
         return cast(
             nn.Module,
@@ -163,8 +163,8 @@ class PEFTAdapter(Exporter):
 
     def how_to_load(self, policy: SavedPolicy) -> Iterator[str]:
         """By PEFT, and by vLLM."""
-        base, loader = policy.run.policy.pretrained, policy.loader.__name__
-        if opened_by_peft(base, loader):
+        base, loader = policy.run.policy_config.pretrained, policy.loader.__name__
+        if loads_with_auto_peft(base, loader):
             yield _python(
                 "from peft import AutoPeftModelForCausalLM",
                 "from transformers import AutoTokenizer",
@@ -185,7 +185,7 @@ class PEFTAdapter(Exporter):
                 f"base = {loader}.from_pretrained({base_arguments(shown)})",
                 f'model = PeftModel.from_pretrained(base, "{HERE}")',
             )
-        quantization, settings = policy.run.policy.quantization, policy.run.adapter_settings()
+        quantization, settings = policy.run.policy_config.quantization, policy.run.adapter_settings()
         if quantization != "none":
             yield (
                 f"The adapter was trained on its base in {quantization}; on the base without quantisation it gives "
@@ -217,7 +217,7 @@ def name_end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _require_adapter(run: FinishedRun) -> None:
-    if not run.adapted:
+    if not run.has_adapter:
         raise UserError(
             f"{run.folder.root} trained all weights (no model.policy.lora), so that there is no adapter: use "
             "--format hf"

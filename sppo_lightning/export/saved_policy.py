@@ -41,13 +41,13 @@ class SavedPolicy:
         self.run = run
         self.dtype = dtype
         self.device = device
-        self.trust_remote_code = run.policy.trust_remote_code
+        self.trust_remote_code = run.policy_config.trust_remote_code
         model_config = run.model_config()
         self.loader: Any = class_of(model_config)
-        named = stored_dtype(model_config) if run.adapted else None
+        named = stored_dtype(model_config) if run.has_adapter else None
         self.base_dtype = named or torch.float32  # a .gguf file names none
         self.tokenizer = load_tokenizer(
-            str(run.place), key="the run's policy", trust_remote_code=self.trust_remote_code
+            str(run.policy_folder), key="the run's policy", trust_remote_code=self.trust_remote_code
         )
         self.pairs = sample_pairs(run.folder.iteration(run.iteration).read_pairs())
         self.merged_logps: Tensor | None = None
@@ -57,7 +57,9 @@ class SavedPolicy:
     def load(self) -> nn.Module:
         """Load the full model, or PEFT's model of the adapter on the base as its own files have it."""
         run = self.run
-        model: nn.Module = self.load_adapter(run.place) if run.adapted else self.load_model(run.place)
+        model: nn.Module = (
+            self.load_adapter(run.policy_folder) if run.has_adapter else self.load_model(run.policy_folder)
+        )
         self._logps = read(model, self.pairs)
         return model
 
@@ -68,7 +70,7 @@ class SavedPolicy:
             UserError: if the adapter cannot be merged exactly.
         """
         model: Any = self.load()
-        if not self.run.adapted:
+        if not self.run.has_adapter:
             dtype = self.dtype or model.dtype
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(dtype)
@@ -90,12 +92,12 @@ class SavedPolicy:
 
     def load_adapter(self, folder: Path) -> nn.Module:
         """Load the adapter in a folder in PEFT's layout, on the run's base as its own files have it."""
-        plain = replace(self.run.policy, quantization="none", double_quantization=True)
+        plain = replace(self.run.policy_config, quantization="none", double_quantization=True)
         return self._on_base(plain, self.base_dtype, folder)
 
     def load_as_trained(self) -> nn.Module:
         """Load the adapter on its base as training held it, quantised or rounded."""
-        return self._on_base(self.run.policy, self.run.held_dtype, self.run.place)
+        return self._on_base(self.run.policy_config, self.run.weights_dtype, self.run.policy_folder)
 
     def logps(self) -> Logps:
         """Return what the policy makes of the pairs, as :meth:`load` gives it."""

@@ -215,7 +215,7 @@ def test_an_adapter_on_a_gguf_file(tmp_path: Path) -> None:
     assert "/data" not in text
 
 
-def test_the_check_is_told(tmp_path: Path) -> None:
+def test_the_check_is_on_the_card(tmp_path: Path) -> None:
     source = finished(tmp_path, lora=LORA)
     broken = Distance("a and b", 0.5, 1e-4, "0.0001 for float32 arithmetic")
     text = card(source, MergedModel(), Check([], [PASSED, broken], weights=3, moved=0.25))

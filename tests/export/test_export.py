@@ -502,8 +502,8 @@ def test_a_policy_ahead_of_its_checkpoint_says_its_own_iteration(copied: Run, tm
     checkpoint["SelfPlayDataModule"]["finished"] -= 1
     torch.save(checkpoint, last)
     assert open_run(run).iteration == 1
-    assert open_run(run, iteration=0).place == run / "policies/000"
-    assert open_run(run, iteration=1).place == run / "policies/001"
+    assert open_run(run, iteration=0).policy_folder == run / "policies/000"
+    assert open_run(run, iteration=1).policy_folder == run / "policies/001"
     folder = export(str(run), HFModel(), output=str(tmp_path / "out"))
     assert not (folder / "run.json").exists()
     (run / "policy/run.json").unlink()
@@ -592,7 +592,7 @@ def test_formats_that_do_not_fit_the_run(run_of: Run) -> None:
     for wrong in (PEFTAdapter(), MergedModel()):
         with pytest.raises(UserError, match=r"trained all weights .* there is no adapter: use --format hf"):
             export(str(run_of("full")), wrong)
-    with pytest.raises(UserError, match=r"--dtype float16 is for whole models: an adapter stays float32"):
+    with pytest.raises(UserError, match=r"--dtype float16 is for full models: an adapter stays float32"):
         export(str(run_of("lora")), PEFTAdapter(), dtype="float16")
 
 
@@ -682,7 +682,7 @@ from sppo_lightning.export import Exporter, GGUFReadyModel
 
 
 class Ollama(Exporter):
-    holds = "a whole model with a Modelfile for Ollama"
+    holds = "a full model with a Modelfile for Ollama"
 
     def __init__(self, temperature: float, top_p: float = 1.0) -> None:
         if temperature < 0:
@@ -738,7 +738,7 @@ def test_an_exporter_of_the_users_own(copied: Run) -> None:
     folder = run / "export-Ollama"
     assert (folder / "Modelfile").read_text() == "FROM .\nPARAMETER temperature 0.7\n"
     card = card_of(folder)
-    assert "This folder holds a whole model with a Modelfile for Ollama." in card
+    assert "This folder holds a full model with a Modelfile for Ollama." in card
     assert "## How to load it\n\nRun ollama create.\n\n## Check" in card
     assert "| the export and the trained policy |" in card
     assert "each matrix that the adapter changed was what had been written, bit by bit." in card
