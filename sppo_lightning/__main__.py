@@ -15,6 +15,8 @@ from sppo_lightning.types import Stopped, UserError
 def main(args: list[str] | None = None) -> None:
     """Run the command line; bad input ends in one line and exit status 2."""
     given = sys.argv[1:] if args is None else args
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # so that a config or --format can name a class in a file there
     try:
         if given[:1] == ["export"]:
             from sppo_lightning.export.command import main as export

@@ -68,6 +68,9 @@ PUBLIC = {
         RunSummary SampleTable SelfPlayCallback SelfPlayProgress WeightUpdateCheck
     """,
     "sppo_lightning.pair_forward": "AutoForward PairForward PlainForward SharedForward VarlenForward",
+    "sppo_lightning.export": """
+        Exporter FinishedRun GGUFReadyModel HFModel MergedModel PEFTAdapter SavedPolicy
+    """,
 }
 """Class paths that a config or a user's module may name."""
 

@@ -282,8 +282,6 @@ UNACTIONABLE = (
 def run(args: list[str]) -> None:
     """Parse the command line and run the sub-command."""
     check_config_files(args)
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # so that a config can name a class in a file beside it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for message in UNACTIONABLE:
         warnings.filterwarnings("ignore", message=message)

@@ -8,28 +8,33 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from sppo_lightning.export.card import model_card
-from sppo_lightning.export.check import require
-from sppo_lightning.export.files import write_for_gguf
-from sppo_lightning.export.finished_run import FinishedRun, open_run
-from sppo_lightning.export.job import ROUNDED, ExportJob
+from sppo_lightning.export.check import Check, check_export
+from sppo_lightning.export.exporter import Exporter
+from sppo_lightning.export.finished_run import open_run
+from sppo_lightning.export.formats import GGUFReadyModel, HFModel, MergedModel, PEFTAdapter
+from sppo_lightning.export.saved_policy import SavedPolicy
 from sppo_lightning.policy.pretrained import DTYPES
 from sppo_lightning.system.durable import write_atomically
 from sppo_lightning.types import UserError, first_line
 
-Format = Literal["hf", "adapter", "merged", "gguf-ready"]
+FORMATS = {
+    kind.name: f"sppo_lightning.export.{kind.__name__}"
+    for kind in (HFModel, PEFTAdapter, MergedModel, GGUFReadyModel)
+}
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SUMMARY = "Write a run's policy as a folder that other tools load, and check that it is the policy that was trained."
 
 
 def export(
     run: str,
-    format: Format,
+    format: Exporter,
     output: str | None = None,
     iteration: int | None = None,
     dtype: Dtype = "auto",
@@ -47,9 +52,10 @@ def export(
 
     Args:
         run: folder of the run.
-        format: ``hf``: the whole model of a run without lora; ``adapter``: the adapter in PEFT's layout; ``merged``:
-            the adapter merged into its base, read again without quantisation; ``gguf-ready``: whole weights, merged
-            where there is an adapter, with what llama.cpp's convert_hf_to_gguf.py looks for.
+        format: ``hf``: the full model of a run without lora; ``adapter``: the adapter in PEFT's layout; ``merged``:
+            the adapter merged into its base, read again without quantisation; ``gguf-ready``: full weights, merged
+            where there is an adapter, with what llama.cpp's convert_hf_to_gguf.py looks for; or the class path of an
+            exporter of your own, with its arguments as ``--format.NAME VALUE``.
         output: folder to write, absent or empty; default: ``export-<format>`` in the run's folder.
         iteration: self-play iteration whose policy to take; default: the last finished one.
         dtype: of the written weights; ``auto``: as trained (float32) where no adapter is merged, else the dtype that
@@ -63,12 +69,14 @@ def export(
         UserError: if the run cannot be exported so, or the export is not the trained policy.
     """
     source = open_run(Path(run), iteration=iteration)
-    _check_format(source, format, dtype)
-    place = source.folder.export(format) if output is None else Path(output).resolve()
+    wanted = DTYPES.get(dtype)
+    format.validate(source, dtype=wanted)
+    name = format.name or type(format).__name__
+    place = source.folder.export(name) if output is None else Path(output).resolve()
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UserError(f"{place} is there and not empty: name another folder with --output, or delete it")
     fresh = place.with_name(f"{place.name}.unchecked")
-    job = ExportJob(source, fresh, dtype=DTYPES.get(dtype), device=_device(device))
+    policy = SavedPolicy(source, dtype=wanted, device=_device(device))
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         fresh.mkdir(parents=True)
@@ -76,26 +84,12 @@ def export(
         raise UserError(
             f"--output {place}: the folder cannot be made ({error.strerror}): name another"
         ) from error
-    if not source.adapted:
-        job.write_whole()
-    elif format == "adapter":
-        job.write_adapter()
-    else:
-        job.write_merged()
-    if format == "gguf-ready":
-        write_for_gguf(fresh, job.tokenizer, pretrained=source.policy.pretrained)
-    card = model_card(
-        source,
-        format=format,
-        distances=job.distances,
-        pairs=job.pairs,
-        altered=job.altered,
-        moved=job.moved,
-        loader=job.loader.__name__,
-    )
-    write_atomically(fresh / "README.md", card.encode())
-    require(job.distances, altered=job.altered, folder=fresh)
-    _warn_of_rounding(job)
+    format.write(policy, fresh)
+    check = check_export(format, policy, fresh)
+    write_atomically(fresh / "README.md", model_card(format, policy, check).encode())
+    if check is not None:
+        check.require(fresh)
+        _warn_of_rounding(check)
     if place.exists():  # perhaps the folder that one is in, which must not go
         for part in fresh.iterdir():
             part.rename(place / part.name)
@@ -105,33 +99,14 @@ def export(
     return place
 
 
-def _check_format(source: FinishedRun, format: Format, dtype: Dtype) -> None:
-    """Refuse a format that does not fit what the run trained."""
-    if format == "hf" and source.adapted:
-        raise UserError(
-            f"{source.folder.root} trained an adapter (model.policy.lora), so that there is no whole model: use "
-            "--format adapter for the adapter alone, or --format merged for base and adapter in one"
-        )
-    if format in ("adapter", "merged") and not source.adapted:
-        raise UserError(
-            f"{source.folder.root} trained all weights (no model.policy.lora), so that there is no adapter: use "
-            "--format hf"
-        )
-    if format == "adapter" and dtype not in ("auto", "float32"):
-        raise UserError(
-            f"--dtype {dtype} is for whole models: an adapter stays float32, as it was trained; leave it out"
-        )
-
-
-def _warn_of_rounding(job: ExportJob) -> None:
+def _warn_of_rounding(check: Check) -> None:
     """Say so where rounding the merged weights changes about as much as training did."""
-    for found in job.distances:
-        if found.between == ROUNDED and job.moved is not None and found.nats > job.moved / 2:
-            print(
-                f"Training moved the log-probs by {job.moved:.2g} nat per token, rounding the merged weights by "
-                f"{found.nats:.2g}: --dtype float32 keeps what was trained, so does --format adapter.",
-                file=sys.stderr,
-            )
+    if check.moved is not None and check.rounded is not None and check.rounded > check.moved / 2:
+        print(
+            f"Training moved the log-probs by {check.moved:.2g} nat per token, rounding the merged weights by "
+            f"{check.rounded:.2g}: --dtype float32 keeps what was trained, so does --format adapter.",
+            file=sys.stderr,
+        )
 
 
 def _device(name: str) -> torch.device:
@@ -145,11 +120,11 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def main(args: Sequence[str] | None = None) -> None:
+def main(args: Sequence[str]) -> None:
     """Run the command.
 
     Args:
-        args: behind ``sppo-lightning export``; default: the process's.
+        args: after ``sppo-lightning export``.
 
     Raises:
         UserError: if they are no valid arguments, or the export fails.
@@ -161,11 +136,25 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=str, help="folder of the run")
     parser.add_function_arguments(export, skip={"run"}, as_group=False)
     try:
-        given = parser.parse_args(args).as_dict()
-    except ArgumentError as error:
+        given = parser.instantiate(parser.parse_args(_with_class_paths(args))).as_dict()
+    except (ArgumentError, ValueError, ImportError) as error:  # the latter two an exporter's own
         raise UserError(f"export: {' '.join(str(error).split())}") from error
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing(_enable)?` is deprecated.*")
     place = export(**given)
     print(f"The exported policy lies in {place}; README.md there says what it is and how to load it.")
+
+
+def _with_class_paths(args: Sequence[str]) -> list[str]:
+    """Return the arguments, a format's short name replaced by its class path."""
+    found = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--format=") else [arg])]
+    for place, (flag, name) in enumerate(pairwise(found), 1):
+        if flag == "--format" and "." not in name:
+            if name not in FORMATS:
+                raise UserError(
+                    f"--format {name}: there is no such format; give {', '.join(FORMATS)}, or the class path "
+                    "of an exporter of your own, e.g. my_module.MyExporter"
+                )
+            found[place] = FORMATS[name]
+    return found

@@ -34,21 +34,26 @@ class FinishedRun:
     Args:
         folder: of the run.
         config: the run's settings, as its ``config.yaml`` has them.
-        policy: how the policy was held; an adapter's base is the one that it was trained on.
+        policy_config: how the policy was held; an adapter's base is the one that it was trained on.
         iteration: the self-play iteration that the policy comes out of.
-        place: the policy's folder: the model, or the adapter in PEFT's layout.
+        policy_folder: of the policy: the model, or the adapter in PEFT's layout.
     """
 
     folder: RunFolder
     config: Mapping[str, Any]
-    policy: PolicyConfig
+    policy_config: PolicyConfig
     iteration: int
-    place: Path
+    policy_folder: Path
 
     @property
-    def adapted(self) -> bool:
+    def has_adapter(self) -> bool:
         """Whether the run trained an adapter."""
-        return self.policy.lora is not None
+        return self.policy_config.lora is not None
+
+    @property
+    def has_fresh_adapter(self) -> bool:
+        """Whether it was a fresh adapter, which changes nothing at the start."""
+        return self.policy_config.lora is not None and self.policy_config.lora.adapter is None
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -57,25 +62,27 @@ class FinishedRun:
         return COMPUTE_DTYPES[PRECISIONS.get(precision, precision)]
 
     @property
-    def held_dtype(self) -> torch.dtype:
-        """Dtype of the weights in training, quantised ones aside."""
-        return DTYPES.get(self.policy.dtype, self.compute_dtype if self.adapted else torch.float32)
+    def weights_dtype(self) -> torch.dtype:
+        """Dtype of the weights in training, except quantised ones."""
+        return DTYPES.get(self.policy_config.dtype, self.compute_dtype if self.has_adapter else torch.float32)
 
     @property
     def coarsest_dtype(self) -> torch.dtype:
         """Dtype of what was rounded most in training; quantised weights are never finer than bfloat16."""
-        if self.policy.quantization != "none":
+        if self.policy_config.quantization != "none":
             return torch.bfloat16
-        return max((self.compute_dtype, self.held_dtype), key=lambda dtype: torch.finfo(dtype).eps)
+        return max((self.compute_dtype, self.weights_dtype), key=lambda dtype: torch.finfo(dtype).eps)
 
     @property
     def base_as_reference(self) -> int | None:
         """Iteration whose stored reference is the adapter's base alone; ``None`` if none is known to be."""
-        if self.policy.lora is None or self.policy.lora.adapter is not None:
+        if not self.has_fresh_adapter:
             return None
         stays = self.config["model"]["reference"] == "initial"
-        found = self.iteration if stays else 0  # a fresh adapter changes nothing
-        return found if self.folder.iteration(found).pairs_path.exists() else None
+        store = self.folder.iteration(self.iteration if stays else 0)
+        manifest = store.read_manifest() or {}
+        known = store.pairs_path.exists() and manifest.get("reference_fingerprint") is not None
+        return int(manifest["iteration"]) if known else None
 
     def model_config(self) -> PretrainedConfig:
         """Return the settings of the trained model, or of the base that an adapter was trained on.
@@ -83,10 +90,10 @@ class FinishedRun:
         Raises:
             UserError: if the base is not there any more.
         """
-        pretrained, trust = self.policy.pretrained, self.policy.trust_remote_code
-        if not self.adapted:
+        pretrained, trust = self.policy_config.pretrained, self.policy_config.trust_remote_code
+        if not self.has_adapter:
             return load_model_config(
-                str(self.place), key="the run's policy", trust_remote_code=trust, expect="causal-lm"
+                str(self.policy_folder), key="the run's policy", trust_remote_code=trust, expect="causal-lm"
             )
         given = self.config["model"]["policy"]["pretrained"]
         try:
@@ -97,12 +104,12 @@ class FinishedRun:
             raise UserError(
                 f"the base that the run's adapter was trained on, {pretrained}, cannot be read ({error}); config.yaml "
                 f"names {given}, which from here is {Path(given).resolve() if Path(given).exists() else 'not there'}. "
-                f"If the base moved, correct base_model_name_or_path in {self.place / ADAPTER_CONFIG}"
+                f"If the base moved, correct base_model_name_or_path in {self.policy_folder / ADAPTER_CONFIG}"
             ) from error
 
     def adapter_settings(self) -> dict[str, Any]:
         """Return the ``adapter_config.json`` of a trained adapter."""
-        return _read_json(self.place / ADAPTER_CONFIG)
+        return _read_json(self.policy_folder / ADAPTER_CONFIG)
 
 
 def open_run(root: Path, *, iteration: int | None = None) -> FinishedRun:

@@ -43,8 +43,8 @@ def adapter_readme(model: nn.Module, loader: str) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def opened_by_peft(base: str, loader: str) -> bool:
-    """Whether PEFT finds and loads an adapter's base by itself: no ``.gguf`` file, no model that sees as well.
+def loads_with_auto_peft(base: str, loader: str) -> bool:
+    """Whether PEFT finds and loads an adapter's base by itself: not from a ``.gguf`` file or by another class.
 
     Args:
         base: where it is.
@@ -54,7 +54,7 @@ def opened_by_peft(base: str, loader: str) -> bool:
 
 
 def _loading(base: str, loader: str) -> str:
-    if opened_by_peft(base, loader):
+    if loads_with_auto_peft(base, loader):
         return (
             "from peft import AutoPeftModelForCausalLM\n\n"
             'model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")'
@@ -75,7 +75,7 @@ def base_arguments(base: str) -> str:
 def write_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write model (an adapter in PEFT's layout and a README), tokenizer, chat template and generation config.
 
-    With a model that also sees or hears goes what prepares its images and sounds.
+    A multimodal model's folder gets the files of its processor, too.
     """
     inner, settings = unwrapped(model), text_settings(model)
     use_cache, settings.use_cache = settings.use_cache, True

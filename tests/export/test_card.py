@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from sppo_lightning import __version__
+from sppo_lightning.export import Exporter, HFModel, MergedModel, PEFTAdapter
 from sppo_lightning.export.card import component, model_card, model_name, settings
-from sppo_lightning.export.check import Distance
+from sppo_lightning.export.check import Check, Distance
 from sppo_lightning.export.finished_run import FinishedRun, open_run
 from sppo_lightning.store.iterations import IterationStore
 from sppo_lightning.store.shards import write_rollouts
 from sppo_lightning.types import Rollout
 
 PASSED = Distance("the export and the trained policy", 3e-6, 1e-4, "0.0001 for float32 arithmetic")
+CHECK = Check([], [PASSED])
 LORA = {"rank": 32, "alpha": 64.0, "target_modules": "all-linear"}
 CONFIG: dict[str, Any] = {
     "seed_everything": 7,
@@ -83,8 +87,9 @@ def finished(root: Path, **policy: Any) -> FinishedRun:
     return open_run(root)
 
 
-def card(source: FinishedRun, format: Any = "hf", **options: Any) -> str:
-    return model_card(source, format=format, **{"distances": [PASSED], "pairs": [], **options})
+def card(source: FinishedRun, exporter: Exporter | None = None, check: Check | None = CHECK) -> str:
+    policy: Any = SimpleNamespace(run=source, loader=AutoModelForCausalLM)  # no model is read for a card
+    return model_card(exporter or HFModel(), policy, check)
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -94,11 +99,11 @@ def front_matter(text: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("format", "policy", "library", "tag"),
-    [("hf", {}, "transformers", "dpo"), ("adapter", {"lora": LORA}, "peft", "lora")],
+    ("exporter", "policy", "library", "tag"),
+    [(HFModel(), {}, "transformers", "dpo"), (PEFTAdapter(), {"lora": LORA}, "peft", "lora")],
 )
-def test_front_matter(tmp_path: Path, format: str, policy: Any, library: str, tag: str) -> None:
-    front = front_matter(card(finished(tmp_path, **policy), format))
+def test_front_matter(tmp_path: Path, exporter: Exporter, policy: Any, library: str, tag: str) -> None:
+    front = front_matter(card(finished(tmp_path, **policy), exporter))
     assert front["base_model"] == "meta/Some-8B"
     assert front["library_name"] == library
     assert front["pipeline_tag"] == "text-generation"
@@ -106,7 +111,7 @@ def test_front_matter(tmp_path: Path, format: str, policy: Any, library: str, ta
 
 
 def test_quantised_runs_are_tagged(tmp_path: Path) -> None:
-    front = front_matter(card(finished(tmp_path, lora=LORA, quantization="nf4"), "adapter"))
+    front = front_matter(card(finished(tmp_path, lora=LORA, quantization="nf4"), PEFTAdapter()))
     assert "qlora" in front["tags"]
 
 
@@ -146,7 +151,7 @@ def test_an_unquantised_base_says_its_dtype(tmp_path: Path) -> None:
 
 def test_nothing_of_the_machine_is_on_the_card(tmp_path: Path) -> None:
     source = finished(tmp_path, pretrained="/home/me/models/base-1b", lora=LORA)
-    text = card(source, "adapter")
+    text = card(source, PEFTAdapter())
     for private in ("/home", "secret-project", "10.0.0.7", "inside.example", "pass", "MY_KEY", "/shared"):
         assert private not in text.replace("passed", ""), private
     assert str(tmp_path) not in text
@@ -195,25 +200,25 @@ def test_tables_hold_whatever_text_comes(tmp_path: Path) -> None:
 
 def test_how_to_load(tmp_path: Path) -> None:
     source = finished(tmp_path, lora=LORA)
-    adapter = card(source, "adapter")
+    adapter = card(source, PEFTAdapter())
     assert 'AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")' in adapter
     assert "vLLM serves it with `--enable-lora --max-lora-rank 32` or more." in adapter
     assert "base_model_name_or_path" not in adapter, "a hub id is found from everywhere"
-    assert 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")' in card(source, "merged")
+    assert 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")' in card(source, MergedModel())
 
 
 def test_an_adapter_on_a_gguf_file(tmp_path: Path) -> None:
-    text = card(finished(tmp_path, pretrained="/data/llama.Q4_0.gguf", lora=LORA), "adapter")
+    text = card(finished(tmp_path, pretrained="/data/llama.Q4_0.gguf", lora=LORA), PEFTAdapter())
     assert "PEFT cannot open llama.Q4_0.gguf, the base, by itself" in text
     assert 'gguf_file="llama.Q4_0.gguf")' in text
     assert 'PeftModel.from_pretrained(base, "path/to/this/folder")' in text
     assert "/data" not in text
 
 
-def test_the_check_is_told(tmp_path: Path) -> None:
+def test_the_check_is_on_the_card(tmp_path: Path) -> None:
     source = finished(tmp_path, lora=LORA)
     broken = Distance("a and b", 0.5, 1e-4, "0.0001 for float32 arithmetic")
-    text = card(source, "merged", distances=[PASSED, broken], moved=0.25)
+    text = card(source, MergedModel(), Check([], [PASSED, broken], weights=3, moved=0.25))
     assert (
         "| the export and the trained policy | 3e-06 | 0.0001: 0.0001 for float32 arithmetic | passed |"
         in text
@@ -221,7 +226,9 @@ def test_the_check_is_told(tmp_path: Path) -> None:
     assert "| a and b | 0.5 | 0.0001: 0.0001 for float32 arithmetic | FAILED |" in text
     assert "For scale: training moved these log-probs by 0.25." in text
     assert "bit by bit" in text
-    assert "FAILED: 2 weights in this folder" in card(source, "merged", altered=["one", "two"])
+    altered = Check([], [PASSED], weights=3, altered=["one", "two"])
+    assert "FAILED: 2 weights in this folder" in card(source, MergedModel(), altered)
+    assert "bit by bit" not in card(source, PEFTAdapter()), "it is copied"
 
 
 def test_versions(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -20,20 +23,23 @@ from support.runs import cli_arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from sppo_lightning.__main__ import main as command
-from sppo_lightning.export import check as export_check
-from sppo_lightning.export import job as export_job
-from sppo_lightning.export.check import (
-    Distance,
-    compared,
-    compared_with_stored,
-    float32_products,
-    require,
-    response_logps,
+from sppo_lightning.export import (
+    Exporter,
+    GGUFReadyModel,
+    HFModel,
+    MergedModel,
+    PEFTAdapter,
+    SavedPolicy,
+    logps,
+    saved_policy,
 )
-from sppo_lightning.export.command import Format, export, main
-from sppo_lightning.export.files import name_end_tokens
+from sppo_lightning.export import command as export_command
+from sppo_lightning.export.check import Check, Distance, compared, compared_with_stored
+from sppo_lightning.export.command import export, main
 from sppo_lightning.export.finished_run import open_run
-from sppo_lightning.policy import anatomy as adapters
+from sppo_lightning.export.formats import name_end_tokens
+from sppo_lightning.export.logps import float32_products, response_logps
+from sppo_lightning.policy import merging
 from sppo_lightning.policy.pretrained import quantization_options
 from sppo_lightning.types import PreferencePair, UserError
 
@@ -117,7 +123,7 @@ def card_of(folder: Path) -> str:
 
 def test_a_fully_trained_model_leaves_whole(run_of: Run, tmp_path: Path) -> None:
     run = run_of("full")
-    folder = export(str(run), "hf", output=str(tmp_path / "out"))
+    folder = export(str(run), HFModel(), output=str(tmp_path / "out"))
     found, trained = whole(folder).state_dict(), whole(run / "policy").state_dict()
     assert found.keys() == trained.keys()
     assert all(torch.equal(value, trained[name]) for name, value in found.items())
@@ -133,7 +139,7 @@ def test_a_fully_trained_model_leaves_whole(run_of: Run, tmp_path: Path) -> None
 
 def test_the_dtype_is_rounded_to(run_of: Run, tmp_path: Path) -> None:
     run = run_of("full")
-    folder = export(str(run), "hf", output=str(tmp_path / "out"), dtype="bfloat16")
+    folder = export(str(run), HFModel(), output=str(tmp_path / "out"), dtype="bfloat16")
     exact = whole(run / "policy").state_dict()
     for name, value in whole(folder).state_dict().items():
         assert torch.equal(value, exact[name].to(torch.bfloat16)), name
@@ -142,7 +148,7 @@ def test_the_dtype_is_rounded_to(run_of: Run, tmp_path: Path) -> None:
 
 def test_an_earlier_iteration_that_was_kept(run_of: Run, tmp_path: Path) -> None:
     run = run_of("full")
-    folder = export(str(run), "hf", output=str(tmp_path / "out"), iteration=0)
+    folder = export(str(run), HFModel(), output=str(tmp_path / "out"), iteration=0)
     found, kept = whole(folder).state_dict(), whole(run / "policies/000").state_dict()
     assert all(torch.equal(value, kept[name]) for name, value in found.items())
     assert "| iterations | 1 of 2 |" in card_of(folder)
@@ -153,7 +159,7 @@ def test_merged_weights_give_what_the_adapter_gives_on_the_plain_base(
     run_of: Run, base: Path, tmp_path: Path, kind: str
 ) -> None:
     run = run_of(kind)
-    folder = export(str(run), "merged", output=str(tmp_path / "out"), dtype="float32")
+    folder = export(str(run), MergedModel(), output=str(tmp_path / "out"), dtype="float32")
     model = adapted(base, run)
     expected = logits(model)
     torch.testing.assert_close(logits(whole(folder)), expected, atol=1e-3, rtol=1e-4)
@@ -166,7 +172,7 @@ def test_merged_weights_give_what_the_adapter_gives_on_the_plain_base(
 
 
 def test_merged_weights_get_the_dtype_of_the_base(run_of: Run, base: Path, tmp_path: Path) -> None:
-    folder = export(str(run_of("lora")), "merged", output=str(tmp_path / "out"))
+    folder = export(str(run_of("lora")), MergedModel(), output=str(tmp_path / "out"))
     found, own = whole(folder).state_dict(), whole(base).state_dict()
     assert {value.dtype for value in found.values()} == {torch.bfloat16}
     untouched = [name for name in found if "_proj" not in name]
@@ -175,7 +181,7 @@ def test_merged_weights_get_the_dtype_of_the_base(run_of: Run, base: Path, tmp_p
 
 def test_an_adapter_leaves_in_a_layout_that_others_read(run_of: Run, base: Path, tmp_path: Path) -> None:
     run = run_of("lora")
-    folder = export(str(run), "adapter", output=str(tmp_path / "out"))
+    folder = export(str(run), PEFTAdapter(), output=str(tmp_path / "out"))
     expected = logits(adapted(base, run))
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(folder)), expected)
     # transformers rounds the adapter to the base's bfloat16
@@ -200,13 +206,13 @@ def test_a_dora_adapter_is_read_by_peft_and_says_what_does_not_read_it(
     run_of: Run, base: Path, tmp_path: Path
 ) -> None:
     run = run_of("dora")
-    folder = export(str(run), "adapter", output=str(tmp_path / "out"))
+    folder = export(str(run), PEFTAdapter(), output=str(tmp_path / "out"))
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(folder)), logits(adapted(base, run)))
     assert "This is a DoRA adapter. vLLM serves none" in card_of(folder)
 
 
 def test_a_quantised_run_is_compared_with_what_quantisation_alone_does(run_of: Run, tmp_path: Path) -> None:
-    folder = export(str(run_of("nf4")), "adapter", output=str(tmp_path / "out"))
+    folder = export(str(run_of("nf4")), PEFTAdapter(), output=str(tmp_path / "out"))
     card = card_of(folder)
     assert "between the two bases alone | passed |" in card
     assert "The adapter was trained on its base in nf4" in card
@@ -218,7 +224,7 @@ def test_what_the_gguf_converter_looks_for(run_of: Run, base: Path, tmp_path: Pa
     (own / "tokenizer.model").write_bytes(b"vocabulary")
     run = Path(shutil.copytree(run_of("lora"), tmp_path / "run"))
     change_base(run, own)
-    folder = export(str(run), "gguf-ready", output=str(tmp_path / "out"))
+    folder = export(str(run), GGUFReadyModel(), output=str(tmp_path / "out"))
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
@@ -242,7 +248,7 @@ def test_a_wrong_merge_is_noticed_and_the_folder_keeps_its_name(
         delta: torch.Tensor = 2 * layer.get_delta_weight("default")
         return weight.float() + delta
 
-    for module in (adapters, export_check, export_job):
+    for module in (merging, logps, saved_policy):
         monkeypatch.setattr(module, "merged_weight", doubled)
     place = tmp_path / "out"
     expected = (
@@ -251,7 +257,7 @@ def test_a_wrong_merge_is_noticed_and_the_folder_keeps_its_name(
         r"used$"
     )
     with pytest.raises(UserError, match=expected):
-        export(str(run_of("lora")), "merged", output=str(place))
+        export(str(run_of("lora")), MergedModel(), output=str(place))
     assert not place.exists()
     assert "FAILED" in card_of(tmp_path / "out.unchecked")
 
@@ -260,35 +266,35 @@ def test_weights_that_change_on_their_way_into_the_folder_are_noticed(
     run_of: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As little as one bit, which log-probs would not show."""
-    write = export_job.write_model
+    write = MergedModel.write
 
-    def spoil(model: Any, tokenizer: Any, folder: Path) -> None:
-        write(model, tokenizer, folder)
+    def spoil(exporter: MergedModel, policy: SavedPolicy, folder: Path) -> None:
+        write(exporter, policy, folder)
         weights = load_file(folder / "model.safetensors")
         weights["model.layers.1.mlp.up_proj.weight"].view(torch.int16)[3, 4] ^= 1
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(export_job, "write_model", spoil)
+    monkeypatch.setattr(MergedModel, "write", spoil)
     expected = (
         r"1 weights are not what was to be written, e\.g\. model\.layers\.1\.mlp\.up_proj\.weight\. It stays"
     )
     with pytest.raises(UserError, match=expected):
-        export(str(run_of("lora")), "merged", output=str(tmp_path / "out"))
+        export(str(run_of("lora")), MergedModel(), output=str(tmp_path / "out"))
 
 
 def test_another_adapter_than_the_runs_is_noticed(
     run_of: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = export_job.write_adapter
+    write = PEFTAdapter.write
 
-    def spoil(*args: Any, **options: Any) -> None:
-        write(*args, **options)
-        place = args[2] / "adapter_model.safetensors"
+    def spoil(exporter: PEFTAdapter, policy: SavedPolicy, folder: Path) -> None:
+        write(exporter, policy, folder)
+        place = folder / "adapter_model.safetensors"
         save_file({name: weight * 1.01 for name, weight in load_file(place).items()}, place)
 
-    monkeypatch.setattr(export_job, "write_adapter", spoil)
+    monkeypatch.setattr(PEFTAdapter, "write", spoil)
     with pytest.raises(UserError, match=r"the export and the run's adapter, on the same base differ by"):
-        export(str(run_of("nf4")), "adapter", output=str(tmp_path / "out"))
+        export(str(run_of("nf4")), PEFTAdapter(), output=str(tmp_path / "out"))
 
 
 def test_what_training_moved_is_known_of_a_fresh_adapter_only(
@@ -296,13 +302,15 @@ def test_what_training_moved_is_known_of_a_fresh_adapter_only(
 ) -> None:
     """The adapter that a run started from had moved the log-probs already."""
     moved = "training moved these log-probs by"
-    assert moved in card_of(export(str(run_of("lora")), "adapter", output=str(tmp_path / "fresh")))
+    assert moved in card_of(export(str(run_of("lora")), PEFTAdapter(), output=str(tmp_path / "fresh")))
     (tmp_path / "train.jsonl").write_text(
         "".join(f'{{"id": "t{n}", "prompt": "Count to {n}"}}\n' for n in range(12))
     )
     started = {"data.iterations": 1, "model.policy.lora.adapter": run_of("lora") / "policy"}
     command(["fit", *cli_arguments(base, tmp_path / "train.jsonl", tmp_path / "run", **started)])
-    assert moved not in card_of(export(str(tmp_path / "run"), "adapter", output=str(tmp_path / "started")))
+    assert moved not in card_of(
+        export(str(tmp_path / "run"), PEFTAdapter(), output=str(tmp_path / "started"))
+    )
 
 
 def test_rounding_that_buries_what_was_trained_is_said(
@@ -312,9 +320,9 @@ def test_rounding_that_buries_what_was_trained_is_said(
     place = run / "policy/adapter_model.safetensors"
     weights = {n: w * 0.02 if "lora_B" in n else w for n, w in load_file(place).items()}
     save_file(weights, place)
-    export(str(run), "merged", output=str(tmp_path / "rounded"))
+    export(str(run), MergedModel(), output=str(tmp_path / "rounded"))
     assert "--dtype float32 keeps what was trained" in capsys.readouterr().err
-    export(str(run), "merged", output=str(tmp_path / "exact"), dtype="float32")
+    export(str(run), MergedModel(), output=str(tmp_path / "exact"), dtype="float32")
     assert capsys.readouterr().err == ""
 
 
@@ -336,7 +344,7 @@ def test_float32_products_end_with_their_context_even_where_a_forward_fails(base
     with pytest.raises(RuntimeError, match="out of luck"), float32_products(model):
         model(input_ids=IDS)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert not model.model.layers[0]._forward_hooks
+    assert not any("forward" in vars(layer) for layer in model.model.layers)
 
 
 def failing(module: Any, args: Any) -> None:
@@ -360,16 +368,16 @@ def test_a_relative_base_is_the_one_that_was_trained_on(
     run = copied("lora")
     change_config(run, lambda config: config["model"]["policy"].update(pretrained=base.name))
     monkeypatch.chdir(another_base.parent)
-    folder = export(str(run), "adapter", output=str(tmp_path / "out"))
+    folder = export(str(run), PEFTAdapter(), output=str(tmp_path / "out"))
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(base.resolve())
     assert f"base_model: {base.name}\n" in card_of(folder)
 
 
-@pytest.mark.parametrize("format", ["adapter", "merged"])
+@pytest.mark.parametrize("format", [PEFTAdapter(), MergedModel()], ids=["adapter", "merged"])
 @pytest.mark.parametrize("kind", ["lora", "nf4", "longer", "from-start"])
 def test_another_base_of_the_same_shape_is_noticed(
-    copied: Run, another_base: Path, tmp_path: Path, kind: str, format: Any
+    copied: Run, another_base: Path, tmp_path: Path, kind: str, format: Exporter
 ) -> None:
     run = copied(kind)
     change_base(run, another_base)
@@ -407,7 +415,7 @@ def test_another_base_of_the_same_shape_is_noticed(
     ],
 )
 def test_what_training_stored_is_on_the_card(run_of: Run, tmp_path: Path, kind: str, row: str) -> None:
-    card = card_of(export(str(run_of(kind)), "adapter", output=str(tmp_path / "out")))
+    card = card_of(export(str(run_of(kind)), PEFTAdapter(), output=str(tmp_path / "out")))
     before, after = row.split("{}")
     assert re.search(re.escape(before) + r"\S+" + re.escape(after), card), card
 
@@ -415,7 +423,7 @@ def test_what_training_stored_is_on_the_card(run_of: Run, tmp_path: Path, kind: 
 def test_nothing_is_compared_where_the_reference_was_more_than_the_base(copied: Run, tmp_path: Path) -> None:
     run = copied("lora")
     change_config(run, started)
-    card = card_of(export(str(run), "adapter", output=str(tmp_path / "out")))
+    card = card_of(export(str(run), PEFTAdapter(), output=str(tmp_path / "out")))
     assert "that training stored" not in card
     again = copied("longer")
     (again / "iterations/000/pairs.parquet").unlink()
@@ -458,6 +466,31 @@ def test_four_bit_layers_compute_in_float32_too(base: Path, run_of: Run) -> None
     }
 
 
+@pytest.mark.parametrize(
+    ("kind", "format"), [("full", HFModel()), ("nf4", PEFTAdapter()), ("lora", MergedModel())]
+)
+def test_one_model_is_in_memory_at_a_time(
+    run_of: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, format: Exporter
+) -> None:
+    run = str(run_of(kind))
+    alive: WeakSet[torch.nn.Module] = WeakSet()
+    before = []
+    make = LlamaForCausalLM.__init__
+
+    def counted(model: LlamaForCausalLM, *args: Any, **options: Any) -> None:
+        before.append(len(alive))
+        make(model, *args, **options)
+        alive.add(model.model.layers[0])
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", counted)
+    gc.disable()  # a model in a circle of references would stay until it runs
+    try:
+        export(run, format, output=str(tmp_path / "out"))
+    finally:
+        gc.enable()
+    assert before == [0] * (2 if kind == "full" else 3)
+
+
 # ------------------------------------------------------- which iteration it is
 
 
@@ -469,9 +502,9 @@ def test_a_policy_ahead_of_its_checkpoint_says_its_own_iteration(copied: Run, tm
     checkpoint["SelfPlayDataModule"]["finished"] -= 1
     torch.save(checkpoint, last)
     assert open_run(run).iteration == 1
-    assert open_run(run, iteration=0).place == run / "policies/000"
-    assert open_run(run, iteration=1).place == run / "policies/001"
-    folder = export(str(run), "hf", output=str(tmp_path / "out"))
+    assert open_run(run, iteration=0).policy_folder == run / "policies/000"
+    assert open_run(run, iteration=1).policy_folder == run / "policies/001"
+    folder = export(str(run), HFModel(), output=str(tmp_path / "out"))
     assert not (folder / "run.json").exists()
     (run / "policy/run.json").unlink()
     assert open_run(run).iteration == 0, "an older folder has but the checkpoint to tell"
@@ -498,7 +531,7 @@ def test_distances_and_their_allowances() -> None:
     assert not compared("a and b", one, other, rounding=0.25).holds
     assert not Distance("a and b", float("nan"), 1.0, "anything").holds
     with pytest.raises(UserError, match=r"a and b differ by nan nat per token, allowed are 1 \(anything\)"):
-        require([found, Distance("a and b", float("nan"), 1.0, "anything")], altered=[], folder=Path("x"))
+        Check([], [found, Distance("a and b", float("nan"), 1.0, "anything")]).require(Path("x"))
 
 
 # ------------------------------------------------------------------ bad input
@@ -523,26 +556,26 @@ def open_config(run: Path) -> Any:
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is no run: it has no config\.yaml; give a folder that was a fit's"):
-        export(str(tmp_path), "hf")
+        export(str(tmp_path), HFModel())
 
 
 def test_a_damaged_config(copied: Run) -> None:
     run = copied("lora")
     change_config(run, lambda config: config.pop("model"))
     with pytest.raises(UserError, match=r"config\.yaml cannot be read as a run's config \('model'\)"):
-        export(str(run), "adapter")
+        export(str(run), PEFTAdapter())
 
 
 def test_a_run_without_a_finished_iteration(copied: Run) -> None:
     run = copied("lora")
     shutil.rmtree(run / "policy")
     with pytest.raises(UserError, match=r"has no finished iteration yet, so that there is no policy"):
-        export(str(run), "adapter")
+        export(str(run), PEFTAdapter())
 
 
 def test_an_unknown_iteration(run_of: Run) -> None:
     with pytest.raises(UserError, match=r"holds no policy of iteration 5, only of 0, 1: name one of those"):
-        export(str(run_of("full")), "hf", iteration=5)
+        export(str(run_of("full")), HFModel(), iteration=5)
 
 
 def test_a_damaged_checkpoint(copied: Run) -> None:
@@ -550,17 +583,17 @@ def test_a_damaged_checkpoint(copied: Run) -> None:
     (run / "policy/run.json").unlink()
     (run / "checkpoints/last.ckpt").write_bytes(b"half of it")
     with pytest.raises(UserError, match=r"last\.ckpt is damaged"):
-        export(str(run), "adapter")
+        export(str(run), PEFTAdapter())
 
 
 def test_formats_that_do_not_fit_the_run(run_of: Run) -> None:
     with pytest.raises(UserError, match=r"trained an adapter .*--format adapter .* or --format merged"):
-        export(str(run_of("lora")), "hf")
-    for wrong in ("adapter", "merged"):
+        export(str(run_of("lora")), HFModel())
+    for wrong in (PEFTAdapter(), MergedModel()):
         with pytest.raises(UserError, match=r"trained all weights .* there is no adapter: use --format hf"):
-            export(str(run_of("full")), wrong)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"--dtype float16 is for whole models: an adapter stays float32"):
-        export(str(run_of("lora")), "adapter", dtype="float16")
+            export(str(run_of("full")), wrong)
+    with pytest.raises(UserError, match=r"--dtype float16 is for full models: an adapter stays float32"):
+        export(str(run_of("lora")), PEFTAdapter(), dtype="float16")
 
 
 def test_a_folder_that_is_there_is_never_written_over(run_of: Run, tmp_path: Path) -> None:
@@ -568,16 +601,16 @@ def test_a_folder_that_is_there_is_never_written_over(run_of: Run, tmp_path: Pat
     place.mkdir()
     (place / "mine").touch()
     with pytest.raises(UserError, match=r"out is there and not empty: name another folder with --output"):
-        export(str(run_of("lora")), "adapter", output=str(place))
+        export(str(run_of("lora")), PEFTAdapter(), output=str(place))
     (place / "mine").unlink()
-    assert export(str(run_of("lora")), "adapter", output=str(place)) == place
+    assert export(str(run_of("lora")), PEFTAdapter(), output=str(place)) == place
 
 
 def test_the_folder_that_one_is_in(run_of: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "out"
     place.mkdir()
     monkeypatch.chdir(place)
-    assert export(str(run_of("lora")), "adapter", output=".") == place
+    assert export(str(run_of("lora")), PEFTAdapter(), output=".") == place
     assert Path("adapter_config.json").exists(), "it is the same folder still"
     assert list(tmp_path.iterdir()) == [place]
 
@@ -590,7 +623,7 @@ def test_a_base_that_is_gone(copied: Run, tmp_path: Path) -> None:
         rf"from here is {named}\. If the base moved, correct base_model_name_or_path in \S*policy/adapter_config\.json"
     )
     with pytest.raises(UserError, match=expected):
-        export(str(run), "merged")
+        export(str(run), MergedModel())
     assert not list(run.glob("export-*"))
 
 
@@ -599,12 +632,14 @@ def test_a_folder_that_cannot_be_made(run_of: Run, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"--output \S+/file/out: the folder cannot be made \(Not a directory\)"
     ):
-        export(str(run_of("lora")), "adapter", output=str(tmp_path / "file/out"))
+        export(str(run_of("lora")), PEFTAdapter(), output=str(tmp_path / "file/out"))
 
 
-@pytest.mark.parametrize(("kind", "format"), [("full", "hf"), ("lora", "adapter"), ("lora", "merged")])
+@pytest.mark.parametrize(
+    ("kind", "format"), [("full", HFModel()), ("lora", PEFTAdapter()), ("lora", MergedModel())]
+)
 def test_whoever_may_read_new_files_may_read_weights(
-    run_of: Run, tmp_path: Path, kind: str, format: Format
+    run_of: Run, tmp_path: Path, kind: str, format: Exporter
 ) -> None:
     (tmp_path / "new").touch()
     folders = [run_of(kind) / "policy", export(str(run_of(kind)), format, output=str(tmp_path / "out"))]
@@ -615,7 +650,7 @@ def test_whoever_may_read_new_files_may_read_weights(
 
 def test_a_device_that_is_not_there(run_of: Run) -> None:
     with pytest.raises(UserError, match=r"--device abacus cannot be used here"):
-        export(str(run_of("lora")), "adapter", device="abacus")
+        export(str(run_of("lora")), PEFTAdapter(), device="abacus")
 
 
 # -------------------------------------------------------------------- command
@@ -626,17 +661,131 @@ def test_the_command(run_of: Run, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"The exported policy lies in {tmp_path / 'out'}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("format", ["hf", "adapter", "merged", "gguf-ready"])
+def test_short_names_are_class_paths(
+    format: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken: list[Exporter] = []
+    monkeypatch.setattr(export_command, "open_run", lambda run, iteration: None)
+    for kind in (HFModel, PEFTAdapter, MergedModel, GGUFReadyModel):
+        monkeypatch.setattr(kind, "validate", lambda exporter, run, dtype: taken.append(exporter) or 1 / 0)
+    for given in (["--format", format], [f"--format={format}"]):
+        with pytest.raises(ZeroDivisionError):
+            main(["run", *given])
+    assert [exporter.name for exporter in taken] == [format] * 2
+
+
+OWN = """
+from pathlib import Path
+
+from sppo_lightning.export import Exporter, GGUFReadyModel
+
+
+class Ollama(Exporter):
+    holds = "a full model with a Modelfile for Ollama"
+
+    def __init__(self, temperature: float, top_p: float = 1.0) -> None:
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature} must be at least 0")
+        self.temperature = temperature
+        self.model = GGUFReadyModel()
+
+    def write(self, policy, folder):
+        self.model.write(policy, folder)
+        (folder / "Modelfile").write_text(f"FROM .\\nPARAMETER temperature {self.temperature}\\n")
+
+    def read_back(self, policy, folder):
+        return self.model.read_back(policy, folder)
+
+    def how_to_load(self, policy):
+        yield "Run ollama create."
+
+
+class Wrong(Ollama):
+    def read_back(self, policy, folder):
+        model = super().read_back(policy, folder)
+        model.get_output_embeddings().weight.data *= 1.1
+        return model
+
+
+class PromptsOnly(Exporter):
+    def write(self, policy, folder):
+        (folder / "template.jinja").write_text(policy.tokenizer.chat_template)
+
+
+class Abstract(Exporter):
+    pass
+
+
+class Other:
+    pass
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder holds a user's module of exporters."""
+    (tmp_path / "own_exporters.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "own_exporters", raising=False)
+
+
+@pytest.mark.usefixtures("own")
+def test_an_exporter_of_the_users_own(copied: Run) -> None:
+    run = copied("lora")
+    command(["export", str(run), "--format", "own_exporters.Ollama", "--format.temperature=0.7"])
+    folder = run / "export-Ollama"
+    assert (folder / "Modelfile").read_text() == "FROM .\nPARAMETER temperature 0.7\n"
+    card = card_of(folder)
+    assert "This folder holds a full model with a Modelfile for Ollama." in card
+    assert "## How to load it\n\nRun ollama create.\n\n## Check" in card
+    assert "| the export and the trained policy |" in card
+    assert "each matrix that the adapter changed was what had been written, bit by bit." in card
+
+
+@pytest.mark.usefixtures("own")
+def test_an_exporter_of_the_users_own_is_checked_as_ours_are(copied: Run, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as exit:
+        command(["export", str(copied("full")), "--format=own_exporters.Wrong", "--format.temperature=0.7"])
+    assert exit.value.code == 2
+    assert "FAILED: 1 weights in this folder" in card_of(tmp_path / "full/export-Wrong.unchecked")
+
+
+@pytest.mark.usefixtures("own")
+def test_an_export_that_is_not_read_back_says_so(copied: Run, tmp_path: Path) -> None:
+    command(["export", str(copied("lora")), "--format=own_exporters.PromptsOnly", "--output=out"])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"template.jinja", "README.md"}
+    card = card_of(tmp_path / "out")
+    assert "## Check\n\nThis folder was not compared with the trained policy" in card
+    assert "How to load it" not in card
+
+
+@pytest.mark.usefixtures("own")
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["run"], "export: the following arguments are required: format"),
-        (["run", "--format=zip"], r"export: .*\"format\".*'gguf-ready'.*zip"),
-        (["run", "--format=hf", "--into=x"], "export: unrecognized arguments: --into=x"),
+        ([], "export: the following arguments are required: format"),
+        (
+            ["--format=zip"],
+            "export: --format zip: there is no such format; give hf, adapter, merged, gguf-ready, or the",
+        ),
+        (["--format=hf", "--into=x"], "export: unrecognized arguments: --into=x"),
+        (["--format=hf", "--format.x=3"], "export: .*HFModel.*: Option 'x' is not accepted"),
+        (["--format=nowhere.Ollama"], "export: .*'nowhere.Ollama': No module named 'nowhere'"),
+        (["--format=own_exporters.Olama"], "export: .*has no attribute 'Olama'"),
+        (["--format=own_exporters.Other"], "export: .*does not correspond to a subclass of Exporter"),
+        (["--format=own_exporters.Abstract"], "export: .*own_exporters.Abstract is abstract"),
+        (["--format=own_exporters.Ollama"], "export: .*Ollama.*arguments are required: temperature"),
+        (["--format=own_exporters.Ollama", "--format.temperature=-1"], "export: temperature=-1.0 must be at"),
+        (["--format=own_exporters.Ollama", "--format.temperature=x"], 'export: .*"temperature".*float.*x'),
     ],
 )
-def test_arguments_that_are_wrong(args: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        main(args)
+def test_arguments_that_are_wrong(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        command(["export", "run", *args])
+    assert exit.value.code == 2
+    assert re.search(f"^sppo-lightning: error: {message}.*\n$", capsys.readouterr().err)
 
 
 def test_end_tokens_are_named_also_where_only_the_tokenizer_knows_them() -> None:
