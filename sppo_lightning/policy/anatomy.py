@@ -29,7 +29,7 @@ def decoders(model: nn.Module) -> list[Any]:
 
 
 def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the layers that may be compiled, recomputed or spread one by one."""
+    """Yield the layers that may be compiled, recomputed or sharded one by one."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return (module for module in unwrapped(model).modules() if isinstance(module, GradientCheckpointingLayer))

@@ -96,7 +96,7 @@ def replaced_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterato
 
 @contextmanager
 def _overwritten(trained: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Write into the memory that spread weights are gathered from; another tensor in its place would go unseen."""
+    """Write into the memory that sharded weights are gathered from; another tensor in its place would go unseen."""
     own = {name: local(parameter.detach()).clone() for name, parameter in trained.items()}
     for name, parameter in trained.items():
         local(parameter.detach()).copy_(weights[name])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sppo_lightning.losses import PairLogps
 from sppo_lightning.policy.lora import replaced_weights
-from sppo_lightning.policy.sharding import local, part_of
+from sppo_lightning.policy.sharding import local, shard_like
 from sppo_lightning.policy.trained import TrainedPolicy
 
 # mean |log-ratio| per token at an iteration's start, where the reference equals the policy
@@ -51,7 +51,7 @@ def _moved(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: (
             local(parameter.detach())
-            + part_of(STEP * torch.randn(parameter.shape, generator=generator), parameter).to(
+            + shard_like(STEP * torch.randn(parameter.shape, generator=generator), parameter).to(
                 parameter.device
             )
         )
