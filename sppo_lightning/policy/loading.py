@@ -108,7 +108,7 @@ def load_policy(config: PolicyConfig, *, compute_dtype: torch.dtype, device: tor
     return _trainable(load_base_model(config, compute_dtype=compute_dtype, device=device), config)
 
 
-def skeleton(
+def meta_model(
     config: PolicyConfig, model_config: PretrainedConfig, *, compute_dtype: torch.dtype
 ) -> nn.Module:
     """Return the policy to train without its weights: on the meta device, and not quantised.
