@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from sppo_lightning.policy.anatomy import beside_text, freeze_beside_text, text_settings
+from sppo_lightning.policy.anatomy import freeze_non_text_modules, non_text_modules, text_settings
 from sppo_lightning.policy.config import PolicyConfig
 from sppo_lightning.policy.lora import with_adapter
 from sppo_lightning.policy.pretrained import (
@@ -63,7 +63,7 @@ def load_base_model(
         ) from error
     if "gguf_file" in extra:
         forget_gguf(model)
-    if beside_text(model):
+    if non_text_modules(model):
         fetch_processor(location)
     keep_head_input_contiguous(model)
     make_steady(model)
@@ -143,7 +143,7 @@ def _trainable(model: PreTrainedModel, config: PolicyConfig) -> nn.Module:
     trained: nn.Module = model
     if config.lora is not None:
         trained = with_adapter(model, config.lora, pretrained=config.pretrained)
-    freeze_beside_text(trained)
+    freeze_non_text_modules(trained)
     return trained
 
 
