@@ -22,7 +22,7 @@ from sppo_lightning.policy.pretrained import (
     model_class,
     quantization_options,
 )
-from sppo_lightning.policy.quantized_layers import make_steady
+from sppo_lightning.policy.quantized_layers import make_batch_invariant
 from sppo_lightning.types import UserError, first_line
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def load_base_model(
     if non_text_modules(model):
         fetch_processor(location)
     keep_head_input_contiguous(model)
-    make_steady(model)
+    make_batch_invariant(model)
     return model
 
 
