@@ -274,11 +274,11 @@ class PassMeter:
     def _model(self, workload: Workload) -> DryRun:
         key = _plain(workload)
         if key not in self._models:
-            skeleton = policies.skeleton(
+            model = policies.meta_model(
                 workload.policy, workload.model_config, compute_dtype=workload.compute_dtype
             )
-            policies.disable_dropout(skeleton)
-            self._models[key] = DryRun(skeleton, compute_dtype=workload.compute_dtype)
+            policies.disable_dropout(model)
+            self._models[key] = DryRun(model, compute_dtype=workload.compute_dtype)
         return self._models[key]
 
 

@@ -1,4 +1,4 @@
-"""What a policy is made of: the model inside PEFT's wrapper, its decoder and layers, the parts that read no text."""
+"""What a policy is made of: the model inside PEFT's wrapper, its decoder and layers, its non-text modules."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def decoders(model: nn.Module) -> list[Any]:
 
 
 def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the layers that may be compiled, recomputed or spread one by one."""
+    """Yield the layers that may be compiled, recomputed or sharded one by one."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return (module for module in unwrapped(model).modules() if isinstance(module, GradientCheckpointingLayer))
 
 
-def beside_text(model: nn.Module) -> list[str]:
-    """Return the names of a model's modules that text never passes through: those that see or hear.
+def non_text_modules(model: nn.Module) -> list[str]:
+    """Return the names of a multimodal model's modules that text never passes through, such as a vision tower.
 
     Args:
         model: a causal language model, PEFT's wrapper around it or not; the names are those inside the wrapper.
@@ -45,11 +45,11 @@ def beside_text(model: nn.Module) -> list[str]:
     return list(_apart(unwrapped(model), reached, "")) if reached else []
 
 
-def freeze_beside_text(model: nn.Module) -> None:
+def freeze_non_text_modules(model: nn.Module) -> None:
     """Train nothing that text never passes through: it gets no gradient, for which DDP would wait.
 
     Args:
-        model: as :func:`beside_text` takes it.
+        model: as :func:`non_text_modules` takes it.
     """
     reached = _reached_by_text(model)
     within = {id(parameter) for part in reached for parameter in part.parameters()}
@@ -59,7 +59,7 @@ def freeze_beside_text(model: nn.Module) -> None:
 
 
 def _reached_by_text(model: nn.Module) -> set[Any]:
-    """Return decoder and head of a model that does more than read and write text; none if it does not."""
+    """Return decoder and head of a multimodal model; none of a model for text alone."""
     inner = unwrapped(model)
     text_config = inner.config.get_text_config(decoder=True)
     if text_config is inner.config:
@@ -96,5 +96,5 @@ def layer_types(model: nn.Module) -> set[str]:
 
 
 def text_settings(model: Any) -> Any:
-    """Return the settings of a model that reads and writes text: its own, or its part's if it sees as well."""
+    """Return a model's settings for text: its own, or those of a multimodal model's decoder."""
     return model.config.get_text_config(decoder=True)

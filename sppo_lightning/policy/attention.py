@@ -1,4 +1,4 @@
-"""Attention of our own in a model's place, for as long as a pass lasts."""
+"""Attention overrides: a function in place of a model's attention, for as long as a pass lasts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _before: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
 
 
 class CannotAttendError(Exception):
-    """A model cannot do with an attention of ours; says why."""
+    """A model cannot do with an attention override; says why."""
 
 
 def whole_mask(device: torch.device) -> Tensor:
@@ -36,7 +36,7 @@ def check_call(module: nn.Module, attention_mask: Tensor | None, others: Mapping
     Args:
         module: the layer.
         attention_mask: :func:`whole_mask`, as far as the layer left it alone.
-        others: the call's arguments that an attention of ours does not look at.
+        others: the call's arguments that an attention override does not look at.
 
     Raises:
         CannotAttendError: naming them.
@@ -49,11 +49,11 @@ def check_call(module: nn.Module, attention_mask: Tensor | None, others: Mapping
 
 
 def attach(model: nn.Module, name: str, attention: Attention, layers: set[str]) -> None:
-    """Let a model attend through a function, until :func:`detach`.
+    """Override a model's attention by a function, until :func:`detach`.
 
     Args:
         model: a transformers model, PEFT's wrapper around it or not.
-        name: of the attention; a function that is registered under it already is left there.
+        name: of the override; a function that is registered under it already is left there.
         attention: the function.
         layers: types of layers that it does for, as in a config's ``layer_types``.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from sppo_lightning.policy.anatomy import beside_text, text_settings, unwrapped
+from sppo_lightning.policy.anatomy import non_text_modules, text_settings, unwrapped
 from sppo_lightning.policy.pretrained import (
     class_of,
     copy_processor,
@@ -44,7 +44,7 @@ def adapter_readme(model: nn.Module, loader: str) -> str:
 
 
 def loads_with_auto_peft(base: str, loader: str) -> bool:
-    """Whether PEFT finds and loads an adapter's base by itself: not from a ``.gguf`` file or by another class.
+    """Whether PEFT finds and loads an adapter's base by itself: no ``.gguf`` file, no multimodal model.
 
     Args:
         base: where it is.
@@ -75,7 +75,7 @@ def base_arguments(base: str) -> str:
 def write_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write model (an adapter in PEFT's layout and a README), tokenizer, chat template and generation config.
 
-    A multimodal model's folder gets the files of its processor, too.
+    A multimodal model's processor, which prepares images and sounds, is copied.
     """
     inner, settings = unwrapped(model), text_settings(model)
     use_cache, settings.use_cache = settings.use_cache, True
@@ -89,7 +89,7 @@ def write_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
     if hasattr(model, "peft_config"):  # PEFT leaves out the generation config, and writes a form to fill in
         unwrapped(model).generation_config.save_pretrained(folder)
         (folder / "README.md").write_text(adapter_readme(model, loader_name(inner)))
-    elif beside_text(model):
+    elif non_text_modules(model):
         copy_processor(inner.name_or_path, folder)
     tokenizer.save_pretrained(folder)
     make_readable(folder)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 from torch import Tensor, nn
 
 from sppo_lightning.policy.anatomy import unwrapped
-from sppo_lightning.policy.sharding import spread_layers
+from sppo_lightning.policy.sharding import layers_to_shard
 from sppo_lightning.types import UserError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Footprint(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """What is gathered on each device, a part at a time, where weights are spread over processes."""
+    """What is gathered on each device, a part at a time, where weights are sharded."""
 
     layer: int  # bytes of the largest layer
     layer_trained: int  # of which trained
@@ -62,7 +62,7 @@ class Gathered(NamedTuple):
 
 
 def gathered(model: nn.Module) -> Gathered:
-    """Return how large the parts are that a model is spread in.
+    """Return how large the parts are that a model is sharded in.
 
     Args:
         model: a transformers model, PEFT's wrapper around it or not, on any device.
@@ -74,7 +74,7 @@ def gathered(model: nn.Module) -> Gathered:
             sum(parameter.nbytes for parameter in layer.parameters()),
             sum(parameter.nbytes for parameter in layer.parameters() if parameter.requires_grad),
         )
-        for layer in spread_layers(model)
+        for layer in layers_to_shard(model)
     ]
     return Gathered(
         layer=max((size for size, _ in layers), default=0),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from sppo_lightning.policy.anatomy import beside_text, freeze_beside_text, text_settings
+from sppo_lightning.policy.anatomy import freeze_non_text_modules, non_text_modules, text_settings
 from sppo_lightning.policy.config import PolicyConfig
 from sppo_lightning.policy.lora import with_adapter
 from sppo_lightning.policy.pretrained import (
@@ -22,7 +22,7 @@ from sppo_lightning.policy.pretrained import (
     model_class,
     quantization_options,
 )
-from sppo_lightning.policy.quantized_layers import make_steady
+from sppo_lightning.policy.quantized_layers import make_batch_invariant
 from sppo_lightning.types import UserError, first_line
 
 if TYPE_CHECKING:
@@ -63,10 +63,10 @@ def load_base_model(
         ) from error
     if "gguf_file" in extra:
         forget_gguf(model)
-    if beside_text(model):
+    if non_text_modules(model):
         fetch_processor(location)
     keep_head_input_contiguous(model)
-    make_steady(model)
+    make_batch_invariant(model)
     return model
 
 
@@ -108,7 +108,7 @@ def load_policy(config: PolicyConfig, *, compute_dtype: torch.dtype, device: tor
     return _trainable(load_base_model(config, compute_dtype=compute_dtype, device=device), config)
 
 
-def skeleton(
+def meta_model(
     config: PolicyConfig, model_config: PretrainedConfig, *, compute_dtype: torch.dtype
 ) -> nn.Module:
     """Return the policy to train without its weights: on the meta device, and not quantised.
@@ -143,7 +143,7 @@ def _trainable(model: PreTrainedModel, config: PolicyConfig) -> nn.Module:
     trained: nn.Module = model
     if config.lora is not None:
         trained = with_adapter(model, config.lora, pretrained=config.pretrained)
-    freeze_beside_text(trained)
+    freeze_non_text_modules(trained)
     return trained
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from sppo_lightning.policy.anatomy import beside_text
+from sppo_lightning.policy.anatomy import non_text_modules
 from sppo_lightning.policy.config import KEY, LoRAConfig
 from sppo_lightning.policy.sharding import is_sharded, local
 from sppo_lightning.types import UserError, first_line
@@ -46,8 +46,11 @@ def with_adapter(model: nn.Module, lora: LoRAConfig, *, pretrained: str) -> Peft
     """
     from peft import get_peft_model
 
-    beside = beside_text(model)
-    config = _fresh_config(lora, beside) if lora.adapter is None else _read_config(lora, pretrained)
+    config = (
+        _fresh_config(lora, non_text_modules(model))
+        if lora.adapter is None
+        else _read_config(lora, pretrained)
+    )
     try:
         adapted: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=True)
     except ValueError as error:
@@ -96,7 +99,7 @@ def replaced_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterato
 
 @contextmanager
 def _overwritten(trained: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Write into the memory that spread weights are gathered from; another tensor in its place would go unseen."""
+    """Write into the memory that sharded weights are gathered from; another tensor in its place would go unseen."""
     own = {name: local(parameter.detach()).clone() for name, parameter in trained.items()}
     for name, parameter in trained.items():
         local(parameter.detach()).copy_(weights[name])
@@ -107,18 +110,18 @@ def _overwritten(trained: Mapping[str, nn.Parameter], weights: Mapping[str, Tens
             local(parameter.detach()).copy_(own[name])
 
 
-def _fresh_config(lora: LoRAConfig, beside: list[str]) -> LoraConfig:
-    """Return PEFT's settings of a fresh adapter, which leaves the modules of these names and what is in them alone."""
+def _fresh_config(lora: LoRAConfig, excluded: list[str]) -> LoraConfig:
+    """Return PEFT's settings of a fresh adapter, on none of the excluded modules and of what is in them."""
     from peft import LoraConfig
 
     assert lora.rank is not None
-    names = "|".join(map(re.escape, beside))
+    names = "|".join(map(re.escape, excluded))
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
-        exclude_modules=rf"({names})(\..+)?" if beside else None,
+        exclude_modules=rf"({names})(\..+)?" if excluded else None,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         task_type="CAUSAL_LM",

@@ -87,7 +87,7 @@ def model_class(pretrained: str, *, key: str, trust_remote_code: bool) -> Any:
 def class_of(model_config: PretrainedConfig) -> Any:
     """Return what :func:`model_class` does; ``None`` for a model that is known not to go on from its prompt.
 
-    A model that sees as well, and comes without a class for text alone, is loaded as what it is.
+    A multimodal model without a class for text alone is loaded as what it is.
 
     Args:
         model_config: its settings.
@@ -173,7 +173,7 @@ def fetch_processor(pretrained: str) -> None:
     """Have what a model's images and sounds are prepared by at hand for :func:`copy_processor`.
 
     Args:
-        pretrained: folder or hub id of a model that also sees or hears.
+        pretrained: folder or hub id of a multimodal model.
     """
     for name in PROCESSOR_FILES:
         file_beside(pretrained, name)
@@ -183,7 +183,7 @@ def copy_processor(pretrained: str, folder: Path) -> None:
     """Copy what a model's images and sounds are prepared by, as far as it is here.
 
     Args:
-        pretrained: folder or hub id of a model that also sees or hears.
+        pretrained: folder or hub id of a multimodal model.
         folder: where to.
     """
     for name in PROCESSOR_FILES:

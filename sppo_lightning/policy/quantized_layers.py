@@ -1,4 +1,4 @@
-"""Quantised layers of bitsandbytes that compute the same in every mode, whatever shares their batch.
+"""Batch-invariant quantised layers of bitsandbytes, which compute the same in every mode.
 
 To rounding: on CUDA bitsandbytes has several 4-bit kernels, and chooses by the number of tokens.
 """
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 
-def make_steady(model: nn.Module) -> None:
-    """Let a model's quantised layers give training, sampling and log-probs one and the same product.
+def make_batch_invariant(model: nn.Module) -> None:
+    """Let a model's quantised layers give training, sampling and log-probs the same product, whatever the batch.
 
     8-bit layers multiply by their dequantised weights. LLM.int8() (arXiv 2208.07339), which bitsandbytes uses
     otherwise, rounds activations too, and picks the columns that it does not round by all rows of a batch, so that a

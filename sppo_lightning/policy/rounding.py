@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sppo_lightning.policy.sharding import whole
+from sppo_lightning.policy.sharding import full_tensor
 from sppo_lightning.types import UserError
 
 
@@ -25,7 +25,7 @@ def check_updates_survive(parameters: Iterable[nn.Parameter], learning_rate: flo
     lost = total = 0
     for parameter in parameters:
         spacing = parameter.detach().abs().float() * torch.finfo(parameter.dtype).eps
-        lost += int(whole((spacing > 2 * learning_rate).sum()))
+        lost += int(full_tensor((spacing > 2 * learning_rate).sum()))
         total += parameter.numel()
     if total and lost > total / 2:
         raise UserError(

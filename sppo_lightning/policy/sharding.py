@@ -1,6 +1,6 @@
-"""Weights spread over processes: torch's ``fully_shard`` (FSDP2), and the DTensors that it makes of parameters.
+"""Weights sharded over processes: torch's ``fully_shard`` (FSDP2), and the DTensors that it makes of parameters.
 
-Every forward of a spread model is a collective: all processes run it equally often, in the same order. So is each
+Every forward of a sharded model is a collective: all processes run it equally often, in the same order. So is each
 function here that says so.
 """
 
@@ -24,42 +24,41 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
-METHOD = "_run_as_forward"  # of a spread model's root
+METHOD = "_run_as_forward"  # of a sharded model's root
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model's weights are spread over processes."""
+    """Whether a model's weights are sharded over processes."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def mesh_of(model: nn.Module) -> DeviceMesh | None:
-    """Return the processes that a model is spread over; ``None`` if it is not."""
+    """Return the processes that a model is sharded over; ``None`` if it is not."""
     meshes = (parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor))
     return next(meshes, None)
 
 
-def is_first(model: nn.Module) -> bool:
-    """Whether this process is the one that gathered weights are for; always for a model that is not spread."""
-    mesh = mesh_of(model)
+def is_rank0(mesh: DeviceMesh | None) -> bool:
+    """Whether this process is the first of some; always where there are no others."""
     return mesh is None or mesh.get_local_rank() == 0
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that this process holds, sharing its memory; all of it if it is not spread."""
+    """Return this process's shard of a tensor, sharing its memory; all of an unsharded one."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return a spread tensor in one piece on every process, a collective; another one as it is."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor in full on every process, a collective; an unsharded one as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return what this process holds of a whole tensor once it is spread as another one is.
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return this process's shard of a full tensor that is sharded as another one is.
 
     Args:
         tensor: the same on every process.
-        like: of the same shape; a plain one keeps the whole tensor here.
+        like: of the same shape; an unsharded one leaves the tensor in full.
     """
     if not isinstance(like, DTensor):
         return tensor
@@ -67,24 +66,20 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     return source.redistribute(placements=like.placements).to_local()
 
 
-def from_first(model: nn.Module, value: T) -> T:
-    """Return the value that the first of a model's processes has, a collective; of a whole model its own."""
-    mesh = mesh_of(model)
-    return value if mesh is None else from_first_of(mesh, value)
-
-
-def from_first_of(mesh: DeviceMesh, value: T) -> T:
+def broadcast_from_rank0(mesh: DeviceMesh | None, value: T) -> T:
     """Return the value that the first process has, a collective; a value of any type that can be pickled."""
+    if mesh is None:
+        return value
     held = [value]
     dist.broadcast_object_list(held, group=mesh.get_group(), group_src=0, device=_device(mesh))
     return held[0]
 
 
-def spread(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Spread a model's weights, layer by layer, so that no device ever holds more than one whole layer; a collective.
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard a model's weights, layer by layer, so that no device ever holds more than one full layer; a collective.
 
-    Weights keep their dtypes, and autocast converts them as it does where they are whole, so that the numbers are the
-    same. Whatever runs on the model has to be its own forward or go through :func:`as_forward`.
+    Weights keep their dtypes, and autocast converts them as it does unsharded ones, so that the numbers are the same.
+    Whatever runs on the model has to be its own forward or go through :func:`as_forward`.
 
     Args:
         model: a transformers causal language model, PEFT's wrapper around it or not: on the first process with its
@@ -92,34 +87,34 @@ def spread(model: nn.Module, mesh: DeviceMesh) -> None:
         mesh: the processes, in one dimension.
 
     Raises:
-        UserError: if the model cannot be spread.
+        UserError: if the model cannot be sharded.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     root = unwrapped(model)
     _check_alike(model, mesh)
     for holder, name in _constants(model):
-        holder[name] = _from_first_process(holder[name], mesh)
+        holder[name] = _broadcast_tensor(holder[name], mesh)
     # gradients are summed up in float32 whatever the weights are; inputs keep their dtypes for autocast
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for part in [*spread_layers(model), root]:
+    for part in [*layers_to_shard(model), root]:
         _place(part, mesh)
         try:
-            # the root too: between two forwards its parameters are then the spread ones
+            # the root too: between two forwards its parameters are then the sharded ones
             fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
         except (ValueError, NotImplementedError, AssertionError) as error:
             raise UserError(
-                f"{type(root).__name__} cannot be spread over processes ({error}): use strategy ddp, or another model"
+                f"{type(root).__name__} cannot be sharded over processes ({error}): use strategy ddp, or another model"
             ) from error
     setattr(root, METHOD, MethodType(_call, root))
     register_fsdp_forward_method(root, METHOD)
 
 
 def as_forward(model: nn.Module, function: Callable[[], T]) -> T:
-    """Run something as one forward of a model, so that its parts may be called one by one where weights are spread.
+    """Run something as one forward of a model, so that its parts may be called one by one where weights are sharded.
 
     Args:
-        model: as :func:`spread` takes it, or a whole one.
+        model: sharded or not.
         function: returns tensors, or containers of them.
     """
     run = getattr(unwrapped(model), METHOD, None)
@@ -138,34 +133,34 @@ def recover(model: nn.Module) -> None:
     reset = getattr(root, "reset_iter_state", None)
     if reset is None:
         raise UserError(
-            f"{type(root).__name__} cannot share a prompt, and torch {torch.__version__} cannot go on from "
-            "a forward that failed where weights are spread: set model.pair_forward to "
+            f"{type(root).__name__} cannot share a prompt, and torch {torch.__version__} cannot recover from "
+            "a forward that failed where weights are sharded: set model.pair_forward to "
             "sppo_lightning.pair_forward.PlainForward, or use torch 2.13"
         )
     reset()
 
 
-def assemble(
-    model: nn.Module, skeleton: Callable[[], nn.Module], *, dtype: torch.dtype | None
+def gather_full_model(
+    model: nn.Module, meta_model: Callable[[], nn.Module], *, dtype: torch.dtype | None
 ) -> nn.Module | None:
-    """Gather a spread model one weight at a time, a collective; return it, in host memory, on the first process.
+    """Gather a sharded model one weight at a time, a collective; return it, in host memory, on the first process.
 
     Args:
-        model: spread; of one with an adapter that alone is gathered, and the base stays on the meta device.
-        skeleton: returns the same model on the meta device.
+        model: sharded; of one with an adapter that alone is gathered, and the base stays on the meta device.
+        meta_model: returns the same model on the meta device.
         dtype: of the weights; ``None``: their own.
     """
-    first, adapted = is_first(model), hasattr(model, "peft_config")
+    first, adapted = is_rank0(mesh_of(model)), hasattr(model, "peft_config")
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if not adapted or cast(Any, model).base_model.prefix in name:
-            value = whole(parameter.detach())
+            value = full_tensor(parameter.detach())
             if first:
                 found[name] = value.to("cpu", dtype, copy=True)
     if not first:
         return None
-    gathered = skeleton()
-    _take(gathered, found)
+    gathered = meta_model()
+    _replace_parameters(gathered, found)
     buffers = dict(model.named_buffers())
     for name, module in gathered.named_modules():
         for key in module._buffers:
@@ -176,15 +171,15 @@ def assemble(
 
 
 def load_rest(checkpoint: Path, module: nn.Module, optimizers: Sequence[Optimizer]) -> set[str]:
-    """Load what a checkpoint holds beside the weights of a module, a collective; return the names of its weights.
+    """Load what a checkpoint holds in addition to a module's weights, a collective; return the names of its weights.
 
     Args:
-        checkpoint: a folder with a part for each process that saved it, or a file of a run that held its weights whole.
+        checkpoint: a folder with a part for each process that saved it, or a file of a run with unsharded weights.
         module: whose weights have been loaded.
         optimizers: of its weights; one whose state is not stored stays as it is.
 
     Raises:
-        UserError: if the state of an optimizer of whole weights is stored.
+        UserError: if the state of an optimizer of unsharded weights is stored.
     """
     from torch.distributed.checkpoint import filesystem, state_dict_loader
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -193,7 +188,7 @@ def load_rest(checkpoint: Path, module: nn.Module, optimizers: Sequence[Optimize
         state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         if any(optimizer["state"] for optimizer in state["optimizer_states"]):
             raise UserError(
-                f"{checkpoint} holds the state of an optimizer of whole weights, which spread ones cannot take over: "
+                f"{checkpoint} holds the optimizer state of unsharded weights, which sharded ones cannot take over: "
                 "continue with the strategy that it was saved with, to the iteration's end at least"
             )
         return set(state["state_dict"])
@@ -211,7 +206,7 @@ def _call(root: nn.Module, function: Callable[[], T]) -> T:
     return function()
 
 
-def spread_layers(model: nn.Module) -> Iterator[nn.Module]:
+def layers_to_shard(model: nn.Module) -> Iterator[nn.Module]:
     """Yield what is gathered layer by layer: the decoder layers, without those that lie inside another."""
     inside: set[nn.Module] = set()
     for layer in decoder_layers(model):
@@ -221,20 +216,20 @@ def spread_layers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _place(part: nn.Module, mesh: DeviceMesh) -> None:
-    """Give the parameters of a part that are not spread yet the first process's values, on this process's device."""
+    """Give the unsharded parameters of a part the first process's values, on this process's device."""
     placed: dict[nn.Parameter, nn.Parameter] = {}  # shared weights stay shared
     for module in part.modules():
         for name, parameter in module._parameters.items():
             if parameter is None or isinstance(parameter, DTensor):
                 continue
             if parameter not in placed:
-                value = _from_first_process(parameter.detach(), mesh)
+                value = _broadcast_tensor(parameter.detach(), mesh)
                 placed[parameter] = nn.Parameter(value, requires_grad=parameter.requires_grad)
             module._parameters[name] = placed[parameter]
 
 
-def _take(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Put values in the place of parameters; shared weights stay shared."""
+def _replace_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Replace parameters by values of the same names; shared weights stay shared."""
     named = {parameter: name for name, parameter in model.named_parameters()}
     fresh = {
         parameter: nn.Parameter(values[name], requires_grad=parameter.requires_grad)
@@ -255,10 +250,10 @@ def _constants(model: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
                 yield cast(dict[str, Any], holder), name
 
 
-def _from_first_process(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+def _broadcast_tensor(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     """Return the first process's values on this process's device."""
     device = _device(mesh)
-    if mesh.get_local_rank() == 0:
+    if is_rank0(mesh):
         value = tensor.to(device, copy=True).contiguous()
     else:
         value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
@@ -276,7 +271,7 @@ def _check_alike(model: nn.Module, mesh: DeviceMesh) -> None:
     """Refuse to broadcast between models that differ, which would hang or mix weights up."""
     mine = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
     mine += [(name, tuple(b.shape), str(b.dtype), False) for name, b in model.named_buffers()]
-    first = from_first_of(mesh, mine)
+    first = broadcast_from_rank0(mesh, mine)
     if mine != first:
         some = sorted(set(mine) ^ set(first))[:2]
         raise RuntimeError(f"the model that is read differs from the one that its config describes: {some}")

@@ -19,7 +19,7 @@ from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
 from sppo_lightning.policy.fingerprint import fingerprint
 from sppo_lightning.policy.folder import write_folder
 from sppo_lightning.policy.lora import adapter_is_off
-from sppo_lightning.policy.sharding import assemble
+from sppo_lightning.policy.sharding import gather_full_model
 from sppo_lightning.policy.spec import PolicySpec
 from sppo_lightning.types import Ranks, UserError
 
@@ -129,14 +129,14 @@ class ShardedSnapshot(PolicySnapshot):
         if self._synced or not any(flag for part in ranks.gather([needed]) for flag in part):
             return
         dtype = self.spec.compute_dtype if self.spec.config.lora is None else None
-        model = assemble(self.model, self.spec.meta_model, dtype=dtype)
+        model = gather_full_model(self.model, self.spec.meta_model, dtype=dtype)
         if model is not None:
             shutil.rmtree(self.workspace, ignore_errors=True)
             fresh = self.workspace / "policy.new"
             write_folder(model, self.tokenizer, fresh)
             fresh.rename(self._folder)
         self._synced = True
-        ranks.barrier("policy published")
+        ranks.barrier("sampling weights synced")
 
     @property
     def _folder(self) -> Path:

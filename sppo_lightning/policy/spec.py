@@ -55,7 +55,7 @@ class PolicySpec:
             config.pretrained, key=key, trust_remote_code=config.trust_remote_code
         )
         choose_chat_template(tokenizer, config.chat_template, key="model.policy.chat_template")
-        model = loading.skeleton(config, model_config, compute_dtype=compute_dtype)
+        model = loading.meta_model(config, model_config, compute_dtype=compute_dtype)
         pretrained.check_vocabulary(tokenizer, unwrapped(model), key=key)
         self._tokenizer, self._model_config = tokenizer, model_config
 
@@ -79,6 +79,6 @@ class PolicySpec:
 
     def meta_model(self) -> nn.Module:
         """Return the policy to train without its weights, on the meta device."""
-        model = loading.skeleton(self.config, self.model_config, compute_dtype=self.compute_dtype)
+        model = loading.meta_model(self.config, self.model_config, compute_dtype=self.compute_dtype)
         loading.keep_head_input_contiguous(unwrapped(model))
         return model

@@ -164,13 +164,13 @@ class ShardedPolicy(TrainedPolicy):
 
     def save(self, folder: Path, *, is_rank0: bool) -> None:
         """Gather the weights one by one, and write them on rank 0."""
-        model = sharding.assemble(self.model, self.spec.meta_model, dtype=None)
+        model = sharding.gather_full_model(self.model, self.spec.meta_model, dtype=None)
         if model is not None:
             write_folder(model, self.spec.tokenizer, folder)
 
     def cleanup_sampling_weights(self) -> None:
         """Remove the workspace."""
-        if self.mesh.get_local_rank() == 0:
+        if sharding.is_rank0(self.mesh):
             shutil.rmtree(self.workspace, ignore_errors=True)
         self._current = None  # its weights are no longer there to be sampled from
 
@@ -211,18 +211,18 @@ def load_trained_policy(
     if config.quantization != "none":
         raise UserError(
             f"model.policy.quantization={config.quantization} and trainer.strategy=ModelParallelStrategy do not go "
-            "together: quantised weights cannot be spread over processes; set quantization: none, or use strategy ddp"
+            "together: quantised weights cannot be sharded over processes; set quantization: none, or use strategy ddp"
         )
     return ShardedPolicy(spec, _load_sharded(spec, mesh), steps, mesh, workspace)
 
 
 def _load_sharded(spec: PolicySpec, mesh: DeviceMesh) -> nn.Module:
     """Return the policy to train, sharded; rank 0 reads its weights, into host memory."""
-    if mesh.get_local_rank() == 0:
+    if sharding.is_rank0(mesh):
         model = loading.load_policy(spec.config, compute_dtype=spec.compute_dtype)
     else:
         model = spec.meta_model()
     inner: Any = unwrapped(model)
-    inner.generation_config = sharding.from_first_of(mesh, inner.generation_config)
-    sharding.spread(model, mesh)
+    inner.generation_config = sharding.broadcast_from_rank0(mesh, inner.generation_config)
+    sharding.shard(model, mesh)
     return model

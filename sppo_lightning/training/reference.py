@@ -21,7 +21,7 @@ from sppo_lightning.pair_forward.parity import trial_pairs
 from sppo_lightning.policy.anatomy import unwrapped
 from sppo_lightning.policy.loading import without_dropout
 from sppo_lightning.policy.lora import replaced_weights
-from sppo_lightning.policy.sharding import local, part_of
+from sppo_lightning.policy.sharding import local, shard_like
 from sppo_lightning.policy.snapshot import PolicySnapshot
 from sppo_lightning.policy.trained import TrainedPolicy
 from sppo_lightning.training.batching import PairBatch
@@ -160,7 +160,7 @@ def _moved(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: (
             local(parameter.detach())
-            + part_of(STEP * torch.randn(parameter.shape, generator=generator), parameter).to(
+            + shard_like(STEP * torch.randn(parameter.shape, generator=generator), parameter).to(
                 parameter.device
             )
         )

@@ -38,7 +38,7 @@ def policy(lora: LoRAConfig | None = None, checkpointing: bool = False) -> Polic
 
 
 def dry(config: PolicyConfig, dtype: torch.dtype, model_config: Any = CONFIG) -> DryRun:
-    model = policies.skeleton(config, model_config, compute_dtype=dtype)
+    model = policies.meta_model(config, model_config, compute_dtype=dtype)
     policies.disable_dropout(model)
     return DryRun(model, compute_dtype=dtype)
 

@@ -25,7 +25,7 @@ from sppo_lightning.policy.footprint import (
     loaded_footprint,
     quantized_matrix,
 )
-from sppo_lightning.policy.loading import skeleton
+from sppo_lightning.policy.loading import meta_model
 from sppo_lightning.policy.pretrained import quantization_options
 
 KINDS: list[tuple[Literal["nf4", "int8"], bool]] = [("nf4", True), ("nf4", False), ("int8", True)]
@@ -120,7 +120,7 @@ def test_an_adapter_is_counted_apart_and_not_quantised() -> None:
     lora = LoRAConfig(rank=4, alpha=4)
     base = footprint(bare(LARGER).requires_grad_(False), quantized_matrix("nf4"))
     config = PolicyConfig("x", quantization="nf4", lora=lora)
-    adapted = skeleton(config, LARGER, compute_dtype=torch.bfloat16)
+    adapted = meta_model(config, LARGER, compute_dtype=torch.bfloat16)
     found = footprint(adapted, quantized_matrix("nf4"))
     assert found.frozen == base.frozen
     # rank 4 on all seven matrices of each layer, in and out

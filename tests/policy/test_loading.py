@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, MllamaTextConfi
 from sppo_lightning.generation import SampleRequest
 from sppo_lightning.pair_forward import AutoForward, PairForward, PlainForward, SharedForward
 from sppo_lightning.pair_forward.parity import Trial
-from sppo_lightning.policy.anatomy import beside_text, freeze_beside_text
+from sppo_lightning.policy.anatomy import freeze_non_text_modules, non_text_modules
 from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
 from sppo_lightning.policy.fingerprint import fingerprint
 from sppo_lightning.policy.folder import loader_name, write_folder
@@ -370,62 +370,64 @@ def test_disable_dropout_leaves_the_adapters_own(tiny_policy: Path) -> None:
     assert kept == {0.5}
 
 
-# ---------------------------------------------------------------- models that see
+# -------------------------------------------------------------------- multimodal
 
-SEEING = ("gemma3_seeing", "gemma4_seeing", "mistral3_seeing")
-BLIND = ("vision_tower", "multi_modal_projector", "embed_vision")  # what text never passes through
+MULTIMODAL = ("gemma3_seeing", "gemma4_seeing", "mistral3_seeing")
+NON_TEXT = ("vision_tower", "multi_modal_projector", "embed_vision")  # what text never passes through
 
 
-def seeing_policy(kind: str, folder: Path, lora: LoRAConfig | None = None) -> nn.Module:
+def multimodal_policy(kind: str, folder: Path, lora: LoRAConfig | None = None) -> nn.Module:
     new_model(kind).save_pretrained(folder)
     return load_policy(PolicyConfig(str(folder), lora=lora), compute_dtype=torch.float32)
 
 
-@pytest.mark.parametrize("kind", SEEING)
+@pytest.mark.parametrize("kind", MULTIMODAL)
 @pytest.mark.parametrize(
     "lora",
     [None, LoRAConfig(rank=2, alpha=4), LoRAConfig(rank=2, alpha=4, target_modules=["q_proj"])],
     ids=["full", "all-linear", "q_proj"],
 )
-def test_all_that_is_trained_of_a_model_that_sees_gets_a_gradient(
+def test_all_that_is_trained_of_a_multimodal_model_gets_a_gradient(
     kind: str, lora: LoRAConfig | None, tmp_path: Path
 ) -> None:
-    """DDP waits for the gradient of each; the eyes have layers of the same names."""
-    model = seeing_policy(kind, tmp_path, lora)
+    """DDP waits for the gradient of each; a vision tower has layers of the same names."""
+    model = multimodal_policy(kind, tmp_path, lora)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    eyes = {name for name, _ in model.named_parameters() if any(f".{part}." in f".{name}" for part in BLIND)}
-    assert eyes
+    others = {
+        name for name, _ in model.named_parameters() if any(f".{part}." in f".{name}" for part in NON_TEXT)
+    }
+    assert others
     assert trained
-    assert not trained & eyes
+    assert not trained & others
     forward = AutoForward()
     forward.prepare(model, Trial(40, nullcontext, bool))
     logps = forward.token_logps(model, batch_of(pairs_of(), forward.layout(PAD)).rows)
     logps.sum().backward()
     assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
     if lora is None:
-        assert trained | eyes == {name for name, _ in model.named_parameters()}
+        assert trained | others == {name for name, _ in model.named_parameters()}
 
 
-def test_an_adapter_that_names_only_eyes_matches_nothing(tmp_path: Path) -> None:
+def test_an_adapter_that_names_only_the_vision_tower_matches_nothing(tmp_path: Path) -> None:
     lora = LoRAConfig(rank=2, alpha=4, target_modules=["patch_conv"])
     with pytest.raises(UserError, match=r"^model\.policy\.lora\.target_modules: No modules were targeted"):
-        seeing_policy("mistral3_seeing", tmp_path, lora)
+        multimodal_policy("mistral3_seeing", tmp_path, lora)
 
 
-def test_a_model_for_text_has_nothing_beside_it() -> None:
+def test_a_model_for_text_has_no_non_text_modules() -> None:
     for kind in ("llama", "gemma3", "qwen3_5", "gpt2", "opt", "bart"):
-        assert beside_text(new_model(kind)) == []
+        assert non_text_modules(new_model(kind)) == []
 
 
-def test_weights_that_hang_beside_modules_are_frozen_too() -> None:
+def test_non_text_weights_outside_of_modules_are_frozen_too() -> None:
     """LLaVA-NeXT's mark of a new line is one."""
     model = new_model("gemma3_seeing")
     model.model.image_newline = nn.Parameter(torch.zeros(32))
-    freeze_beside_text(model)
+    freeze_non_text_modules(model)
     assert not model.model.image_newline.requires_grad
     assert model.lm_head.weight.requires_grad
     plain = new_model()
-    freeze_beside_text(plain)
+    freeze_non_text_modules(plain)
     assert all(parameter.requires_grad for parameter in plain.parameters())
 
 
@@ -440,7 +442,7 @@ def test_a_part_of_a_model_with_settings_of_its_own_is_loaded_by_the_usual_class
 
 def test_a_policy_is_written_though_its_base_is_gone(tmp_path: Path) -> None:
     """Without what prepares images, which was there."""
-    model = seeing_policy("gemma3_seeing", tmp_path / "base")
+    model = multimodal_policy("gemma3_seeing", tmp_path / "base")
     shutil.rmtree(tmp_path / "base")
     write_folder(model, byte_tokenizer(), tmp_path / "policy")
     assert (tmp_path / "policy/model.safetensors").exists()

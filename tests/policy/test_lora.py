@@ -21,7 +21,7 @@ from sppo_lightning.pair_forward import PlainForward, SharedForward
 from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
 from sppo_lightning.policy.fingerprint import fingerprint
 from sppo_lightning.policy.folder import write_folder
-from sppo_lightning.policy.loading import load_policy, skeleton
+from sppo_lightning.policy.loading import load_policy, meta_model
 from sppo_lightning.policy.lora import copied_weights, replaced_weights, with_adapter
 from sppo_lightning.types import UserError
 
@@ -98,7 +98,7 @@ def test_target_modules_that_match_nothing(tiny_policy: Path, targets: list[str]
     """Found without the weights."""
     config = PolicyConfig(str(tiny_policy), lora=LoRAConfig(rank=4, alpha=8, target_modules=targets))
     with pytest.raises(UserError, match=f"^{message}$"):
-        skeleton(config, AutoConfig.from_pretrained(tiny_policy), compute_dtype=torch.float32)
+        meta_model(config, AutoConfig.from_pretrained(tiny_policy), compute_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
@@ -109,16 +109,16 @@ def test_a_tied_embedding_is_not_adapted(target: str) -> None:
     assert with_adapter(LlamaForCausalLM(tiny_config()), lora, pretrained="x") is not None
 
 
-def test_a_skeleton_has_the_policys_weights_but_not_their_values(tiny_policy: Path) -> None:
+def test_a_meta_device_model_has_the_policys_weights_but_not_their_values(tiny_policy: Path) -> None:
     config = PolicyConfig(str(tiny_policy), lora=LORA, gradient_checkpointing=True)
-    bones = skeleton(config, AutoConfig.from_pretrained(tiny_policy), compute_dtype=torch.bfloat16)
+    empty = meta_model(config, AutoConfig.from_pretrained(tiny_policy), compute_dtype=torch.bfloat16)
     model = load_policy(config, compute_dtype=torch.bfloat16)
 
     def shapes(of: nn.Module) -> dict[str, Any]:
         return {name: (p.shape, p.dtype, p.requires_grad) for name, p in of.named_parameters()}
 
-    assert shapes(bones) == shapes(model)
-    assert all(parameter.is_meta for parameter in bones.parameters())
+    assert shapes(empty) == shapes(model)
+    assert all(parameter.is_meta for parameter in empty.parameters())
 
 
 # ------------------------------------------------------------------ to start from
@@ -207,7 +207,7 @@ def test_an_adapter_that_does_not_fit(tiny_policy: Path, adapter: Path, case: st
     spoil(adapter)
     config = PolicyConfig(str(tiny_policy), lora=LoRAConfig(adapter=str(adapter)))
     with pytest.raises(UserError, match=rf"^model\.policy\.lora\.adapter='.*/adapter' .*{message}"):
-        skeleton(config, AutoConfig.from_pretrained(tiny_policy), compute_dtype=torch.float32)
+        meta_model(config, AutoConfig.from_pretrained(tiny_policy), compute_dtype=torch.float32)
 
 
 def test_another_model_under_the_same_name_does_not(tiny_policy: Path, adapter: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Weights spread over two gloo processes give what whole ones give."""
+"""Weights sharded over two gloo processes give what unsharded ones give."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from sppo_lightning.training.optimizers import build_optimizer, clip_gradients
 from sppo_lightning.types import UserError
 
 
-def spread(kind: str, mesh: DeviceMesh, *, checkpointed: bool = False) -> nn.Module:
+def sharded(kind: str, mesh: DeviceMesh, *, checkpointed: bool = False) -> nn.Module:
     """The tiny model over all processes; all but the first start from a model without weights."""
     model = new_model(kind)
     if mesh.get_local_rank() > 0:
         model = model.to("meta")
         model.tie_weights()
     prepare(model, checkpointed=checkpointed)
-    sharding.spread(model, mesh)
+    sharding.shard(model, mesh)
     return model
 
 
@@ -69,43 +69,45 @@ def a_step(model: nn.Module, *, half: bool) -> tuple[dict[str, Tensor], str, str
     found["logps"] = logps.detach()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
-        found[name] = sharding.whole(parameter.grad).clone()
+        found[name] = sharding.full_tensor(parameter.grad).clone()
     parameters = list(model.parameters())
     optimizer = build_optimizer(None, parameters, learning_rate=1e-3, weight_decay=0.1, clips_unscaled=False)
     optimizer.step()
     assert fingerprint(model, "tiny") != digest
-    found |= {f"{name} after": sharding.whole(p.detach()).clone() for name, p in model.named_parameters()}
+    found |= {
+        f"{name} after": sharding.full_tensor(p.detach()).clone() for name, p in model.named_parameters()
+    }
     return found, digest, told
 
 
 def compare_steps(mesh: DeviceMesh, kind: str, checkpointed: bool, half: bool) -> None:
-    whole = new_model(kind)
-    prepare(whole, checkpointed=checkpointed)
-    expected, digest, told = a_step(whole, half=half)
-    model = spread(kind, mesh, checkpointed=checkpointed)
+    unsharded = new_model(kind)
+    prepare(unsharded, checkpointed=checkpointed)
+    expected, digest, told = a_step(unsharded, half=half)
+    model = sharded(kind, mesh, checkpointed=checkpointed)
     assert sharding.is_sharded(model)
     assert all(sharding.local(p.detach()).numel() < p.numel() for p in model.parameters())
-    found, spread_digest, spread_told = a_step(model, half=half)
-    assert spread_told == told
+    found, sharded_digest, sharded_told = a_step(model, half=half)
+    assert sharded_told == told
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
     if not half:
         torch.testing.assert_close(found["logps"], expected["logps"], rtol=0, atol=0)
-    assert spread_digest == digest
+    assert sharded_digest == digest
 
 
 @pytest.mark.parametrize(
     ("kind", "checkpointed", "half"),
     [("llama", False, False), ("llama", True, True), ("gemma3_capped", True, False), ("gpt2", False, False)],
 )
-def test_a_step_is_the_one_of_whole_weights(kind: str, checkpointed: bool, half: bool) -> None:
+def test_a_step_is_the_one_of_unsharded_weights(kind: str, checkpointed: bool, half: bool) -> None:
     """Tied and separate heads, shared and plain rows, recomputed layers: same log-probs, gradients and digest."""
     together(compare_steps, kind, checkpointed, half)
 
 
-def go_on_after_a_failure(mesh: DeviceMesh) -> None:
-    model = spread("llama", mesh)
+def recover_from_a_failure(mesh: DeviceMesh) -> None:
+    model = sharded("llama", mesh)
     rows = batch_of(pairs_of(), PlainLayout(2)).rows
     expected = torch.cat(PlainForward().logps(model, rows))
     layer = model.model.layers[1]  # type: ignore[union-attr]
@@ -119,11 +121,13 @@ def go_on_after_a_failure(mesh: DeviceMesh) -> None:
         PlainForward().logps(model, rows)
     layer.mlp.forward = own
     if not hasattr(model, "reset_iter_state"):  # before torch 2.13
-        with pytest.raises(UserError, match=r"cannot go on from a forward that failed .* or use torch 2\.13"):
+        with pytest.raises(
+            UserError, match=r"cannot recover from a forward that failed .* or use torch 2\.13"
+        ):
             sharding.recover(model)
         return
     sharding.recover(model)
-    assert all(isinstance(p, sharding.DTensor) for p in model.parameters())  # none is left whole
+    assert all(isinstance(p, sharding.DTensor) for p in model.parameters())  # none is left gathered
     found = torch.cat(PlainForward().logps(model, rows))
     assert torch.equal(found, expected)
     found.sum().backward()
@@ -131,7 +135,7 @@ def go_on_after_a_failure(mesh: DeviceMesh) -> None:
 
 
 def test_a_forward_that_failed_is_followed_by_one_that_does_not() -> None:
-    together(go_on_after_a_failure)
+    together(recover_from_a_failure)
 
 
 class SpreadReference:
@@ -157,7 +161,7 @@ class SpreadReference:
 
 def read_reference(mesh: DeviceMesh, folder: Path, pairs_count: int, passes: int) -> None:
     reference_parts.FEWEST = 1  # a part for each process, where there are pairs
-    reference = SpreadReference(spread("llama", mesh))
+    reference = SpreadReference(sharded("llama", mesh))
     reports: list[tuple[int, int, int]] = []
     pairs = pairs_of()[:pairs_count]
     found, _ = reference_pass(
@@ -191,7 +195,7 @@ def test_processes_without_a_batch_read_along(tmp_path: Path, count: int, passes
 
 
 def refuse(mesh: DeviceMesh) -> None:
-    model = spread("llama", mesh)
+    model = sharded("llama", mesh)
     check_updates_survive(model.parameters(), 1e-3)
     with pytest.raises(UserError, match="is lost to rounding in 100%"):
         check_updates_survive(model.parameters(), 1e-12)  # on all processes alike
@@ -206,7 +210,7 @@ def refuse(mesh: DeviceMesh) -> None:
         )
 
 
-def test_what_cannot_be_spread_is_refused() -> None:
+def test_what_cannot_be_sharded_is_refused() -> None:
     together(refuse)
 
 

@@ -43,11 +43,11 @@ def loaded(policy: Path, folder: Path, mesh: DeviceMesh | None, **config: Any) -
 
 
 def change(policy: TrainedPolicy) -> None:
-    """Other weights, the same for whole and for spread ones."""
+    """Other weights, the same for unsharded and for sharded ones."""
     with torch.no_grad():
         for number, parameter in enumerate(p for p in policy.model.parameters() if p.requires_grad):
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
-            sharding.local(parameter.detach()).add_(0.1 * sharding.part_of(noise, parameter))
+            sharding.local(parameter.detach()).add_(0.1 * sharding.shard_like(noise, parameter))
 
 
 # ---------------------------------------------------------------- full weights
@@ -176,14 +176,14 @@ def test_quantised_weights_are_not_sharded(tiny_policy: Path, tmp_path: Path) ->
         loaded(tiny_policy, tmp_path, mesh, quantization="nf4", lora=LORA)
 
 
-def show_faces(mesh: DeviceMesh, tiny: Path, folder: Path, lora: LoRAConfig | None) -> None:
+def compare_states(mesh: DeviceMesh, tiny: Path, folder: Path, lora: LoRAConfig | None) -> None:
     ranks, first = Processes(mesh), mesh.get_local_rank() == 0
-    whole, policy = loaded(tiny, folder, None, lora=lora), loaded(tiny, folder, mesh, lora=lora)
-    assert isinstance(whole, UnshardedPolicy)
+    full, policy = loaded(tiny, folder, None, lora=lora), loaded(tiny, folder, mesh, lora=lora)
+    assert isinstance(full, UnshardedPolicy)
     assert isinstance(policy, ShardedPolicy)
-    change(whole)
+    change(full)
     change(policy)
-    expected, snapshot = whole.current(), policy.current()
+    expected, snapshot = full.current(), policy.current()
     assert snapshot.end_token_ids == expected.end_token_ids
     assert snapshot.fingerprint() == expected.fingerprint()
     ids = torch.arange(3, 40)[None]
@@ -216,16 +216,14 @@ def show_faces(mesh: DeviceMesh, tiny: Path, folder: Path, lora: LoRAConfig | No
     assert (folder / ".sampling/policy" / weights).exists()
 
     policy.save(folder / "saved", is_rank0=first)
-    whole.save(folder / f"whole-{ranks.rank}", is_rank0=True)
+    full.save(folder / f"full-{ranks.rank}", is_rank0=True)
     dist.barrier()
     for name in ("config.json", "generation_config.json") if lora is None else ("generation_config.json",):
         saved = json.loads((folder / "saved" / name).read_text())
-        assert saved == json.loads((folder / f"whole-{ranks.rank}" / name).read_text())
-    assert (folder / "saved" / weights).read_bytes() == (
-        folder / f"whole-{ranks.rank}" / weights
-    ).read_bytes()
+        assert saved == json.loads((folder / f"full-{ranks.rank}" / name).read_text())
+    assert (folder / "saved" / weights).read_bytes() == (folder / f"full-{ranks.rank}" / weights).read_bytes()
 
-    with whole.initial() as initial:
+    with full.initial() as initial:
         before, digest = logits(initial.model.eval()), initial.fingerprint()
         answers = logits(initial.sampling_model())
     with policy.initial() as initial:
@@ -241,19 +239,19 @@ def show_faces(mesh: DeviceMesh, tiny: Path, folder: Path, lora: LoRAConfig | No
         else:
             with pytest.raises(UserError, match=r"is its adapter switched off, which no folder holds"):
                 initial.export(folder / f"initial-{ranks.rank}")
-    assert policy.current().fingerprint() == whole.current().fingerprint() == expected.fingerprint()
+    assert policy.current().fingerprint() == full.current().fingerprint() == expected.fingerprint()
 
 
 @pytest.mark.parametrize("lora", [None, LoRAConfig(rank=2, alpha=4)], ids=["full", "lora"])
-def test_a_spread_policy_shows_the_faces_of_a_whole_one(
+def test_a_sharded_policy_shows_what_an_unsharded_one_does(
     tiny_policy: Path, tmp_path: Path, lora: LoRAConfig | None
 ) -> None:
     """Fingerprint, sampling model, exports and the initial policy."""
-    together(show_faces, tiny_policy, tmp_path, lora)
+    together(compare_states, tiny_policy, tmp_path, lora)
 
 
-def hand_over_eyes(mesh: DeviceMesh, model: Path, adapter: Path, folder: Path) -> None:
-    """An adapter that another tool put on the eyes too goes along as it was."""
+def sync_vision_adapter(mesh: DeviceMesh, model: Path, adapter: Path, folder: Path) -> None:
+    """An adapter that another tool put on the vision tower too goes along as it was."""
     policy = loaded(model, folder, mesh, lora=LoRAConfig(adapter=str(adapter)))
     change(policy)
     policy.current().sync_sampling_weights(Processes(mesh), needed=True)
@@ -264,7 +262,7 @@ def hand_over_eyes(mesh: DeviceMesh, model: Path, adapter: Path, folder: Path) -
     assert same == {name for name in found if "vision_tower" in name} != set()
 
 
-def test_a_spread_adapter_on_eyes_is_handed_over_whole(tmp_path: Path) -> None:
+def test_a_sharded_adapter_on_a_vision_tower_is_synced_in_full(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     new_model("mistral3_seeing").save_pretrained(tmp_path / "model")
@@ -273,7 +271,7 @@ def test_a_spread_adapter_on_eyes_is_handed_over_whole(tmp_path: Path) -> None:
     adapted = get_peft_model(new_model("mistral3_seeing"), config)
     adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "model")
     adapted.save_pretrained(tmp_path / "adapter")
-    together(hand_over_eyes, tmp_path / "model", tmp_path / "adapter", tmp_path / "run")
+    together(sync_vision_adapter, tmp_path / "model", tmp_path / "adapter", tmp_path / "run")
 
 
 def swap_adapters(mesh: DeviceMesh, tiny: Path, folder: Path) -> None:
@@ -296,5 +294,5 @@ def swap_adapters(mesh: DeviceMesh, tiny: Path, folder: Path) -> None:
     check_reference_is_frozen(policy, logps)
 
 
-def test_spread_adapters_are_swapped_and_put_back(tiny_policy: Path, tmp_path: Path) -> None:
+def test_sharded_adapters_are_swapped_and_put_back(tiny_policy: Path, tmp_path: Path) -> None:
     together(swap_adapters, tiny_policy, tmp_path)
