@@ -155,8 +155,7 @@ def open_run(root: Path, *, iteration: int | None = None) -> FinishedRun:
     elif kept_place.is_dir():
         place = kept_place
     elif iteration != latest:
-        names = {path.name for path in (root / "policies").glob("[0-9]*") if path.name.isdigit()}
-        kept = sorted({*map(int, names), latest})
+        kept = sorted({*(int(path.name) for path in _kept(root)), latest})
         raise UserError(
             f"{root} holds no policy of iteration {iteration}, only of {', '.join(map(str, kept))}: name one of those "
             "(callback PolicyExport with keep_every_iteration: true keeps all)"
@@ -211,3 +210,7 @@ def _last_finished(folder: RunFolder) -> int | None:
         while folder.iteration(finished).complete:
             finished += 1
     return finished - 1 if finished else None
+
+
+def _kept(root: Path) -> list[Path]:
+    return [path for path in (root / "policies").glob("[0-9]*") if path.name.isdigit()]

@@ -44,7 +44,7 @@ def adapter_readme(model: nn.Module, loader: str) -> str:
 
 
 def loads_with_auto_peft(base: str, loader: str) -> bool:
-    """Whether PEFT finds and loads an adapter's base by itself: not from a ``.gguf`` file or by another class.
+    """Whether PEFT finds and loads an adapter's base by itself: no ``.gguf`` file, no multimodal model.
 
     Args:
         base: where it is.
@@ -75,7 +75,7 @@ def base_arguments(base: str) -> str:
 def write_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write model (an adapter in PEFT's layout and a README), tokenizer, chat template and generation config.
 
-    A multimodal model's folder gets the files of its processor, too.
+    A multimodal model's processor, which prepares images and sounds, is copied.
     """
     inner, settings = unwrapped(model), text_settings(model)
     use_cache, settings.use_cache = settings.use_cache, True
