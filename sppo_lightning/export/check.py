@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sppo_lightning.export.exporter import Exporter
-from sppo_lightning.export.logps import digests, read, response_logps, sample_pairs
+from sppo_lightning.export.logps import digests, own_dtype_logps, read, response_logps, sample_pairs
 from sppo_lightning.export.saved_policy import SavedPolicy
 from sppo_lightning.training.reference import RATIO_TOLERANCE
 from sppo_lightning.types import PreferencePair, UserError
@@ -136,7 +136,7 @@ def _read_back(exporter: Exporter, policy: SavedPolicy, folder: Path) -> _ReadBa
     logps = response_logps(model, policy.pairs)
     rounding = 0.0  # an adapter is written as it was trained
     if not hasattr(model, "peft_config") and model.dtype not in (torch.float32, torch.float64):
-        rounding = distance(logps, response_logps(model, policy.pairs, exact=False))
+        rounding = distance(logps, own_dtype_logps(model, policy.pairs))
     return _ReadBack(logps, rounding, altered)
 
 

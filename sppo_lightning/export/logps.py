@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from typing import Any, NamedTuple, cast
 
@@ -56,29 +56,29 @@ def read(model: nn.Module, pairs: Sequence[PreferencePair]) -> Logps:
         return Logps(policy, response_logps(model, pairs))
 
 
-def response_logps(model: nn.Module, pairs: Iterable[PreferencePair], *, exact: bool = True) -> Tensor:
+def response_logps(model: nn.Module, pairs: Iterable[PreferencePair]) -> Tensor:
+    """Return what :func:`own_dtype_logps` does, multiplied in float32 whatever the weights' dtype is."""
+    with float32_products(model):
+        return own_dtype_logps(model, pairs)
+
+
+@torch.no_grad()
+def own_dtype_logps(model: nn.Module, pairs: Iterable[PreferencePair]) -> Tensor:
     """Return the log-prob of each response token, ``[N]`` float64, nats, each sequence read by itself.
 
     Args:
         model: a causal language model, with or without an adapter.
         pairs: their chosen and rejected responses, token ids as they were sampled.
-        exact: multiply in float32 whatever the weights' dtype is.
     """
-    with torch.no_grad(), float32_products(model) if exact else nullcontext():
-        return torch.cat(
-            [
-                _logps(model, pair.prompt_token_ids, response)
-                for pair in pairs
-                for response in (pair.chosen_token_ids, pair.rejected_token_ids)
-            ]
-        )
-
-
-def _logps(model: nn.Module, prompt: tuple[int, ...], response: tuple[int, ...]) -> Tensor:
+    found = []
     device = unwrapped(model).get_input_embeddings().weight.device
-    ids = torch.tensor([prompt + response], device=device)
-    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-    return token_logps(logits, ids[0, len(prompt) :]).cpu().double()
+    for pair in pairs:
+        start = len(pair.prompt_token_ids)
+        for response in (pair.chosen_token_ids, pair.rejected_token_ids):
+            ids = torch.tensor([pair.prompt_token_ids + response], device=device)
+            logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1]
+            found.append(token_logps(logits, ids[0, start:]).cpu().double())
+    return torch.cat(found)
 
 
 def digests(weights: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
