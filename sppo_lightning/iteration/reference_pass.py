@@ -118,7 +118,7 @@ def _missing(
     return [
         number
         for number, (rows, part) in enumerate(zip(parts, found, strict=True))
-        if part is None or part.made_of != digest(pairs, rows, fingerprint)
+        if part is None or part.provenance != digest(pairs, rows, fingerprint)
     ]
 
 

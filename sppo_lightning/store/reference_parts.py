@@ -47,7 +47,7 @@ class StoredPart(NamedTuple):
     """What a file holds."""
 
     logps: Tensor  # [2, rows] float64, nats, chosen first
-    made_of: str  # digest of its pairs
+    provenance: str  # digest of its pairs
 
 
 class ReferenceParts:
@@ -72,19 +72,19 @@ class ReferenceParts:
             table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
         except (pa.ArrowException, OSError):
             return None
-        made_of = (table.schema.metadata or {}).get(b"digest", b"").decode()
-        return StoredPart(torch.stack([torch.tensor(table[side].to_numpy()) for side in SIDES]), made_of)
+        provenance = (table.schema.metadata or {}).get(b"digest", b"").decode()
+        return StoredPart(torch.stack([torch.tensor(table[side].to_numpy()) for side in SIDES]), provenance)
 
-    def write(self, number: int, logps: Tensor, made_of: str) -> None:
+    def write(self, number: int, logps: Tensor, provenance: str) -> None:
         """Write a part.
 
         Args:
             number: of the part.
             logps: ``[2, rows]`` float64 in nats, chosen first.
-            made_of: the digest of its pairs.
+            provenance: the digest of its pairs.
         """
         columns = dict(zip(SIDES, (side.numpy() for side in logps), strict=True))
-        table = pa.table(columns).replace_schema_metadata({"digest": made_of})
+        table = pa.table(columns).replace_schema_metadata({"digest": provenance})
         with replacing(self._path(number)) as file:
             pq.write_table(table, file, write_page_checksum=True)
 

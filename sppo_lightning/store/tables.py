@@ -33,7 +33,7 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
             columns=schema.names,
             partitioning=None,
             page_checksum_verification=True,
-            pre_buffer=False,  # it would keep the file in memory beside the table
+            pre_buffer=False,  # it would keep the file in memory in addition to the table
         )
         return table.select(schema.names).cast(schema)
     except (pa.ArrowException, OSError, KeyError) as error:
@@ -42,7 +42,7 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
         what = "gone" if isinstance(error, FileNotFoundError) else f"damaged ({first_line(error)})"
         raise UserError(
             f"{path} is {what}: restore it from a copy, or give the same command again, which "
-            "keeps it aside and makes it anew if its iteration has not been trained on"
+            "quarantines it and makes it anew if its iteration has not been trained on"
         ) from error
 
 
