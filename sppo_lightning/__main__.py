@@ -39,10 +39,10 @@ def main(args: list[str] | None = None) -> None:
         )
         sys.exit(128 + stop.signal)
     except OSError as error:
-        told = disk_error(error, Path(error.filename or Path.cwd()))
-        if told is None:
+        message = disk_error(error, Path(error.filename or Path.cwd()))
+        if message is None:
             raise
-        _leave(str(told))
+        _leave(str(message))
     except SyntaxError as error:  # of a module that the config names
         _leave(f"{error.filename}:{error.lineno}: {error.msg}: correct that line")
 

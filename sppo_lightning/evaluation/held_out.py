@@ -21,7 +21,7 @@ from sppo_lightning.generation import PolicySource
 from sppo_lightning.rollouts.collector import Collector
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.store.shards import ShardStore, read_rollouts, write_rollouts
-from sppo_lightning.system.durable import sealed, set_aside, unsealed, write_atomically
+from sppo_lightning.system.durable import quarantine, read_checksummed, with_checksum, write_atomically
 from sppo_lightning.types import EncodedPrompt, Ranks, Rollout, UserError
 
 LOGGER = logging.getLogger(__name__)
@@ -103,18 +103,18 @@ class HeldOut:
         try:
             return read_rollouts(place / "rollouts.parquet")
         except UserError:
-            self._set_aside(place / "rollouts.parquet")
+            self._quarantine(place / "rollouts.parquet")
             return None
 
     def _manifest(self, finished: int) -> dict[str, Any] | None:
-        """Return what made the stored answers; one that is damaged is kept aside, since answers can be given again."""
+        """Return what made the stored answers; one that is damaged is quarantined, since answers can be given again."""
         path = self.place(finished) / "manifest.json"
         if not path.exists():
             return None
         try:
-            found = unsealed(path.read_bytes())
+            found = read_checksummed(path.read_bytes())
         except ValueError:
-            self._set_aside(path)
+            self._quarantine(path)
             return None
         if "format" not in found and found["asked"] == _digest([self._prompts(), self.legacy_provenance]):
             return self._made_by(found["policy_fingerprint"])
@@ -123,9 +123,9 @@ class HeldOut:
     def _made_by(self, policy_fingerprint: str) -> dict[str, Any]:
         return {"format": FORMAT, "policy_fingerprint": policy_fingerprint, "asked": self._asked()}
 
-    def _set_aside(self, path: Path) -> None:
+    def _quarantine(self, path: Path) -> None:
         if self.collector.ranks.rank == 0 and path.exists():
-            set_aside(path)
+            quarantine(path)
 
     def answer(
         self,
@@ -169,7 +169,7 @@ class HeldOut:
         ranks.barrier("evaluation read")
         if ranks.rank == 0:
             write_rollouts(place / "rollouts.parquet", rows)
-            write_atomically(place / "manifest.json", sealed(made_by))
+            write_atomically(place / "manifest.json", with_checksum(made_by))
         self._remove_parts(place)
         ranks.barrier("evaluation written")
         return rows

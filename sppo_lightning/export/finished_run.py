@@ -212,7 +212,3 @@ def _last_finished(folder: RunFolder) -> int | None:
         while folder.iteration(finished).complete:
             finished += 1
     return finished - 1 if finished else None
-
-
-def _kept(root: Path) -> list[Path]:
-    return [path for path in (root / "policies").glob("[0-9]*") if path.name.isdigit()]

@@ -111,8 +111,8 @@ def reference_pass(
                 done += len(rows)
                 tokens += batch.rows.input_ids.numel()
                 report(done, total, tokens)
-            made_of = digest(pairs, parts[number], fingerprint)
-            stored.write(number, torch.cat(sums, dim=1), tokens_of if stores_tokens else None, made_of)
+            provenance = digest(pairs, parts[number], fingerprint)
+            stored.write(number, torch.cat(sums, dim=1), tokens_of if stores_tokens else None, provenance)
         if reference.forward_is_collective:
             passes = [sum(len(_batches(parts[number], batch_size)) for number in share) for share in shares]
             for _ in range(max(passes) - passes[ranks.rank]):  # for the others, who have more
@@ -143,7 +143,7 @@ def _missing(
         for number, (rows, part) in enumerate(zip(parts, found, strict=True))
         if part is None
         or (with_tokens and part.tokens is None)
-        or part.made_of != digest(pairs, rows, fingerprint)
+        or part.provenance != digest(pairs, rows, fingerprint)
     ]
 
 

@@ -34,7 +34,7 @@ class IterationState:
         self._rule_states: Mapping[str, Any] | None = None  # what the rules know; None: they are fresh
         self._orders: list[Tensor] = []  # of the current iteration's pairs, one an epoch
         self._first_step = 0  # optimizer steps of the run before the current iteration
-        self._made_from: dict[str, str | None] = {}  # fingerprints behind the current iteration's data
+        self._provenance: dict[str, str | None] = {}  # fingerprints that the current data come from
         self._consumed: int | None = (
             None  # pairs of the current iteration, as a checkpoint says that was just loaded
         )
@@ -88,7 +88,7 @@ class IterationState:
         # only now: a checkpoint that an error saved before goes on with what was known then
         self.known, self.current, self._first_step = known, iteration, global_step
         self.pairs, self._orders = store.read_pairs(), []
-        self._made_from = _made_from(store)
+        self._provenance = _provenance(store)
 
     def reopen(self, *, folder: RunFolder) -> None:
         """Read the pairs of the current iteration, which has been trained on, unless they are here.
@@ -100,7 +100,7 @@ class IterationState:
             return
         store = folder.iteration(self.current)
         check_trained(store)
-        if _made_from(store) != self._made_from:
+        if _provenance(store) != self._provenance:
             raise UserError(
                 f"{store.folder} was made from other weights than the data that the checkpoint was trained on: restore "
                 "it, or start anew in another trainer.default_root_dir"
@@ -242,7 +242,7 @@ class IterationState:
             "iteration": self.current,
             "finished": finished,
             "pairs_consumed": consumed,
-            "made_from": self._made_from,
+            "made_from": self._provenance,
             "table": self.known.state(),
             "reestimation": None
             if due is None
@@ -257,13 +257,13 @@ class IterationState:
         self.finished = state["finished"]
         self._rule_states = state.get("rule_states")
         self._consumed = state["pairs_consumed"] if self.current >= 0 else None
-        self._made_from = state["made_from"]
+        self._provenance = state["made_from"]
         self.known = StatisticsTable.from_state(state["table"])
         due = state["reestimation"]
         self.due = due and Reestimation(tuple(due["prompt_ids"]), due["samples"], due["smoothing"])
 
 
-def _made_from(store: IterationStore) -> dict[str, str | None]:
+def _provenance(store: IterationStore) -> dict[str, str | None]:
     """Return the fingerprints of the policy that answered and of the reference."""
     manifest = store.read_manifest() or {}
     return {name: manifest.get(name) for name in ("policy_fingerprint", "reference_fingerprint")}

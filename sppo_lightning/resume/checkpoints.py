@@ -47,7 +47,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
             except (
                 RuntimeError
-            ) as error:  # torch closes its archive behind a failed write, and complains of that
+            ) as error:  # torch closes its archive after a failed write, and complains of that
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from error
                 raise
@@ -65,14 +65,14 @@ class DurableCheckpointIO(TorchCheckpointIO):
         """
         if Path(path).is_dir():
             raise UserError(
-                f"{path} holds weights that were spread over processes: continue with trainer.strategy "
+                f"{path} holds weights that were sharded over processes: continue with trainer.strategy "
                 "ModelParallelStrategy, on any number of processes"
             )
         return super().load_checkpoint(str(path), map_location, weights_only)
 
 
 def state_file(path: Path) -> Path:
-    """Return the file that holds a checkpoint's state: all of it, or what is left beside the parts of a sharded one."""
+    """Return the file that holds a checkpoint's state: all of it, or, of a sharded one, all but the weights."""
     return path / "meta.pt" if path.is_dir() else path
 
 
@@ -81,7 +81,7 @@ def sharded_path(folder: Path, step: int) -> Path:
 
     Args:
         folder: of the run's checkpoints.
-        step: optimizer steps behind it.
+        step: optimizer steps taken before it.
     """
     path = folder / f"{PART}{step:08d}"
     if (

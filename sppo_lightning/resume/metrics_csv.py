@@ -79,7 +79,7 @@ class MetricsCSV(Logger):
         """Keep the first rows of the file, and return how many there are; those that it has lost are missed."""
         kept = self._read(rows)
         if len(kept) < rows:
-            rank_zero_warn(f"{self.path} has only {len(kept)} of the {rows} rows behind the checkpoint.")
+            rank_zero_warn(f"{self.path} has only {len(kept)} of the {rows} rows that the checkpoint counts.")
         used = {"step"}.union(*kept)
         before, self._columns = self._columns, [name for name in self._columns if name in used] or ["step"]
         if self.path.exists() and (self._columns != before or len(self._read()) != len(kept)):

@@ -46,5 +46,5 @@ def stand_before_epoch(trainer: pl.Trainer, epoch: int, *, only_its_end: bool) -
     for progress in (loop.epoch_progress.total, loop.epoch_progress.current):
         vars(progress).update(ready=epoch, started=epoch, processed=epoch, completed=epoch)
     loop.epoch_loop.batch_progress.reset()
-    # the number under which loggers get what comes next; Lightning adds an epoch's last step behind its evaluation
+    # the number under which loggers get what comes next; Lightning adds an epoch's last step after its evaluation
     loop.epoch_loop._batches_that_stepped = trainer.global_step - only_its_end

@@ -1,4 +1,4 @@
-"""Checks a run folder before a run: can it be written, was it made by the same config, where does the run go on."""
+"""Checks a run folder before a run: can it be written, was it made by the same config, where does it resume."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def resume_path(
     sections: Mapping[str, type],
     given: Path | None = None,
 ) -> Path | None:
-    """Return the checkpoint that a run goes on from; ``None``: it starts with the initial policy.
+    """Return the checkpoint that a run resumes from; ``None``: it starts with the initial policy.
 
     Without a checkpoint it still takes up the rollouts of iteration 0, if some are stored. Nothing is changed.
 
@@ -62,7 +62,7 @@ def resume_path(
         given: a checkpoint that the user names; ``None``: the run's own.
 
     Raises:
-        UserError: if the folder holds another config's run, or one that cannot be gone on with, or not what ``mode``
+        UserError: if the folder holds another config's run, or one that cannot be resumed, or not what ``mode``
             asks for.
     """
     root, last = folder.root, folder.last_checkpoint
@@ -70,7 +70,7 @@ def resume_path(
     if mode == "never" and (stored or folder.config.exists()):
         raise UserError(
             f"data.resume=never, but {root} holds a run: use another trainer.default_root_dir, or data.resume=auto to "
-            "go on with it"
+            "resume it"
         )
     if stored and not folder.config.exists():
         raise UserError(f"{root} holds a run, but its config.yaml is gone: {_WRITE_CONFIG}")

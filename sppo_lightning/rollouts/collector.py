@@ -15,7 +15,7 @@ from sppo_lightning.rollouts.scoring import FailureWatch, ScoredRows, Unfinished
 from sppo_lightning.rollouts.shard_size import prompts_per_shard
 from sppo_lightning.seeding import derive_seed
 from sppo_lightning.store.shards import ShardKey, ShardStore
-from sppo_lightning.system.durable import set_aside
+from sppo_lightning.system.durable import quarantine
 from sppo_lightning.types import EncodedPrompt, Phase, PhaseProgress, Ranks, Rollout, UserError
 
 
@@ -267,13 +267,13 @@ def _key(store: ShardStore, name: str, number: int) -> ShardKey:
 
 
 def _present(store: ShardStore, name: str, number: int, shards: list[Sequence[Wanted]]) -> bool:
-    """Whether a shard is stored; a damaged one is kept aside, since the policy that gave it is still here."""
+    """Whether a shard is stored; a damaged one is quarantined, since the policy that gave it is still here."""
     if not store.path(name, number).exists():
         return False
     try:
         store.check(name, number)
     except UserError:
-        set_aside(store.path(name, number))
+        quarantine(store.path(name, number))
         return False
     key = _key(store, name, number)
     expected = [(item.prompt.prompt.id, index) for item in shards[number] for index in item.sample_indices]

@@ -12,7 +12,7 @@ from typing import Any
 
 from sppo_lightning.store.iterations import IterationStore
 from sppo_lightning.store.run_folder import RunFolder
-from sppo_lightning.system.durable import set_aside
+from sppo_lightning.system.durable import quarantine
 from sppo_lightning.types import Ranks, UserError
 
 LOGGER = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def _check_or_quarantine(check: Callable[[], object], path: Path) -> bool:
         check()
     except UserError:
         if path.is_file():
-            set_aside(path)
+            quarantine(path)
         else:
             LOGGER.warning("%s is gone, or lacks something: it is made anew", path)
         return False
@@ -89,7 +89,7 @@ def _check_shards(store: IterationStore, manifest: Mapping[str, Any]) -> None:
 
 
 def check_trained(store: IterationStore) -> None:
-    """Refuse to go on with an iteration that has been trained on unless all that is still needed of it is there.
+    """Refuse to resume from an iteration that has been trained on unless all that is still needed of it is there.
 
     Raises:
         UserError: naming what is gone or damaged.

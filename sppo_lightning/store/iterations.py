@@ -14,7 +14,7 @@ from sppo_lightning.store.pairs import ADDED_COLUMNS, PAIR_SCHEMA, TOKEN_LOGPS, 
 from sppo_lightning.store.reference_parts import ReferenceParts
 from sppo_lightning.store.shards import ShardStore
 from sppo_lightning.store.tables import read_table, write_table
-from sppo_lightning.system.durable import sealed, unsealed, write_atomically
+from sppo_lightning.system.durable import read_checksummed, with_checksum, write_atomically
 from sppo_lightning.types import UserError
 
 _COUNTS = ("estimated_iteration", "samples")
@@ -56,7 +56,7 @@ class IterationStore:
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Write what made the iteration."""
-        write_atomically(self.manifest_path, sealed(manifest))
+        write_atomically(self.manifest_path, with_checksum(manifest))
 
     def read_manifest(self) -> dict[str, Any] | None:
         """Return the manifest, or ``None`` before the iteration began."""
@@ -64,7 +64,7 @@ class IterationStore:
         if not path.exists():
             return None
         try:
-            return unsealed(path.read_bytes())
+            return read_checksummed(path.read_bytes())
         except ValueError as error:
             raise UserError(
                 f"{path} is damaged ({error}), and nothing else says which policy gave these rollouts: restore it "
@@ -91,7 +91,7 @@ class IterationStore:
         """
         if self.pruned:
             raise UserError(
-                f"{self.shards.folder} was deleted to save space, but this run goes on from there: continue from the "
+                f"{self.shards.folder} was deleted to save space, but this run resumes from there: continue from the "
                 "run's own checkpoints/last.ckpt, or start anew with a larger data.keep_iterations"
             )
         return self.shards

@@ -53,7 +53,7 @@ class StoredPart(NamedTuple):
 
     logps: Tensor  # [2, rows] float64, nats, chosen first
     tokens: TokenLogps | None  # where they were asked for
-    made_of: str  # digest of its pairs
+    provenance: str  # digest of its pairs
 
 
 class ReferenceParts:
@@ -78,25 +78,25 @@ class ReferenceParts:
             table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
         except (pa.ArrowException, OSError):
             return None
-        made_of = (table.schema.metadata or {}).get(b"digest", b"").decode()
+        provenance = (table.schema.metadata or {}).get(b"digest", b"").decode()
         logps = torch.stack([torch.tensor(table[side].to_numpy()) for side in SIDES])
         if not set(TOKENS) <= set(table.column_names):
-            return StoredPart(logps, None, made_of)
+            return StoredPart(logps, None, provenance)
         chosen, rejected = (table[side].to_pylist() for side in TOKENS)
-        return StoredPart(logps, (chosen, rejected), made_of)
+        return StoredPart(logps, (chosen, rejected), provenance)
 
-    def write(self, number: int, logps: Tensor, tokens: TokenLogps | None, made_of: str) -> None:
+    def write(self, number: int, logps: Tensor, tokens: TokenLogps | None, provenance: str) -> None:
         """Write a part.
 
         Args:
             number: of the part.
             logps: ``[2, rows]`` float64 in nats, chosen first.
             tokens: the log-probs of their tokens, where a loss reads them.
-            made_of: the digest of its pairs.
+            provenance: the digest of its pairs.
         """
         columns: dict[str, Any] = dict(zip(SIDES, (side.numpy() for side in logps), strict=True))
         columns |= {} if tokens is None else dict(zip(TOKENS, tokens, strict=True))
-        table = pa.table(columns).replace_schema_metadata({"digest": made_of})
+        table = pa.table(columns).replace_schema_metadata({"digest": provenance})
         with replacing(self._path(number)) as file:
             pq.write_table(table, file, write_page_checksum=True)
 

@@ -50,7 +50,7 @@ def read_table(
             columns=[name for name in schema.names if name not in lacking],
             partitioning=None,
             page_checksum_verification=True,
-            pre_buffer=False,  # it would keep the file in memory beside the table
+            pre_buffer=False,  # it would keep the file in memory in addition to the table
         )
         for name, value in lacking.items():
             table = table.append_column(name, pa.repeat(value, table.num_rows))
@@ -61,7 +61,7 @@ def read_table(
         what = "gone" if isinstance(error, FileNotFoundError) else f"damaged ({first_line(error)})"
         raise UserError(
             f"{path} is {what}: restore it from a copy, or give the same command again, which "
-            "keeps it aside and makes it anew if its iteration has not been trained on"
+            "quarantines it and makes it anew if its iteration has not been trained on"
         ) from error
 
 

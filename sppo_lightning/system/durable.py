@@ -52,10 +52,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        told = disk_error(error, path)
-        if told is None:
+        message = disk_error(error, path)
+        if message is None:
             raise
-        raise told from error
+        raise message from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -113,11 +113,11 @@ def disk_error(error: BaseException, path: Path) -> UserError | None:
     if error.errno in _FULL:
         return UserError(
             f"{path} cannot be written ({error.strerror}; {_free_space(path)}): make room, then give the same command "
-            "again: it goes on from what is stored"
+            "again: it resumes from what is stored"
         )
     return UserError(
         f"{path} cannot be read or written ({error.strerror}): mend its folder (permissions, disk), then give the "
-        "same command again: it goes on from what is stored"
+        "same command again: it resumes from what is stored"
     )
 
 
@@ -129,7 +129,7 @@ def _free_space(path: Path) -> str:
         return "free space unknown"
 
 
-def set_aside(path: Path) -> None:
+def quarantine(path: Path) -> None:
     """Rename a damaged file to ``<name>.damaged``, so that nothing is lost, and say so."""
     taken = [place.name for place in path.parent.glob(f"{path.name}.damaged*")]
     kept = path.with_name(f"{path.name}.damaged" + (f"-{len(taken) + 1}" if taken else ""))
@@ -139,7 +139,7 @@ def set_aside(path: Path) -> None:
 
 def record_sizes(folder: Path) -> None:
     """Write down how large a folder's files are, for :func:`changed_files`."""
-    write_atomically(folder / SIZES, sealed(_sizes(folder)))
+    write_atomically(folder / SIZES, with_checksum(_sizes(folder)))
 
 
 def changed_files(folder: Path) -> str | None:
@@ -147,7 +147,7 @@ def changed_files(folder: Path) -> str | None:
     if not (folder / SIZES).exists():
         return None
     try:
-        before = unsealed((folder / SIZES).read_bytes())
+        before = read_checksummed((folder / SIZES).read_bytes())
     except ValueError as error:
         return f"{SIZES}: {error}"
     now = _sizes(folder)
@@ -159,14 +159,14 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != SIZES}
 
 
-def sealed(content: Mapping[str, Any]) -> bytes:
+def with_checksum(content: Mapping[str, Any]) -> bytes:
     """Return JSON that knows its own digest, so that no flipped bit goes unnoticed."""
     plain = json.loads(json.dumps(content))  # with the keys and numbers that a reader will find
     return json.dumps({**plain, "digest": _digest(plain)}, indent=2, sort_keys=True).encode()
 
 
-def unsealed(content: bytes) -> dict[str, Any]:
-    """Return what :func:`sealed` wrote; JSON without a digest is taken as it is.
+def read_checksummed(content: bytes) -> dict[str, Any]:
+    """Return what :func:`with_checksum` wrote; JSON without a digest is taken as it is.
 
     Raises:
         ValueError: if it is damaged.

@@ -387,7 +387,7 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert line.startswith(f"{root / name} cannot be written (File too large; ")
     assert line.endswith(
-        " MB free): make room, then give the same command again: it goes on from what is stored"
+        " MB free): make room, then give the same command again: it resumes from what is stored"
     )
     if name.endswith(".ckpt"):
         verify_checkpoint(root / name)  # the one before, which was smaller

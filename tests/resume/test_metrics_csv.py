@@ -148,7 +148,9 @@ def test_a_row_that_was_half_written_gives_way(path: Path) -> None:
 
 def test_rows_that_are_lost_are_missed(path: Path) -> None:
     log(path, [(1, {"loss": 1})])
-    with pytest.warns(UserWarning, match=r"metrics\.csv has only 1 of the 3 rows behind the checkpoint\."):
+    with pytest.warns(
+        UserWarning, match=r"metrics\.csv has only 1 of the 3 rows that the checkpoint counts\."
+    ):
         logger = go_on(path, 3, [(4, {"loss": 4})])
     assert rows(path) == [(1, {"loss": 1}), (4, {"loss": 4})]
     assert logger.rows_on_disk() == 2

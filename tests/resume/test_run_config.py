@@ -114,7 +114,7 @@ def test_never_refuses_a_folder_that_holds_a_run(tmp_path: Path, there: str) -> 
         checkpoint(tmp_path / "checkpoints/last.ckpt")
     message = (
         rf"^data\.resume=never, but {re.escape(str(tmp_path))} holds a run: use another trainer\.default_root_dir, or "
-        r"data\.resume=auto to go on with it$"
+        r"data\.resume=auto to resume it$"
     )
     with pytest.raises(UserError, match=message):
         resume_path(tmp_path, "never", CONFIG)

@@ -128,7 +128,7 @@ def test_what_has_been_trained_on_cannot_be_made_again(
 def test_what_has_not_been_trained_on_is_kept_aside(
     folder: RunFolder, name: str, harm: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A shard is kept aside once it is made again."""
+    """A shard is quarantined once it is made again."""
     store = make(folder, 0)
     path = store.folder / name
     harm(path)

@@ -13,7 +13,7 @@ from sppo_lightning.iteration.state import IterationState
 from sppo_lightning.store.pairs import PairTable
 from sppo_lightning.store.pruning import prune
 from sppo_lightning.store.run_folder import RunFolder
-from sppo_lightning.system.durable import unsealed
+from sppo_lightning.system.durable import read_checksummed
 from sppo_lightning.types import PreferencePair, Rollout, UserError
 
 
@@ -85,7 +85,7 @@ def test_everything_else_stays(run: RunFolder) -> None:
     changed = {name for name in before if after[name] != before[name]}
     assert changed == {"iterations/000/manifest.json", "iterations/001/manifest.json"}
     for name in changed:
-        assert unsealed(after[name]) == {**unsealed(before[name]), "pruned": True}
+        assert read_checksummed(after[name]) == {**read_checksummed(before[name]), "pruned": True}
     assert not run.iteration(0).shards.folder.exists()
     assert run.iteration(0).complete
     assert len(run.iteration(0).read_pairs()) == 1
@@ -150,7 +150,7 @@ def test_pruned_responses_that_are_asked_for_are_an_error(run: RunFolder) -> Non
     assert state.difficulty_after(2, folder=run).prompt_ids == ("p0", "p1", "p2")
     state.current = 1
     message = (
-        f"^{re.escape(str(run.iteration(1).shards.folder))} was deleted to save space, but this run goes on from "
+        f"^{re.escape(str(run.iteration(1).shards.folder))} was deleted to save space, but this run resumes from "
         "there: continue from the run's own checkpoints/last.ckpt, or start anew with a larger data.keep_iterations$"
     )
     with pytest.raises(UserError, match=message):

@@ -18,11 +18,11 @@ from sppo_lightning.store.run_folder import RunFolder, remove_leftovers
 from sppo_lightning.system.durable import (
     changed_files,
     disk_error,
+    quarantine,
+    read_checksummed,
     record_sizes,
     replacing,
-    sealed,
-    set_aside,
-    unsealed,
+    with_checksum,
     write_atomically,
 )
 from sppo_lightning.types import UserError
@@ -108,7 +108,7 @@ def test_a_full_disk_is_named_and_the_old_file_stays(tmp_path: Path) -> None:
     (tmp_path / f".shard.parquet.{os.getpid()}.tmp").symlink_to(FULL)
     message = (
         rf"^{re.escape(str(path))} cannot be written \(No space left on device; [\d,]+ MB free\): make room, then "
-        "give the same command again: it goes on from what is stored$"
+        "give the same command again: it resumes from what is stored$"
     )
     with pytest.raises(UserError, match=message):
         write_atomically(path, b"new" * 10_000)
@@ -153,8 +153,8 @@ def test_a_folder_that_may_not_be_written_is_named(locked: Path, name: str) -> N
     ],
 )
 def test_what_a_disk_says(tmp_path: Path, code: int, wording: str) -> None:
-    told = disk_error(OSError(code, os.strerror(code)), tmp_path / "gone" / "f")
-    assert re.search(wording, str(told))
+    message = disk_error(OSError(code, os.strerror(code)), tmp_path / "gone" / "f")
+    assert re.search(wording, str(message))
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOENT, "gone"), OSError("no number"), ValueError("28")])
@@ -196,7 +196,7 @@ def test_leftovers_of_a_killed_run_go_and_nothing_else(tmp_path: Path) -> None:
 def test_a_damaged_file_is_kept_each_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for content in ("first", "second", "third"):
         (tmp_path / "a.parquet").write_text(content)
-        set_aside(tmp_path / "a.parquet")
+        quarantine(tmp_path / "a.parquet")
     assert names(tmp_path) == ["a.parquet.damaged", "a.parquet.damaged-2", "a.parquet.damaged-3"]
     assert (tmp_path / "a.parquet.damaged").read_text() == "first"
     assert (tmp_path / "a.parquet.damaged-3").read_text() == "third"
@@ -219,24 +219,24 @@ JSON = st.recursive(
 
 @settings(max_examples=50, deadline=None)
 @given(content=st.dictionaries(st.text(max_size=5).filter(lambda key: key != "digest"), JSON, max_size=4))
-def test_sealed_content_comes_back(content: dict[str, object]) -> None:
-    assert unsealed(sealed(content)) == content
+def test_checksummed_content_comes_back(content: dict[str, object]) -> None:
+    assert read_checksummed(with_checksum(content)) == content
 
 
-def test_no_flipped_bit_of_sealed_content_goes_unnoticed() -> None:
+def test_no_flipped_bit_of_checksummed_content_goes_unnoticed() -> None:
     content = {"policy_fingerprint": "ab12", "smoothing": 0.25, "dropped": {"too_long": 2}}
-    whole = sealed(content)
+    whole = with_checksum(content)
     for position in range(len(whole)):
         flipped = whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :]
         try:
-            found = unsealed(flipped)
+            found = read_checksummed(flipped)
         except ValueError:
             continue
         assert {name: found[name] for name in content} == content  # a blank, or the digest's own name
 
 
 def test_keys_that_are_numbers_become_text() -> None:
-    assert unsealed(sealed({"counts": {2: 1, 10: 2}, "pair": (1, 2)})) == {
+    assert read_checksummed(with_checksum({"counts": {2: 1, 10: 2}, "pair": (1, 2)})) == {
         "counts": {"2": 1, "10": 2},
         "pair": [1, 2],
     }
@@ -244,13 +244,13 @@ def test_keys_that_are_numbers_become_text() -> None:
 
 def test_content_without_a_digest_is_taken_as_it_is() -> None:
     """Files that were written before files had one."""
-    assert unsealed(b'{"complete": true}') == {"complete": True}
+    assert read_checksummed(b'{"complete": true}') == {"complete": True}
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b'{"a": ', b"\xff\xfe", b'{"a": 1, "digest": "0"}'])
 def test_damaged_content_is_refused(content: bytes) -> None:
     with pytest.raises(ValueError, match=r".+"):
-        unsealed(content)
+        read_checksummed(content)
 
 
 def test_files_that_are_gone_or_cut_short_are_named(tmp_path: Path) -> None:
