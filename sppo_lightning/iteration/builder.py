@@ -49,8 +49,8 @@ class IterationBuilder:
         policy: who answers.
         provenance: settings of the generator and the reward, for the manifest.
         reference: the frozen reference; ``None``: the loss needs none, and no pass is made.
-        stores_token_logps: keep the reference's log-probs of single tokens too.
         layout: of the reference pass.
+        stores_token_logps: keep the reference's log-probs of single tokens too.
     """
 
     rules: IterationRules
@@ -60,8 +60,8 @@ class IterationBuilder:
     policy: PolicySource
     provenance: Mapping[str, Any]
     reference: Reference | None
-    stores_token_logps: bool
     layout: PairLayout
+    stores_token_logps: bool = False
 
     def build(
         self,

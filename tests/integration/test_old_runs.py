@@ -75,6 +75,15 @@ def approximately(value: Any) -> Any:
     return value
 
 
+def as_recorded(value: Any, recorded: Any) -> Any:
+    """Return a value without the keys that later versions have added."""
+    if isinstance(recorded, dict):
+        return {key: as_recorded(value[key], recorded[key]) for key in recorded}
+    if isinstance(recorded, list):
+        return [as_recorded(*items) for items in zip(value, recorded, strict=True)]
+    return value
+
+
 def test_a_killed_run_ends_as_the_one_that_was_not(resumed: Path) -> None:
     expected = RECORDED / "finished"
     names = [
@@ -83,7 +92,9 @@ def test_a_killed_run_ends_as_the_one_that_was_not(resumed: Path) -> None:
     ]
     assert {name for name in names[0] if not name.startswith("evaluations/test-")} <= names[1]
     for pattern in ("iterations/*/rollouts/*.parquet", "iterations/*/*.parquet", "evaluations/00?/*.parquet"):
-        assert content(resumed, pattern) == approximately(content(expected, pattern))
+        assert as_recorded(content(resumed, pattern), content(expected, pattern)) == approximately(
+            content(expected, pattern)
+        )
 
 
 def test_its_manifests_count_the_same(resumed: Path) -> None:
@@ -95,7 +106,7 @@ def test_its_manifests_count_the_same(resumed: Path) -> None:
         }
         for run in (resumed, RECORDED / "finished")
     )
-    assert found == approximately(expected)
+    assert as_recorded(found, expected) == approximately(expected)
 
 
 def test_its_metrics_have_neither_gaps_nor_repeats(resumed: Path) -> None:

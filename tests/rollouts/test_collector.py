@@ -382,22 +382,14 @@ def test_greedy_answers_can_stay_unscored(store: ShardStore) -> None:
     assert [row.reward for row in scored] == [0.0] * 3
 
 
-# ------------------------------------------------------- observers and bad engines
+# ---------------------------------------------------------- reports and bad engines
 
 
-class Watcher:
-    def __init__(self) -> None:
-        self.seen: list[PhaseProgress] = []
-
-    def on_phase_progress(self, progress: PhaseProgress) -> None:
-        self.seen.append(progress)
-
-
-def test_observers_see_every_prompt(store: ShardStore) -> None:
+def test_every_prompt_is_reported(store: ShardStore) -> None:
     """Four tokens a response, two responses a prompt, three prompts in shards of two."""
-    watcher = Watcher()
-    collect(store, wanted_of(3), observers=[watcher])
-    assert watcher.seen == [
+    seen: list[PhaseProgress] = []
+    collect(store, wanted_of(3), report=seen.append)
+    assert seen == [
         PhaseProgress("probing", 3, 0, 3, 0),
         PhaseProgress("probing", 3, 1, 3, 8),
         PhaseProgress("probing", 3, 2, 3, 16),
@@ -406,9 +398,9 @@ def test_observers_see_every_prompt(store: ShardStore) -> None:
         PhaseProgress("scoring", 3, 2, 3, 16),
         PhaseProgress("scoring", 3, 3, 3, 24),
     ]
-    watcher.seen.clear()
-    collect(store, wanted_of(3), observers=[watcher])
-    assert watcher.seen == []
+    seen.clear()
+    collect(store, wanted_of(3), report=seen.append)
+    assert seen == []
 
 
 def test_an_engine_that_forgets_a_prompt(store: ShardStore) -> None:

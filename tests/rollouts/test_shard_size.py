@@ -96,7 +96,7 @@ def test_the_number_of_processes_changes_no_border(tmp_path: Path) -> None:
                 seed=0,
                 prompts_per_shard=None,
                 ranks=rank,
-                observers=(),
+                report=lambda progress: None,
             )
             # a rank that goes first does not find the others' shards yet
             with contextlib.suppress(UserError):

@@ -21,6 +21,7 @@ from sppo_lightning.rollouts.collector import Collector, Wanted
 from sppo_lightning.store.shards import ShardStore
 from sppo_lightning.types import (
     EncodedPrompt,
+    PhaseProgress,
     Prompt,
     Ranks,
     Response,
@@ -144,7 +145,7 @@ def collector(
     *,
     ranks: Ranks | None = None,
     prompts_per_shard: int = 2,
-    observers: Sequence[Any] = (),
+    report: Callable[[PhaseProgress], None] = lambda progress: None,
     seed: int = 5,
 ) -> Collector:
     return Collector(
@@ -154,7 +155,7 @@ def collector(
         seed=seed,
         prompts_per_shard=prompts_per_shard,
         ranks=ranks or Alone(),
-        observers=observers,
+        report=report,
     )
 
 

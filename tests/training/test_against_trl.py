@@ -185,6 +185,8 @@ def make_module(setting: dict[str, Any], policy: LlamaForCausalLM, forward: Pair
 def no_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The policy comes from no folder, and differs from the reference before the first step."""
     monkeypatch.setattr(PreferenceModule, "setup", lambda self, stage: None)
+    unsharded = SimpleNamespace(is_sharded=False, cleanup_sampling_weights=lambda: None)
+    monkeypatch.setattr(PreferenceModule, "trained_policy", unsharded)
     monkeypatch.setattr(FrozenReference, "check_start", lambda *given, **named: None)
 
 
