@@ -14,6 +14,7 @@ from sppo_lightning.datamodule import self_play_data
 from sppo_lightning.export.finished_run import RECORD
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.policy.live import LivePolicy
+from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.durable import sync_folder, sync_tree, write_atomically
 from sppo_lightning.training.hardware import is_dev_run
 
@@ -33,7 +34,7 @@ class PolicyExport(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put back the folder that a killed run was about to replace."""
-        folder = Path(trainer.default_root_dir) / "policy"
+        folder = RunFolder(Path(trainer.default_root_dir)).policy
         if trainer.is_global_zero and not folder.exists() and _stale(folder).exists():
             _stale(folder).rename(folder)
 
@@ -41,11 +42,11 @@ class PolicyExport(pl.Callback):
         """Export once the iteration is over."""
         datamodule = self_play_data(trainer)
         if datamodule.iteration_ends and not is_dev_run(trainer):
-            root, iteration = datamodule.folder.root, datamodule.current_iteration
+            folder, iteration = datamodule.folder, datamodule.current_iteration
             policy = cast(PreferenceModule, pl_module).live
-            self.export(policy, root / "policy", iteration=iteration)
+            self.export(policy, folder.policy, iteration=iteration)
             if self.keep_every_iteration:
-                self.export(policy, root / "policies" / f"{iteration:03d}", iteration=iteration)
+                self.export(policy, folder.kept_policy(iteration), iteration=iteration)
 
     def export(self, policy: LivePolicy, folder: Path, *, iteration: int) -> None:
         """Write the policy into ``folder``, replacing what is there in one step; all processes call it together.

@@ -27,6 +27,7 @@ from sppo_lightning.policy.rounding import check_updates_survive
 from sppo_lightning.policy.sharding import load_rest, local
 from sppo_lightning.schedules import LearningRateSchedule, Linear
 from sppo_lightning.seeding import derive_seed
+from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.training.batching import PairBatch
 from sppo_lightning.training.hardware import check_hardware, compute_dtype
 from sppo_lightning.training.metrics import StepMetrics
@@ -85,7 +86,7 @@ class PreferenceModule(pl.LightningModule):
             policy,
             steps=lambda: self.trainer.global_step,
             release=self.pair_forward.release,
-            workspace=lambda: Path(self.trainer.default_root_dir) / ".sampling",
+            workspace=lambda: RunFolder(Path(self.trainer.default_root_dir)).sampling,
         )
         self.loss = loss
         self.learning_rate = learning_rate

@@ -274,9 +274,9 @@ def paired_difference(rows: Sequence[Rollout], baseline: Sequence[Rollout]) -> P
     return PairedDifference(float(differences.mean()) if count else float("nan"), stderr, count)
 
 
-def write_predictions(root: Path, prompts: Sequence[EncodedPrompt], collector: Collector) -> list[str]:
-    """Answer prompts greedily into ``predictions.jsonl`` below ``root``; return its lines."""
-    parts = root / "predictions-parts"
+def write_predictions(folder: RunFolder, prompts: Sequence[EncodedPrompt], collector: Collector) -> list[str]:
+    """Answer prompts greedily into the run's ``predictions.jsonl``; return its lines."""
+    parts = folder.prediction_parts
     if collector.ranks.rank == 0:
         shutil.rmtree(parts, ignore_errors=True)  # of another policy, perhaps
     collector.ranks.barrier("predictions begin")
@@ -297,6 +297,6 @@ def write_predictions(root: Path, prompts: Sequence[EncodedPrompt], collector: C
         for row in rows
     ]
     if collector.ranks.rank == 0:
-        write_atomically(root / "predictions.jsonl", "".join(f"{line}\n" for line in lines).encode())
+        write_atomically(folder.predictions, "".join(f"{line}\n" for line in lines).encode())
         shutil.rmtree(parts)
     return lines
