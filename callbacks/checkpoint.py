@@ -18,6 +18,7 @@ from sppo_lightning.datamodule import SelfPlayDataModule, self_play_data
 from sppo_lightning.resume.checkpoints import DurableCheckpointIO, sharded_path, switch_to_sharded
 from sppo_lightning.resume.metrics_csv import MetricsCSV
 from sppo_lightning.store.pruning import prune
+from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.training.batching import PairBatch
 from sppo_lightning.training.hardware import is_dev_run
 
@@ -91,10 +92,10 @@ class RunCheckpoint(SelfPlayCallback, Checkpoint):
             stop.raise_pending()
 
     def _save(self, trainer: pl.Trainer) -> None:
-        last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        last = RunFolder(Path(trainer.default_root_dir)).last_checkpoint
         if getattr(trainer.strategy, "_save_distributed_checkpoint", False):
             # by one process: another may see an older link, and take the good one for what a kill has left
-            own = str(sharded_path(last.parent, trainer.global_step)) if trainer.is_global_zero else ""
+            own = str(sharded_path(last, trainer.global_step)) if trainer.is_global_zero else ""
             shards = Path(trainer.strategy.broadcast(own))
             trainer.save_checkpoint(shards, weights_only=False)
             if trainer.is_global_zero:
@@ -126,7 +127,7 @@ class RunCheckpoint(SelfPlayCallback, Checkpoint):
             return
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
-                logger.go_on_after(checkpoint[KEY]["rows"])
+                logger.resume_after(checkpoint[KEY]["rows"])
         if trainer.is_global_zero:
             _restore_random_state(checkpoint[KEY]["random"])
         # of a run that was killed after its last checkpoint

@@ -14,6 +14,7 @@ from sppo_lightning.callbacks.base import SelfPlayCallback
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.export.finished_run import RECORD
 from sppo_lightning.policy.trained import TrainedPolicy
+from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.durable import sync_folder, sync_tree, write_atomically
 from sppo_lightning.training.hardware import is_dev_run
 
@@ -33,7 +34,7 @@ class PolicyExport(SelfPlayCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put back the folder that a killed run was about to replace."""
-        folder = Path(trainer.default_root_dir) / "policy"
+        folder = RunFolder(Path(trainer.default_root_dir)).policy
         if trainer.is_global_zero and not folder.exists() and _stale(folder).exists():
             _stale(folder).rename(folder)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
+from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.durable import write_atomically
 from sppo_lightning.training.hardware import is_dev_run
 
@@ -25,4 +26,4 @@ class RunConfigFile(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file, unless nothing is to be kept."""
         if not is_dev_run(trainer):
-            write_atomically(Path(trainer.default_root_dir) / "config.yaml", self.content.encode())
+            write_atomically(RunFolder(Path(trainer.default_root_dir)).config, self.content.encode())

@@ -42,7 +42,7 @@ class SampleTable(SelfPlayCallback):
         if before is None or after is None:
             return
         text = self.render(before[: self.prompts], after, finished)
-        write_atomically(data.folder.root / "samples.md", text.encode())
+        write_atomically(data.folder.samples, text.encode())
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("samples", text, trainer.global_step)

@@ -57,15 +57,15 @@ class RunSummary(SelfPlayCallback):
         lines += [
             "",
             "Where everything lies",
-            f"  {folder.root}/policy        the trained policy, a Hugging Face folder",
-            f"  {folder.root}/metrics.csv   every metric; curves: "
+            f"  {folder.policy}        the trained policy, a Hugging Face folder",
+            f"  {folder.metrics}   every metric; curves: "
             f"tensorboard --logdir {shlex.quote(str(folder.root))}",
-            f"  {folder.root}/samples.md    held-out answers before and after",
-            f"  {folder.root}/iterations    every response, reward, difficulty and pair, as Parquet",
+            f"  {folder.samples}    held-out answers before and after",
+            f"  {folder.iterations}    every response, reward, difficulty and pair, as Parquet",
             "What to do next",
-            f"  answer prompts of your own:  sppo-lightning predict --config {folder.root}/config.yaml "
+            f"  answer prompts of your own:  sppo-lightning predict --config {folder.config} "
             "--data.predict_prompts FILE \\",
-            f"                                 --ckpt_path {folder.root}/checkpoints/last.ckpt",
+            f"                                 --ckpt_path {folder.last_checkpoint}",
             "  another rule, seed or model: add e.g. --data.selection.init_args.fraction 0.5 "
             "--trainer.default_root_dir runs/other",
         ]

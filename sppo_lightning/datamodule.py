@@ -23,7 +23,7 @@ from sppo_lightning.pairing import BestWorst, Pairing
 from sppo_lightning.preflight import Preflight, read_stage_prompts, shrink
 from sppo_lightning.prompts.sets import PromptSets
 from sppo_lightning.prompts.table import EncodedPrompts
-from sppo_lightning.resume.position import fit_position, stand_before_epoch
+from sppo_lightning.resume.position import fit_position, restore_position
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rollouts.collector import Collector
 from sppo_lightning.rollouts.scoring import UnfinishedRule
@@ -265,7 +265,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         epoch = self._state.resume(folder=self.folder, rules=self.rules, epochs=epochs, global_step=step)
         if epoch is not None:
             over = self.iteration_is_trained and epoch // epochs == self._state.current
-            stand_before_epoch(self.trainer, epoch, only_its_end=over)
+            restore_position(self.trainer, epoch, only_its_end=over)
         # of a finished run Lightning asks for one epoch more, before it looks
         epoch = min(self.trainer.current_epoch, self.rules.iterations * epochs - 1)
         iteration, epoch_in_iteration = divmod(epoch, epochs)
@@ -427,8 +427,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
         """Answer ``predict_prompts`` greedily into ``predictions.jsonl``."""
         self._listen()
         prompts, policy = self._encoded("predict_prompts"), self.module.trained_policy.current()
-        lines = write_predictions(self.folder.root, prompts, self._collector(), policy)
-        rank_zero_info(f"{len(lines)} answers written to {self.folder.root / 'predictions.jsonl'}")
+        lines = write_predictions(self.folder, prompts, self._collector(), policy)
+        rank_zero_info(f"{len(lines)} answers written to {self.folder.predictions}")
         return DataLoader(cast(Any, lines), batch_size=None)
 
     # ------------------------------------------------------------- checkpoints

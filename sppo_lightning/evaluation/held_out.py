@@ -275,10 +275,10 @@ def paired_difference(rows: Sequence[Rollout], baseline: Sequence[Rollout]) -> P
 
 
 def write_predictions(
-    root: Path, prompts: Sequence[EncodedPrompt], collector: Collector, policy: PolicySource
+    folder: RunFolder, prompts: Sequence[EncodedPrompt], collector: Collector, policy: PolicySource
 ) -> list[str]:
-    """Let ``policy`` answer prompts greedily into ``predictions.jsonl`` below ``root``; return its lines."""
-    parts = root / "predictions-parts"
+    """Let ``policy`` answer prompts greedily into the run's ``predictions.jsonl``; return its lines."""
+    parts = folder.prediction_parts
     if collector.ranks.rank == 0:
         shutil.rmtree(parts, ignore_errors=True)  # of another policy, perhaps
     collector.ranks.barrier("predictions begin")
@@ -299,6 +299,6 @@ def write_predictions(
         for row in rows
     ]
     if collector.ranks.rank == 0:
-        write_atomically(root / "predictions.jsonl", "".join(f"{line}\n" for line in lines).encode())
+        write_atomically(folder.predictions, "".join(f"{line}\n" for line in lines).encode())
         shutil.rmtree(parts)
     return lines

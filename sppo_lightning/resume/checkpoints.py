@@ -76,17 +76,15 @@ def state_file(path: Path) -> Path:
     return path / "meta.pt" if path.is_dir() else path
 
 
-def sharded_path(folder: Path, step: int) -> Path:
+def sharded_path(last: Path, step: int) -> Path:
     """Return where a sharded checkpoint is to be written, free of what a killed run has left there.
 
     Args:
-        folder: of the run's checkpoints.
+        last: the run's last checkpoint, next to which it goes.
         step: optimizer steps taken before it.
     """
-    path = folder / f"{PART}{step:08d}"
-    if (
-        folder / "last.ckpt"
-    ).resolve() == path.resolve():  # written twice in a step: once trained, once evaluated
+    path = last.with_name(f"{PART}{step:08d}")
+    if last.resolve() == path.resolve():  # written twice in a step: once trained, once evaluated
         path = path.with_name(f"{path.name}-end")
     shutil.rmtree(path, ignore_errors=True)
     return path

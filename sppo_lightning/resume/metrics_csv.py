@@ -21,7 +21,7 @@ class MetricsCSV(Logger):
     """Writes ``metrics.csv``: one row a call, a column for each metric ever logged.
 
     A resumed run logs again what came after its checkpoint, which remembers how many rows there were: with
-    :meth:`go_on_after` the others give way, so that the file has neither gaps nor repeats.
+    :meth:`resume_after` the others give way, so that the file has neither gaps nor repeats.
 
     Args:
         path: the file.
@@ -71,7 +71,7 @@ class MetricsCSV(Logger):
         self._rows += 1
 
     @rank_zero_only
-    def go_on_after(self, rows: int) -> None:
+    def resume_after(self, rows: int) -> None:
         """Have the first ``rows`` rows of an interrupted run stay, and the others give way to the first new one."""
         self._planned = rows
 

@@ -30,8 +30,8 @@ def fit_position(trainer: pl.Trainer) -> FitPosition:
     )
 
 
-def stand_before_epoch(trainer: pl.Trainer, epoch: int, *, only_its_end: bool) -> None:
-    """Let a Trainer that has read a checkpoint go on as if it stood between two epochs, whatever it stood in.
+def restore_position(trainer: pl.Trainer, epoch: int, *, only_its_end: bool) -> None:
+    """Put a Trainer that has read a checkpoint between two epochs, whatever the checkpoint was saved in.
 
     Lightning counts micro-batches, whose number changes with that of the processes, and passes over an evaluation that
     was under way. Here the data module knows how far the epoch has come, and hands out the rest of it as an epoch.

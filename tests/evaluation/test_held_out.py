@@ -427,7 +427,9 @@ def test_predictions(run: Run) -> None:
     (run.root / "predictions-parts").mkdir()
     (run.root / "predictions-parts/greedy-00000.parquet").write_text("of another policy")
     run.policy.level = 6
-    lines = write_predictions(run.root, encoded(3), collector(run.engine, run.reward), run.policy.current())
+    lines = write_predictions(
+        RunFolder(run.root), encoded(3), collector(run.engine, run.reward), run.policy.current()
+    )
     assert (run.root / "predictions.jsonl").read_text() == "".join(f"{line}\n" for line in lines)
     assert [json.loads(line) for line in lines] == [
         {

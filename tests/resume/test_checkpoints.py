@@ -130,7 +130,7 @@ def contents(last: Path) -> set[str]:
 def test_the_last_checkpoint_is_a_relative_link(tmp_path: Path) -> None:
     """So that a run folder may be moved."""
     last = tmp_path / "run" / "last.ckpt"
-    switch_to_sharded(last, write_shards(sharded_path(last.parent, 7), "seven"))
+    switch_to_sharded(last, write_shards(sharded_path(last, 7), "seven"))
     assert os.readlink(last) == "step-00000007"
     (tmp_path / "run").rename(tmp_path / "moved")
     assert contents(tmp_path / "moved" / "last.ckpt") == {"seven"}
@@ -140,7 +140,7 @@ def test_a_folder_of_the_same_step_is_not_written_over(tmp_path: Path) -> None:
     """An iteration's end may be saved behind its last step, whose folder ``last.ckpt`` points to."""
     last = tmp_path / "last.ckpt"
     for content in ("trained", "ended", "trained again"):
-        shards = sharded_path(tmp_path, 7)
+        shards = sharded_path(tmp_path / "last.ckpt", 7)
         assert not shards.exists()
         if last.exists():
             assert shards != last.resolve()
@@ -151,24 +151,24 @@ def test_a_folder_of_the_same_step_is_not_written_over(tmp_path: Path) -> None:
 
 def test_what_a_killed_run_has_left_gives_way(tmp_path: Path) -> None:
     write_shards(tmp_path / "step-00000007", "half")
-    assert not sharded_path(tmp_path, 7).exists()
+    assert not sharded_path(tmp_path / "last.ckpt", 7).exists()
 
 
 def test_the_last_checkpoint_replaces_a_file(tmp_path: Path) -> None:
     """A run that went on with another strategy."""
     last = tmp_path / "last.ckpt"
     last.write_text("a file")
-    switch_to_sharded(last, write_shards(sharded_path(tmp_path, 7), "seven"))
+    switch_to_sharded(last, write_shards(sharded_path(tmp_path / "last.ckpt", 7), "seven"))
     assert contents(last) == {"seven"}
 
 
 def test_a_whole_checkpoint_is_there_at_any_moment(tmp_path: Path) -> None:
     """Killed before each change of a save, each time going on from what the kill before has left."""
     last = tmp_path / "last.ckpt"
-    switch_to_sharded(last, write_shards(sharded_path(tmp_path, 3), "old"))
+    switch_to_sharded(last, write_shards(sharded_path(tmp_path / "last.ckpt", 3), "old"))
 
     def save() -> None:
-        switch_to_sharded(last, write_shards(sharded_path(tmp_path, 5), "new"))
+        switch_to_sharded(last, write_shards(sharded_path(tmp_path / "last.ckpt", 5), "new"))
 
     seen: list[str] = []
 

@@ -80,7 +80,7 @@ def test_opening_a_file_changes_nothing(path: Path) -> None:
 def go_on(path: Path, kept: int, entries: Sequence[Log]) -> MetricsCSV:
     """Log in another process, behind a checkpoint that knew of ``kept`` rows."""
     logger = MetricsCSV(path)
-    logger.go_on_after(kept)
+    logger.resume_after(kept)
     for step, metrics in entries:
         logger.log_metrics(metrics, step)
     return logger

@@ -1,0 +1,57 @@
+"""Where the files of a run lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sppo_lightning.store.run_folder import RunFolder
+
+
+def test_names_of_files_are_fixed(tmp_path: Path) -> None:
+    """Other tools and older runs know them."""
+    folder = RunFolder(tmp_path)
+    found = {
+        **{
+            name: getattr(folder, name)
+            for name, kind in vars(RunFolder).items()
+            if isinstance(kind, property)
+        },
+        "iteration": folder.iteration(3).folder,
+        "manifest": folder.iteration(3).manifest_path,
+        "difficulty": folder.iteration(3).difficulty_path,
+        "pairs": folder.iteration(3).pairs_path,
+        "evaluation": folder.evaluation("test-003"),
+        "kept_policy": folder.kept_policy(3),
+        "export": folder.export("hf"),
+    }
+    assert {name: str(path.relative_to(tmp_path)) for name, path in found.items()} == {
+        "config": "config.yaml",
+        "metrics": "metrics.csv",
+        "last_checkpoint": "checkpoints/last.ckpt",
+        "iterations": "iterations",
+        "iteration": "iterations/003",
+        "manifest": "iterations/003/manifest.json",
+        "difficulty": "iterations/003/difficulty.parquet",
+        "pairs": "iterations/003/pairs.parquet",
+        "evaluations": "evaluations",
+        "evaluation": "evaluations/test-003",
+        "policy": "policy",
+        "kept_policy": "policies/003",
+        "export": "export-hf",
+        "samples": "samples.md",
+        "predictions": "predictions.jsonl",
+        "prediction_parts": "predictions-parts",
+        "lock": ".lock",
+        "rendezvous": ".rendezvous",
+        "sampling": ".sampling",
+    }
+
+
+def test_what_is_there_is_found_by_number(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.iteration_numbers() == folder.kept_policies() == []
+    for number in (0, 2, 1000):
+        folder.kept_policy(number).mkdir(parents=True)
+        folder.iteration(number).folder.mkdir(parents=True)
+    (tmp_path / "policies" / "000.old").mkdir()
+    assert sorted(folder.kept_policies()) == sorted(folder.iteration_numbers()) == [0, 2, 1000]
