@@ -23,14 +23,14 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 
 def read_table(
-    path: Path, schema: pa.Schema, *, added: Mapping[str, float] = MappingProxyType({})
+    path: Path, schema: pa.Schema, *, added: Mapping[str, float | None] = MappingProxyType({})
 ) -> pa.Table:
     """Return the columns of ``schema``.
 
     Args:
         path: of the file.
         schema: names and types of its columns.
-        added: columns that older files lack, all of them together, and the number that stands for each.
+        added: columns that older files lack, all of them together, and what stands for each; ``None``: null.
 
     Raises:
         UserError: if the file is damaged.
