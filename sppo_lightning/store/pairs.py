@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,9 +41,13 @@ TOKEN_LOGPS = (
     pa.field("reference_rejected_token_logps", pa.list_(pa.float64())),
 )
 """Columns that are there where the loss reads them."""
-_ADDED = [f"{side}_{name}" for name in ("win_probability", "sample_index") for side in ("chosen", "rejected")]
-ADDED_COLUMNS: Mapping[str, float] = {name: getattr(PreferencePair, name) for name in _ADDED}
-"""Columns that the first version did not write, and what its files read as there."""
+ADDED_COLUMNS = {
+    "chosen_win_probability": None,
+    "rejected_win_probability": None,
+    "chosen_sample_index": -1,
+    "rejected_sample_index": -1,
+}
+"""Columns that the first version did not write, and what its files read as there; ``None``: a null, read as NaN."""
 TOKEN_COLUMNS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
 TEXT_COLUMNS = tuple(field.name for field in PAIR_SCHEMA if field.type == pa.string())
 NUMBER_COLUMNS = tuple(field.name for field in PAIR_SCHEMA if field.type == pa.float64())
@@ -74,7 +79,12 @@ class PairTable(Sequence[PreferencePair]):
             for name, values in numbers.items():
                 values.append(getattr(pair, name))
         ragged = {name: column.as_arrow() for name, column in {**texts, **tokens}.items()}
-        return cls(pa.table({**ragged, **numbers}, PAIR_SCHEMA))
+        nullable = {
+            name: pa.array(numbers[name], from_pandas=True)  # NaN becomes null
+            for name, absent in ADDED_COLUMNS.items()
+            if absent is None
+        }
+        return cls(pa.table({**ragged, **numbers, **nullable}, PAIR_SCHEMA))
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -92,6 +102,7 @@ class PairTable(Sequence[PreferencePair]):
         fields: dict[str, Any] = {
             name: self.table[name][row].as_py() for name in TEXT_COLUMNS + NUMBER_COLUMNS + INDEX_COLUMNS
         }
+        fields |= {name: math.nan for name, value in fields.items() if value is None}
         fields |= {name: self._token_ids(name, row) for name in TOKEN_COLUMNS}
         stored = [field.name for field in TOKEN_LOGPS if field.name in self.table.column_names]
         fields |= {name: tuple(self.table[name][row].as_py()) for name in stored}

@@ -27,7 +27,7 @@ def read_table(
     path: Path,
     schema: pa.Schema,
     *,
-    added: Mapping[str, float] = MappingProxyType({}),
+    added: Mapping[str, float | None] = MappingProxyType({}),
     optional: Sequence[pa.Field] = (),
 ) -> pa.Table:
     """Return the columns of ``schema``, and those of ``optional`` that are there.
@@ -35,7 +35,7 @@ def read_table(
     Args:
         path: of the file.
         schema: names and types of its columns.
-        added: columns that older files lack, all of them together, and the number that stands for each.
+        added: columns that older files lack, all of them together, and what stands for each; ``None``: null.
 
     Raises:
         UserError: if the file is damaged.

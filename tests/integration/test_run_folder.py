@@ -109,6 +109,10 @@ def test_columns_are_the_designed_ones(run: Path) -> None:
         "rejected_reward",
         "reference_chosen_logp",
         "reference_rejected_logp",
+        "chosen_win_probability",
+        "rejected_win_probability",
+        "chosen_sample_index",
+        "rejected_sample_index",
     ]
 
 

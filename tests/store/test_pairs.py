@@ -191,6 +191,15 @@ def test_statistics_by_hand() -> None:
     assert {column.dtype for column in table.statistics().values()} == {torch.float64}
 
 
+def test_a_win_probability_that_is_not_known_is_a_null() -> None:
+    """In the file, so that whoever reads it need not know; a pair has NaN."""
+    table = PairTable.collect([pair(0, chosen_win_probability=0.75), pair(1)])
+    assert table.table["chosen_win_probability"].to_pylist() == [0.75, None]
+    assert table.table["rejected_win_probability"].to_pylist() == [None, None]
+    assert [found.chosen_win_probability for found in table] == pytest.approx([0.75, NAN], nan_ok=True)
+    assert table.statistics()["chosen_win_probability"].tolist() == pytest.approx([0.75, NAN], nan_ok=True)
+
+
 def test_the_reference_is_filled_in_beside_everything_else() -> None:
     table = PairTable.collect(pairs(2))
     filled = table.with_reference([-1.5, -2.5], [-3.5, NAN])
