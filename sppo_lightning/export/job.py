@@ -18,7 +18,6 @@ from sppo_lightning.export.check import (
     compared,
     compared_with_stored,
     digests,
-    distance,
     exported_logps,
     merged_in_passing,
     response_logps,
@@ -27,6 +26,7 @@ from sppo_lightning.export.check import (
 from sppo_lightning.export.files import write_adapter, write_model
 from sppo_lightning.export.finished_run import FinishedRun
 from sppo_lightning.policy import loading as policies
+from sppo_lightning.policy.agreement import distance
 from sppo_lightning.policy.anatomy import unwrapped
 from sppo_lightning.policy.config import PolicyConfig
 from sppo_lightning.policy.folder import opened_by_peft
