@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from sppo_lightning.export.exporter import Exporter
 from sppo_lightning.export.logps import digests, own_dtype_logps, read, response_logps, sample_pairs
 from sppo_lightning.export.saved_policy import SavedPolicy
-from sppo_lightning.training.reference import RATIO_TOLERANCE
+from sppo_lightning.policy.agreement import TOLERANCES, compare_stored_sums, distance
 from sppo_lightning.types import PreferencePair, UserError
 
-EXACT = 1e-4  # mean distance in nats per token that float32 arithmetic explains
+EXACT = TOLERANCES[torch.float32].least  # models are read in float32
 # weights rounded to 16 bits change log-probs 0.4 to 2.1 times as much as products in 16 bits do, on a 135M model; that
 # it is the right weights which were rounded is compared bit by bit
 ROUNDINGS = 4
@@ -140,11 +140,6 @@ def _read_back(exporter: Exporter, policy: SavedPolicy, folder: Path) -> _ReadBa
     return _ReadBack(logps, rounding, altered)
 
 
-def distance(one: Tensor, other: Tensor) -> float:
-    """Return the mean absolute difference of two models' log-probs, nats per token."""
-    return float((one - other).abs().mean())
-
-
 def compared(
     between: str, one: Tensor, other: Tensor, *, rounding: float = 0.0, base: float = 0.0
 ) -> Distance:
@@ -194,11 +189,11 @@ def compared_with_stored(
     lengths = [len(getattr(pair, f"{side}_token_ids")) for pair in pairs for side in sides]
     stored = [getattr(pair, f"reference_{side}_logp") for pair in pairs for side in sides]
     sums = torch.stack([part.sum() for part in torch.split(base, lengths)])
-    apart = float((sums - torch.tensor(stored, dtype=sums.dtype)).abs().sum()) / sum(lengths)
+    reference = torch.tensor(stored, dtype=sums.dtype)
+    agreement = compare_stored_sums(sums, reference, tokens=sum(lengths), dtype=coarsest)
     return Distance(
         f"the base and the reference's log-probs that training stored in iteration {iteration}",
-        apart,
-        max(STORED, RATIO_TOLERANCE[coarsest]),
+        *agreement.allowing(STORED),
         f"sums of whole responses, computed in {str(coarsest).removeprefix('torch.')} in training",
         "the base is not the one that the run was trained on",
     )

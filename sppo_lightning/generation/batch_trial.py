@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sppo_lightning.generation.cache import reserved_cache
 from sppo_lightning.generation.cache_size import RowBytes, held_bytes
-from sppo_lightning.generation.parity import drift_tolerance, rounding
 from sppo_lightning.generation.steps import PlainSteps, left_padded, read
+from sppo_lightning.policy.agreement import compare_logits, product_dtype
 from sppo_lightning.policy.anatomy import unwrapped
 from sppo_lightning.policy.rounding import off_by_a_rounding
 from sppo_lightning.system.device_memory import ran_out
@@ -77,16 +77,17 @@ def _row(model: nn.Module, lengths: tuple[int, int]) -> RowBytes:
         if ran_out(error):
             raise
         raise _UnsuitableError(first_line(error) or type(error).__name__) from error
-    eps = rounding(model)
-    drift, tolerance = _distance(own, found), drift_tolerance(eps)
-    if drift <= tolerance:
-        return row
-    with off_by_a_rounding(unwrapped(model), eps):  # many layers make more of it
-        tolerance = max(tolerance, _distance(own, _alone(model, prompts, tokens)))
-    if not drift <= tolerance:
+    dtype = product_dtype(model)
+    there = torch.ones_like(found[..., 0], dtype=torch.bool)
+    there[LEAVING, BEFORE + 1 :] = False
+    agreement = compare_logits(own[there], found[there], dtype=dtype)
+    if not agreement.holds:
+        with off_by_a_rounding(unwrapped(model), dtype):  # many layers make more of it
+            nudged = _alone(model, prompts, tokens)
+        agreement = agreement.allowing(compare_logits(own[there], nudged[there], dtype=dtype).drift)
+    if not agreement.holds:
         raise _UnsuitableError(
-            f"responses that grow from one reading of their prompt have other log-probs, by {drift:.2g} nat per token "
-            f"(tolerance {tolerance:.2g})"
+            f"responses that grow from one reading of their prompt have other log-probs, by {agreement}"
         )
     return row
 
@@ -104,14 +105,14 @@ def _drawn(model: nn.Module, lengths: tuple[int, int]) -> tuple[list[list[int]],
 
 
 def _alone(model: nn.Module, prompts: list[list[int]], tokens: list[list[int]]) -> Tensor:
-    """Return the log-probs behind each prompt and each later token, rows read one by one, ``[B, tokens + 1, V]``."""
+    """Return the logits behind each prompt and each later token, rows read one by one, ``[B, tokens + 1, V]``."""
     device = next(model.parameters()).device
     rows = []
     for source, behind in zip(SOURCE, tokens, strict=True):
         ids = torch.tensor([prompts[source] + behind], device=device)
         logits: Tensor = cast(Any, model)(input_ids=ids, use_cache=False).logits
         rows.append(logits[0, len(prompts[source]) - 1 :])
-    return torch.stack(rows).float().log_softmax(-1)
+    return torch.stack(rows).float()
 
 
 def _together(model: nn.Module, prompts: list[list[int]], tokens: list[list[int]]) -> tuple[Tensor, RowBytes]:
@@ -133,13 +134,4 @@ def _together(model: nn.Module, prompts: list[list[int]], tokens: list[list[int]
                 rows = rows[kept]
             found[rows, step + 1] = steps.logits(behind[rows, step], positions[source[rows], -1] + 1 + step)
     token = (held_bytes(cache) // len(rows) - as_read) // len(tokens[0])
-    return found.log_softmax(-1), RowBytes(max(1, token), max(0, as_read - token * width))
-
-
-def _distance(own: Tensor, found: Tensor) -> float:
-    """Return how far log-probs of the most likely tokens lie apart, nats on average over ``[B, tokens, V]``."""
-    best = own.argmax(-1, keepdim=True)
-    apart = (own.gather(-1, best) - found.gather(-1, best)).squeeze(-1).abs()
-    there = torch.ones_like(apart, dtype=torch.bool)
-    there[LEAVING, BEFORE + 1 :] = False
-    return apart[there].mean().item()
+    return found, RowBytes(max(1, token), max(0, as_read - token * width))

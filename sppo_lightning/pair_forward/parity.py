@@ -12,15 +12,14 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 
 from sppo_lightning.pair_forward.layouts import PairLayout, PairRows
+from sppo_lightning.policy.agreement import compare_logps, distance, product_dtype
 from sppo_lightning.policy.anatomy import unwrapped, window_of
 from sppo_lightning.policy.rounding import off_by_a_rounding
 from sppo_lightning.policy.sharding import recover
 from sppo_lightning.system.device_memory import ran_out
 from sppo_lightning.types import first_line
 
-# least mean distance of a token's log-prob from the one of its sequence alone that counts, nats
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-3, torch.float16: 1e-3}
-EXACT = (torch.float64, torch.float32)  # in which roundings are far below the least distance
+EXACT = (torch.float64, torch.float32)  # in which a model's own roundings are far below the least tolerance
 PROMPTS, RESPONSES = (11, 4), ((5, 9), (8, 2))  # tokens of the trial's two pairs
 OVER_WINDOW = 8  # tokens by which the trial's longest sequence is longer than a window
 
@@ -75,12 +74,8 @@ def objection(forward: Checked, model: nn.Module, trial: Trial) -> str | None:
         short = slice(len(prompts) - 1, None, len(prompts))  # the last prompt is never longer than a window
         noise = 0.0 if dtype in EXACT else _noise(inner, sequences[short], alone[short], dtype)
     own, best = (torch.cat(parts) for parts in zip(*alone, strict=True))
-    drift = (found - own).abs().mean().item()
-    # kernels that are both sound differ by roundings of the logits, and by what layers make of earlier roundings
-    tolerance = max(TOLERANCE[dtype], torch.finfo(dtype).eps * best.mean().item(), noise)
-    if drift <= tolerance:
-        return None
-    return f"{name} {forward.differing}, by {drift:.2g} nat per token (tolerance {tolerance:.1g})"
+    agreement = compare_logps(own, found, best_logits=best, dtype=dtype).allowing(noise)
+    return None if agreement.holds else f"{name} {forward.differing}, by {agreement}"
 
 
 def _precision(
@@ -89,7 +84,7 @@ def _precision(
     """Return the most exact arithmetic in which weights and kernel can be compared."""
     weights = {parameter.dtype for parameter in model.parameters()}
     if weights <= {torch.float32, torch.float64} and not forward.half_only:
-        return nullcontext(), torch.float32 if torch.float32 in weights else torch.float64
+        return nullcontext(), product_dtype(model)
     device = next(model.parameters()).device.type
     with trial.precision():
         if torch.is_autocast_enabled(device):
@@ -122,9 +117,9 @@ def _noise(
         alone: what it returned.
         dtype: of the products.
     """
-    with off_by_a_rounding(model, torch.finfo(dtype).eps):
+    with off_by_a_rounding(model, dtype):
         nudged = torch.cat([_alone(model, *sequence)[0] for sequence in sequences])
-    return (nudged - torch.cat([logps for logps, _ in alone])).abs().mean().item()
+    return distance(nudged, torch.cat([logps for logps, _ in alone]))
 
 
 def trial_pairs(

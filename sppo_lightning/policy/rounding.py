@@ -35,13 +35,15 @@ def check_updates_survive(parameters: Iterable[nn.Parameter], learning_rate: flo
 
 
 @contextmanager
-def off_by_a_rounding(model: Any, eps: float) -> Iterator[None]:
-    """Let a model's embeddings be half an ``eps`` too large or too small, each by a coin's toss, always the same."""
+def off_by_a_rounding(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Let a model's embeddings be off by half a spacing of a dtype, up or down by a coin's toss, always the same."""
     generator = torch.Generator().manual_seed(0)
+    half = torch.finfo(dtype).eps / 2
 
     def nudge(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
         signs = 2 * torch.randint(2, embedded.shape, generator=generator) - 1
-        off: Tensor = embedded.float() * (1 + eps / 2 * signs.to(embedded.device))
+        exact = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
+        off: Tensor = exact * (1 + half * signs.to(exact))
         return off.to(embedded.dtype)
 
     handle = model.get_input_embeddings().register_forward_hook(nudge)

@@ -1,4 +1,11 @@
-"""Rows of different lengths, end to end in one array: a row costs its numbers, and growing copies nothing twice."""
+"""Rows of different lengths, end to end in one array: a row costs its numbers, and growing copies nothing twice.
+
+Why not Arrow arrays, 256 rows at a time: an array of Arrow does not grow, so that rows wait as Python objects until
+one is made of them, and a row comes out through an object of its own. Measured with 100,000 prompts of 60 words and
+80 tokens: reading them takes 107 MB instead of 48, encoding a third longer, going through them or looking them up by
+id twice as long, collecting pairs one and a half times; it would save some 20 lines. ``datasets`` holds its rows in
+such arrays too.
+"""
 
 from __future__ import annotations
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from sppo_lightning.policy.agreement import Agreement, compare_logps, product_dtype
+from sppo_lightning.policy.rounding import off_by_a_rounding
 from sppo_lightning.system.device_memory import TokenBudget, free_bytes, ran_out, release
 from sppo_lightning.types import UserError, first_line
 
@@ -29,11 +31,7 @@ MOST_TOKENS = {"cpu": 8192, "cuda": 131072}  # where more tokens at once gain no
 MEMORY_SHARE = 0.4  # of the free memory, for the activations of a batch
 ACTIVATIONS = 24  # hidden states that a layer holds at once, roughly
 WORTH_SHARING = 8  # tokens; a shorter common beginning is read again
-TOLERANCE = {
-    torch.float32: 1e-4,
-    torch.float64: 1e-6,
-}  # of scores with and without sharing, relative to 1 + |score|
-LOOSE = 0.1  # in 16 bits or less
+TRIED = range(1, 9)  # tokens behind the shared ones: scores of fewer conversations say little about roundings
 log = logging.getLogger(__name__)
 
 
@@ -214,26 +212,37 @@ class ClassifierForward:
             return False
         tokens = [token for token in dict.fromkeys(t for row in ids for t in row) if token != self._padding]
         tokens = (tokens * (2 * WORTH_SHARING))[: 2 * WORTH_SHARING]
-        trial = [tuple(tokens + tokens[:extra]) for extra in (2, 5)]
-        together = Group((0, 1), len(tokens))
+        trial = [tuple(tokens + tokens[:extra]) for extra in TRIED]
+        together = Group(tuple(range(len(trial))), len(tokens))
         try:
-            shared = self._shared_logits([together], trial).float()
+            shared = self._shared_logits([together], trial)
         except Exception as error:
             if not (ran_out(error) or isinstance(error, TypeError | ValueError | NotImplementedError)):
                 raise
             log.info("%s cannot read a prompt once (%s)", type(self.model).__name__, first_line(error))
             return False
         rows = [{"input_ids": list(row), "attention_mask": [1] * len(row)} for row in trial]
-        alone = self._logits(rows).float()
-        apart = ((shared - alone).abs() / (1 + alone.abs())).max().item()
-        same = apart <= TOLERANCE.get(self.model.dtype, LOOSE)
-        if not same:
+        alone, dtype = self._logits(rows), product_dtype(self.model)
+        agreement = _compare_scores(alone, shared, dtype)
+        if not agreement.holds:
+            with off_by_a_rounding(self.model, dtype):
+                nudged = self._logits(rows)
+            agreement = agreement.allowing(_compare_scores(alone, nudged, dtype).drift)
+        if not agreement.holds:
             log.info(
-                "%s scores a prompt that is read once differently (by %.2g): each response is scored with its prompt",
+                "%s scores a prompt that is read once differently (by %.2g, tolerance %.2g): each response is scored "
+                "with its prompt",
                 type(self.model).__name__,
-                apart,
+                *agreement,
             )
-        return same
+        return agreement.holds
+
+
+def _compare_scores(alone: Tensor, other: Tensor, dtype: torch.dtype) -> Agreement:
+    """Compare scores ``[N]`` as log-probs are compared, each relative to its size, for which there is no scale."""
+    held = torch.promote_types(alone.dtype, torch.float32)
+    size = 1 + alone.to(held).abs()
+    return compare_logps(alone / size, other / size, best_logits=alone / size, dtype=dtype)
 
 
 def common_beginnings(

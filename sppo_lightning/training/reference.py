@@ -18,6 +18,7 @@ from sppo_lightning.losses import PairLogps
 from sppo_lightning.pair_forward import PairForward
 from sppo_lightning.pair_forward.layouts import PairLayout
 from sppo_lightning.pair_forward.parity import trial_pairs
+from sppo_lightning.policy.agreement import compare_stored_sums
 from sppo_lightning.policy.anatomy import unwrapped
 from sppo_lightning.policy.loading import without_dropout
 from sppo_lightning.policy.lora import replaced_weights
@@ -27,8 +28,6 @@ from sppo_lightning.policy.trained import TrainedPolicy
 from sppo_lightning.training.batching import PairBatch
 from sppo_lightning.training.hardware import compute_dtype
 
-# mean |log-ratio| per token at an iteration's start, where the reference equals the policy
-RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.02}
 ROUNDING = 0.01  # of what an adapter's move changes
 STEP = 0.02  # standard deviation of the noise that moves an adapter: of the size of its weights
 
@@ -180,10 +179,9 @@ def check_same_logps(policy: PairLogps, reference: PairLogps, *, tokens: int, dt
     Raises:
         RuntimeError: if they differ by more than rounding.
     """
-    apart = (policy.chosen - reference.chosen).abs() + (policy.rejected - reference.rejected).abs()
-    drift, tolerance = (apart.sum() / tokens).item(), RATIO_TOLERANCE[dtype]
-    if not drift <= tolerance:
+    agreement = compare_stored_sums(torch.cat(policy), torch.cat(reference), tokens=tokens, dtype=dtype)
+    if not agreement.holds:
         raise RuntimeError(
             f"at the start of an iteration policy and reference are the same, but their log-probs differ by "
-            f"{drift:.2g} nat per token (tolerance {tolerance:g}): the reference is not the policy's own"
+            f"{agreement}: the reference is not the policy's own"
         )

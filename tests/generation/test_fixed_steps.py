@@ -20,6 +20,7 @@ from sppo_lightning.generation.cuda_graph import CannotRecordError, RecordedStep
 from sppo_lightning.generation.fixed_steps import NAME, FixedSteps, objection
 
 LONG = 20  # tokens: enough that steps are recorded
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FULL = ("llama", "qwen2", "qwen3", "granite", "cohere")
 
 
@@ -184,9 +185,10 @@ def refuses(model: PreTrainedModel) -> str | None:
     return found
 
 
-def test_models_that_are_read_alike_are_taken() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_models_that_are_read_alike_are_taken(dtype: torch.dtype) -> None:
     for kind in FULL:
-        assert refuses(tiny_model(kind)) is None
+        assert refuses(new_model(kind, dtype).eval()) is None, kind
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,10 @@ def test_an_attention_that_was_chosen_is_kept(on_cpu: list[tuple[int, int]]) -> 
     assert not on_cpu
 
 
-def test_a_model_that_reads_another_way_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_model_that_reads_another_way_is_found_out(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Padding that is looked at changes log-probs by more than rounding."""
     own = fixed_steps._attend
 
@@ -222,7 +227,7 @@ def test_a_model_that_reads_another_way_is_found_out(monkeypatch: pytest.MonkeyP
     from transformers import AttentionInterface
 
     monkeypatch.setitem(AttentionInterface._global_mapping, NAME, sees_everything)
-    found = refuses(new_model().eval())
+    found = refuses(new_model("llama", dtype).eval())
     assert found is not None
     assert found.startswith("log-probs differ by ")
 

@@ -6,6 +6,7 @@ import functools
 import gc
 import logging
 import random
+import re
 import warnings
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
@@ -343,6 +344,22 @@ def test_a_decoder_that_cannot_share_is_found_out_once(
     with passes(model) as seen:
         forward.scores(encoded, owners)
     assert [(one.rows, one.tokens, one.cached) for one in seen] == [(len(ids), 56, False)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_leak_is_told_from_rounding(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    """Rounding moves a score by 0.001 at most; an attention that sees what comes after moves it by 0.1."""
+    for kind in CONFIGS:
+        model = classifier(kind, dtype)
+        with passes(model) as seen:
+            scored(model, *conversations())
+        assert seen[-1].cached, kind
+    leaking: Any = Bidirectional(tiny_config(num_labels=1)).eval()
+    leaking.load_state_dict(classifier().state_dict())
+    with caplog.at_level(logging.INFO), passes(leaking.to(dtype)) as seen:
+        scored(leaking, *conversations())
+    assert not seen[-1].cached
+    assert re.search(r"Bidirectional scores .* \(by 0\.1\d, tolerance 0\.0", caplog.text)
 
 
 def test_another_error_of_the_model_passes() -> None:
