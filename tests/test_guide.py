@@ -74,7 +74,7 @@ def test_classes_of_ones_own_run(
         for argument in cli_arguments(tiny_policy, write_prompts(), tmp_path / "run", **changes)
         if ".".join(argument.lstrip("-").split("=")[0].split(".")[:2]) not in named
     ]
-    main(["fit", f"--config={part}", *arguments])
+    main(["fit", f"--config={part}", *arguments, "--data.pairing.init_args.ratio=50"])
     assert "iteration 1: " in capsys.readouterr().out
 
 
