@@ -18,7 +18,7 @@ from sppo_lightning.evaluation.metrics import EvaluationBatch, EvaluationMetrics
 from sppo_lightning.losses import PairLogps, PreferenceLoss
 from sppo_lightning.pair_forward import AutoForward, PairForward
 from sppo_lightning.pair_forward.layouts import PairLayout
-from sppo_lightning.pair_forward.parity import Trial, trial_pairs
+from sppo_lightning.pair_forward.parity import ParityCheck, probe_pairs
 from sppo_lightning.policy import loading as policies
 from sppo_lightning.policy.anatomy import unwrapped
 from sppo_lightning.policy.config import PolicyConfig
@@ -140,13 +140,13 @@ class PreferenceModule(pl.LightningModule):
         """
         assert self.policy is not None
         if self._pair_layout is None:
-            trial = Trial(
+            check = ParityCheck(
                 longest,
                 self.trainer.precision_plugin.forward_context,
                 self.trainer.strategy.reduce_boolean_decision,
             )
             with policies.without_dropout(self.policy):
-                told = self.pair_forward.prepare(self.policy, trial)
+                told = self.pair_forward.prepare(self.policy, check)
             rank_zero_info(f"Training forward: {told}.")
             pad = self.live.tokenizer.pad_token_id
             assert isinstance(pad, int)
@@ -159,7 +159,7 @@ class PreferenceModule(pl.LightningModule):
         """Return log-probs of a few random tokens by the training forward."""
         assert self._pair_layout is not None
         vocabulary = unwrapped(model).config.get_text_config().vocab_size
-        rows = move_data_to_device(self._pair_layout.rows(*trial_pairs(vocabulary)), self.device)
+        rows = move_data_to_device(self._pair_layout.rows(*probe_pairs(vocabulary)), self.device)
         with (
             torch.no_grad(),
             self.trainer.precision_plugin.forward_context(),

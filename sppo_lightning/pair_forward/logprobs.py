@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 1 << 25  # logits held in float32 at once (128 MiB), unless told otherwise
+CHUNK_ELEMENTS = 1 << 25  # logits held in float32 at once (128 MiB), unless the caller says otherwise
 
 
 class _TokenLogps(torch.autograd.Function):
