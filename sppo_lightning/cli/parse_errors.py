@@ -6,7 +6,7 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -64,34 +64,72 @@ def explain(message: str, keys: Iterable[str]) -> str:
         keys: known config keys, to propose one where a key is misspelt.
     """
     path: list[str] = []  # the key, from the outside in
-    owner = subtypes = (
-        ""  # class path of the component that the reason is about; its types, where it has several
-    )
+    owner = ""  # class path of the component that the reason is about
+    types = ""  # that a value may have, where they are several
     for line in (line.strip().removeprefix("- ") for line in message.splitlines()):
         if found := re.match(r'Parser key "([^"]+)":', line):
             path.append(found[1])
         elif found := re.match(r"Problem with given class_path '([^']+)':", line):
             owner = found[1]
         elif found := re.match(r"Subtypes: \[(.+)\]", line):
-            subtypes = found[1]
+            types = found[1]
         elif found := re.match(r"Given value: (.+)", line):
-            return f"{'.'.join(path)}: expected {_types(subtypes)}, got {found[1]!r}"
-        elif reason := _reason(line, path, owner, list(keys)):
+            return f"{'.'.join(path)}: expected {_types(types)}, got {found[1]!r}"
+        elif reason := _reason(line, ".".join(path), owner, list(keys)):
             return reason
     rest = " ".join(message.split())
     return re.sub(r'^Parser key "(?P<key>[^"]+)": ', r"\g<key>: ", rest)
 
 
-def _reason(line: str, path: Sequence[str], owner: str, keys: Sequence[str]) -> str | None:
-    key = ".".join(path)
-    for pattern, render in _REASONS:
+# what the parser says, and the line that a user reads: {key} is the config key, \1 the parser's first group
+_PLAIN = {
+    r"Import path (\S+) does not correspond to a subclass of (\w+)": (
+        r"{key}: \1 is not a \2: give the class path of a \2"
+    ),
+    r"Expected an instantiatable class, but (\S+) is abstract": (
+        r"{key}: \1 is abstract: give a class that derives from it"
+    ),
+    r"Expected a dot import path string: (.+)": (
+        r"{key}: '\1' is no class path: give one such as package.module.Class"
+    ),
+    r"Type .+ expects a function or a callable class: (.+)\. Got value: (.+)": (
+        r"{key}: '\2' is no function (\1): give its dotted path, e.g. my_module.my_function (modules are also found in "
+        "the current folder)"
+    ),
+    r"argument (--\S+): expected one argument": r"\1 lacks its value: write \1 VALUE",
+    r'Linked "(.+)" must be given via "(.+)"': r"\1 follows from \2: set that instead",
+    r"(model|data|trainer)\.[\w.]+\b.+": r"\g<0>",  # said by a settings class of ours
+}
+
+
+def _reason(line: str, key: str, owner: str, keys: Sequence[str]) -> str | None:
+    for pattern, plain in _PLAIN.items():
         if found := re.match(pattern, line):
-            return render(found, key, owner, keys)
+            return found.expand(plain).replace("{key}", key)
+    if found := re.match(r"the following arguments are required: (.+)", line):
+        return _missing(found[1].split(", "), key)
+    if found := re.match(
+        r"Option '(.+)' is not accepted|Subcommand '.+' does not accept option '(.+)'", line
+    ):
+        return _unknown(found[1] or found[2], key, owner, keys)
+    if found := re.match(r"unrecognized arguments: (?:-+([^= ]*)|(\S+))", line):
+        if found[2]:
+            return f"{found[2]!r} is no option: options are written --KEY VALUE"
+        return _unknown(found[1], key, owner, keys)
+    if found := re.match(
+        r"No module named '.+'|module '.+' has no attribute '.+'|cannot import name '.+'", line
+    ):
+        return f"{key}: there is no class {owner!r} ({found[0]}){_closest_class(owner)}"
+    if found := re.match(r"Expected a (.+)\. Got value: (.*)", line):
+        return f"{key}: expected {_types(found[1])}, got {found[2]!r}"
+    if found := re.match(r'expected "subcommand" to be one of \{(.+)\}', line):
+        commands = found[1].replace(",", ", ")
+        return f"no command: give one of {commands}, e.g. sppo-lightning fit --config FILE"
     return None
 
 
-def _missing(found: re.Match[str], key: str, owner: str, keys: Sequence[str]) -> str:
-    names = [re.sub(r"^(fit|validate|test|predict|estimate)\.", "", name) for name in found[1].split(", ")]
+def _missing(names: Sequence[str], key: str) -> str:
+    names = [re.sub(r"^(fit|validate|test|predict|estimate)\.", "", name) for name in names]
     full = [f"{key}.{name}" if key else name for name in names]
     verb, them = ("is", "it") if len(full) == 1 else ("are", "them")
     return (
@@ -100,8 +138,7 @@ def _missing(found: re.Match[str], key: str, owner: str, keys: Sequence[str]) ->
     )
 
 
-def _unknown(found: re.Match[str], key: str, owner: str, keys: Sequence[str]) -> str:
-    name = found[1]
+def _unknown(name: str, key: str, owner: str, keys: Sequence[str]) -> str:
     if owner:
         taken = _parameters(owner)
         hint = _closest(name, taken) or f"; it takes {', '.join(taken) or 'none'}"
@@ -109,82 +146,17 @@ def _unknown(found: re.Match[str], key: str, owner: str, keys: Sequence[str]) ->
     return f"{name}: no such key{_closest(name, keys) or '; `sppo-lightning fit --help` lists them'}"
 
 
-def _unknown_flag(found: re.Match[str], key: str, owner: str, keys: Sequence[str]) -> str:
-    if not found[1].startswith("-"):
-        return f"{found[1].split()[0]!r} is no option: options are written --KEY VALUE"
-    name = re.match(r"-+([^= ]*)", found[1])
-    assert name is not None
-    return _unknown(name, key, owner, keys)
-
-
-def _not_importable(found: re.Match[str], key: str, owner: str, keys: Sequence[str]) -> str:
-    module = owner.rpartition(".")[0]
+def _closest_class(class_path: str) -> str:
+    module = class_path.rpartition(".")[0]
     try:
         found_there = vars(importlib.import_module(module)).items()
         known = [f"{module}.{other}" for other, value in found_there if inspect.isclass(value)]
     except Exception:
         known = []
-    hint = (
-        _closest(owner, known) or "; give its full dotted path (modules are also found in the current folder)"
-    )
-    return f"{key}: there is no class {owner!r} ({found[0]}){hint}"
-
-
-def _wrong_kind(found: re.Match[str], key: str, owner: str, keys: Sequence[str]) -> str:
-    return f"{key}: {found[1]} is not a {found[2]}: give the class path of a {found[2]}"
-
-
-def _abstract(found: re.Match[str], key: str, owner: str, keys: Sequence[str]) -> str:
-    return f"{key}: {found[1]} is abstract: give a class that derives from it"
-
-
-def _no_class_path(found: re.Match[str], key: str, owner: str, keys: Sequence[str]) -> str:
-    return f"{key}: {found[1]!r} is no class path: give one such as package.module.Class"
-
-
-def _no_function(found: re.Match[str], key: str, owner: str, keys: Sequence[str]) -> str:
     return (
-        f"{key}: {found[2]!r} is no function ({found[1]}): give its dotted path, e.g. my_module.my_function "
-        "(modules are also found in the current folder)"
+        _closest(class_path, known)
+        or "; give its full dotted path (modules are also found in the current folder)"
     )
-
-
-def _wrong_type(found: re.Match[str], key: str, owner: str, keys: Sequence[str]) -> str:
-    return f"{key}: expected {_types(found[1])}, got {found[2]!r}"
-
-
-def _no_value(found: re.Match[str], key: str, owner: str, keys: Sequence[str]) -> str:
-    return f"{found[1]} lacks its value: write {found[1]} VALUE"
-
-
-def _no_command(found: re.Match[str], key: str, owner: str, keys: Sequence[str]) -> str:
-    return f"no command: give one of {found[1].replace(',', ', ')}, e.g. sppo-lightning fit --config FILE"
-
-
-def _own(found: re.Match[str], key: str, owner: str, keys: Sequence[str]) -> str:
-    return found[0]
-
-
-def _linked(found: re.Match[str], key: str, owner: str, keys: Sequence[str]) -> str:
-    return f"{found[1]} follows from {found[2]}: set that instead"
-
-
-_REASONS: list[tuple[str, Callable[[re.Match[str], str, str, Sequence[str]], str]]] = [
-    (r"the following arguments are required: (.+)", _missing),
-    (r"Option '(.+)' is not accepted", _unknown),
-    (r"Subcommand '.+' does not accept option '(.+)'", _unknown),
-    (r"unrecognized arguments: (.+)", _unknown_flag),
-    (r"No module named '.+'|module '.+' has no attribute '.+'|cannot import name '.+'", _not_importable),
-    (r"Import path (\S+) does not correspond to a subclass of (\w+)", _wrong_kind),
-    (r"Expected an instantiatable class, but (\S+) is abstract", _abstract),
-    (r"Expected a dot import path string: (.+)", _no_class_path),
-    (r"Type .+ expects a function or a callable class: (.+)\. Got value: (.+)", _no_function),
-    (r"Expected a (.+)\. Got value: (.*)", _wrong_type),
-    (r"argument (--\S+): expected one argument", _no_value),
-    (r'expected "subcommand" to be one of \{(.+)\}', _no_command),
-    (r'Linked "(.+)" must be given via "(.+)"', _linked),
-    (r"(model|data|trainer)\.[\w.]+\b.+", _own),  # said by a settings class of ours
-]
 
 
 def _parameters(class_path: str) -> list[str]:

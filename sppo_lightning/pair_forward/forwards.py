@@ -15,7 +15,7 @@ from sppo_lightning.pair_forward.compiled import compile_layers, run_plain
 from sppo_lightning.pair_forward.head import response_logps
 from sppo_lightning.pair_forward.layouts import PairLayout, PairRows, PlainLayout, SharedLayout
 from sppo_lightning.pair_forward.logprobs import by_response, summed
-from sppo_lightning.pair_forward.parity import Trial, objection
+from sppo_lightning.pair_forward.parity import ParityCheck, parity_failure
 from sppo_lightning.pair_forward.shared_attention import (
     MaskedAttention,
     SharedAttention,
@@ -28,10 +28,10 @@ from sppo_lightning.policy.sharding import as_forward
 from sppo_lightning.types import UserError
 
 ADVICE = "use sppo_lightning.pair_forward.AutoForward"
-NO_OTHER = "no forward reads this model as it reads itself"
+NO_OTHER = "no forward matches this model's own log-probs"
 ELSEWHERE = "it differs on another process"
 SHARED = "a prompt is read once for both of its responses"
-PLAIN = "each response is read with its own copy of the prompt"
+PLAIN = "each response is read with its prompt, unshared"
 
 
 class PairForward(ABC):
@@ -54,14 +54,14 @@ class PairForward(ABC):
         self.chunk = chunk
         self.compiled = compiled
 
-    def prepare(self, model: nn.Module, trial: Trial) -> str:
-        """Try the forward on the model, once, before the first batch; return what to tell the user.
+    def prepare(self, model: nn.Module, check: ParityCheck) -> str:
+        """Check the forward's parity with the model, once, before the first batch; return a message for the user.
 
         Raises:
             UserError: if the model cannot take it.
         """
-        reason = objection(self, model, trial)
-        if not trial.agree(reason is None):
+        reason = parity_failure(self, model, check)
+        if not check.agree(reason is None):
             raise UserError(f"model.pair_forward {type(self).__name__}: {reason or ELSEWHERE}: {self.advice}")
         return self.serving
 
@@ -86,13 +86,13 @@ class PairForward(ABC):
         return summed(self.logps_by_token(model, rows))
 
     def release(self, model: nn.Module) -> None:
-        """Give the model its own attention and layers back, before anything else uses or copies it."""
+        """Remove the attention override and compiled layers, before anything else uses or copies the model."""
         detach(model)
         run_plain(model)
 
 
 class PlainForward(PairForward):
-    """Each response with its own copy of the prompt, in rows that are padded on the right."""
+    """Each response with an unshared prompt, in rows that are padded on the right."""
 
     failing = "cannot be read in padded rows"
     differing = "gives other log-probs in padded rows"
@@ -150,19 +150,19 @@ class AutoForward(PairForward):
         assert self._chosen is not None, "prepare() comes first"
         return self._chosen
 
-    def prepare(self, model: nn.Module, trial: Trial) -> str:
-        """Return what to tell the user."""
+    def prepare(self, model: nn.Module, check: ParityCheck) -> str:
+        """Return a message for the user."""
         on_cuda = next(model.parameters()).is_cuda
         kinds: list[type[PairForward]] = [VarlenForward, SharedForward] if on_cuda else [SharedForward]
         reasons = []
         for candidate in (kind(self.chunk, self.compiled) for kind in kinds):
-            reason = objection(candidate, model, trial)
-            if trial.agree(reason is None):
+            reason = parity_failure(candidate, model, check)
+            if check.agree(reason is None):
                 self._chosen = candidate
                 return f"{SHARED} ({type(candidate).__name__})"
             reasons.append(reason or ELSEWHERE)
         self._chosen = PlainForward(self.chunk, self.compiled)
-        self._chosen.prepare(model, trial)
+        self._chosen.prepare(model, check)
         return f"{PLAIN}: {'; '.join(dict.fromkeys(reasons))}"
 
     def layout(self, pad_token_id: int) -> PairLayout:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from sppo_lightning.pair_forward.logprobs import token_logps
 from sppo_lightning.policy.anatomy import decoders, unwrapped
 
-CHUNK_LOGITS = {"cuda": 1 << 29, "cpu": 1 << 26}  # logits held at once, unless told otherwise
+CHUNK_LOGITS = {"cuda": 1 << 29, "cpu": 1 << 26}  # logits held at once, unless chunk says otherwise
 
 
 def response_logps(model: nn.Module, hidden: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
@@ -28,7 +28,7 @@ def response_logps(model: nn.Module, hidden: Tensor, targets: Tensor, *, chunk: 
 
     Args:
         model: a transformers causal language model, PEFT's wrapper around it or not.
-        hidden: ``[N, H]``, states behind the model's last norm that predict the targets.
+        hidden: ``[N, H]``, states after the model's last norm that predict the targets.
         targets: ``[N]`` token ids.
         chunk: positions at once; ``None``: as many as 2^26 logits are (2^29 on CUDA).
     """
@@ -47,7 +47,7 @@ def response_logps(model: nn.Module, hidden: Tensor, targets: Tensor, *, chunk: 
 def _logits(model: nn.Module, hidden: Tensor) -> Tensor:
     """Return ``[N, V]``: head, scaling and soft cap are applied by the model's own forward, to given states."""
     with _decoder_returns(model, hidden[None]):
-        # past its hooks: spread weights are gathered by the forward that this is a part of
+        # past its hooks: sharded weights are gathered by the forward that this is a part of
         logits: Tensor = unwrapped(model).forward(inputs_embeds=hidden[None], use_cache=False).logits
     return logits[0]
 

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from sppo_lightning.losses import PairLogps
 
-CHUNK_ELEMENTS = 1 << 25  # logits held in float32 at once (128 MiB), unless told otherwise
+CHUNK_ELEMENTS = 1 << 25  # logits held in float32 at once (128 MiB), unless the caller says otherwise
 
 
 class _TokenLogps(torch.autograd.Function):

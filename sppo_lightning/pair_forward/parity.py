@@ -1,4 +1,4 @@
-"""Whether a forward reads a model as the model reads itself: tried with a few random tokens before training."""
+"""Whether a forward gives the model's own log-probs: checked with a few random tokens before training."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from sppo_lightning.system.device_memory import ran_out
 from sppo_lightning.types import first_line
 
 EXACT = (torch.float64, torch.float32)  # in which a model's own roundings are far below the least tolerance
-PROMPTS, RESPONSES = (11, 4), ((5, 9), (8, 2))  # tokens of the trial's two pairs
-OVER_WINDOW = 8  # tokens by which the trial's longest sequence is longer than a window
+PROMPTS, RESPONSES = (11, 4), ((5, 9), (8, 2))  # tokens of the two probe pairs
+OVER_WINDOW = 8  # tokens by which the longest sequence read is longer than a window
 
 
 class Checked(Protocol):
@@ -38,24 +38,24 @@ class Checked(Protocol):
         """Return the log-prob of each response token."""
 
     def release(self, model: nn.Module, /) -> None:
-        """Give the model its own attention and layers back."""
+        """Remove the attention override and compiled layers."""
 
 
-class Trial(NamedTuple):
-    """What a forward is tried with at a run's start."""
+class ParityCheck(NamedTuple):
+    """Settings of a forward's parity check at a run's start."""
 
     longest: int  # most tokens of prompt and response together
     precision: Callable[[], AbstractContextManager[Any]]  # the trainer's
     agree: Callable[[bool], bool]  # whether it is true on all processes
 
 
-def objection(forward: Checked, model: nn.Module, trial: Trial) -> str | None:
+def parity_failure(forward: Checked, model: nn.Module, check: ParityCheck) -> str | None:
     """Return why a forward does not give the model's own log-probs; ``None`` if it does."""
     inner, device = unwrapped(model), next(model.parameters()).device
     name = type(inner).__name__
-    context, dtype = _precision(forward, model, trial)
-    prompts, chosen, rejected = trial_pairs(
-        inner.config.get_text_config().vocab_size, window_of(model) or 0, trial.longest
+    context, dtype = _precision(forward, model, check)
+    prompts, chosen, rejected = probe_pairs(
+        inner.config.get_text_config().vocab_size, window_of(model) or 0, check.longest
     )
     rows = move_data_to_device(forward.layout(0).rows(prompts, chosen, rejected), device)
     with torch.no_grad(), context:
@@ -79,17 +79,17 @@ def objection(forward: Checked, model: nn.Module, trial: Trial) -> str | None:
 
 
 def _precision(
-    forward: Checked, model: nn.Module, trial: Trial
+    forward: Checked, model: nn.Module, check: ParityCheck
 ) -> tuple[AbstractContextManager[Any], torch.dtype]:
     """Return the most exact arithmetic in which weights and kernel can be compared."""
     weights = {parameter.dtype for parameter in model.parameters()}
     if weights <= {torch.float32, torch.float64} and not forward.half_only:
         return nullcontext(), product_dtype(model)
     device = next(model.parameters()).device.type
-    with trial.precision():
+    with check.precision():
         if torch.is_autocast_enabled(device):
-            return trial.precision(), torch.get_autocast_dtype(device)
-    return trial.precision(), torch.float16 if torch.float16 in weights else torch.bfloat16
+            return check.precision(), torch.get_autocast_dtype(device)
+    return check.precision(), torch.float16 if torch.float16 in weights else torch.bfloat16
 
 
 def _alone(model: nn.Module, ids: Tensor, response: int) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ def _noise(
     return distance(nudged, torch.cat([logps for logps, _ in alone]))
 
 
-def trial_pairs(
+def probe_pairs(
     vocabulary: int, window: int = 0, longest: int = 0
 ) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
     """Return prompts, chosen and rejected responses of two pairs of random tokens.

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sppo_lightning.pair_forward.layouts import SharedPrompts
-from sppo_lightning.policy import attention as own_attention
+from sppo_lightning.policy import attention as attention_override
 from sppo_lightning.policy.attention import CannotAttendError
 
 NAME = "sppo_shared_prompts"
@@ -324,7 +324,7 @@ def _shared_prompts_attention(
             "is called with, or it was called outside the training forward (PolicySnapshot.sampling_model gives a "
             "policy to generate from)"
         )
-    own_attention.check_call(module, attention_mask, others)
+    attention_override.check_call(module, attention_mask, others)
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     states = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
@@ -339,7 +339,7 @@ def attach(model: nn.Module) -> None:
     Raises:
         CannotAttendError: if its attention cannot be replaced.
     """
-    own_attention.attach(model, NAME, _shared_prompts_attention, {"full_attention", "sliding_attention"})
+    attention_override.attach(model, NAME, _shared_prompts_attention, {"full_attention", "sliding_attention"})
 
 
 def leave_uncompiled() -> None:

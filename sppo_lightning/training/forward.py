@@ -10,7 +10,7 @@ from torch import nn
 
 from sppo_lightning.pair_forward import PairForward
 from sppo_lightning.pair_forward.layouts import PairLayout
-from sppo_lightning.pair_forward.parity import Trial
+from sppo_lightning.pair_forward.parity import ParityCheck
 from sppo_lightning.policy.loading import without_dropout
 
 if TYPE_CHECKING:
@@ -37,9 +37,11 @@ def prepared_layout(
     Raises:
         UserError: if the model cannot take it.
     """
-    trial = Trial(longest, trainer.precision_plugin.forward_context, trainer.strategy.reduce_boolean_decision)
+    check = ParityCheck(
+        longest, trainer.precision_plugin.forward_context, trainer.strategy.reduce_boolean_decision
+    )
     with without_dropout(policy):
-        message = forward.prepare(policy, trial)
+        message = forward.prepare(policy, check)
     rank_zero_info(f"Training forward: {message}.")
     pad = tokenizer.pad_token_id
     assert isinstance(pad, int)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sppo_lightning.losses import PairLogps
 from sppo_lightning.pair_forward import PairForward
 from sppo_lightning.pair_forward.layouts import PairLayout
-from sppo_lightning.pair_forward.parity import trial_pairs
+from sppo_lightning.pair_forward.parity import probe_pairs
 from sppo_lightning.policy.agreement import compare_stored_sums
 from sppo_lightning.policy.anatomy import unwrapped
 from sppo_lightning.policy.loading import without_dropout
@@ -100,7 +100,7 @@ class FrozenReference:
         """
         vocabulary = unwrapped(self._policy().model).config.get_text_config().vocab_size
         rows = move_data_to_device(
-            layout.rows(*trial_pairs(vocabulary)), next(self._policy().model.parameters()).device
+            layout.rows(*probe_pairs(vocabulary)), next(self._policy().model.parameters()).device
         )
 
         def logps(model: nn.Module) -> Tensor:

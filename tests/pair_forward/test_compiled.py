@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from transformers import LlamaForCausalLM
 
 from sppo_lightning.pair_forward import AutoForward, PairForward, PlainForward, SharedForward
-from sppo_lightning.pair_forward.parity import Trial
+from sppo_lightning.pair_forward.parity import ParityCheck
 from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
 from sppo_lightning.policy.loading import load_policy
 
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.skipif(
 LENGTHS = [(12, 4, 7), (9, 11, 3), (5, 5, 5)]
 
 
-def trial() -> Trial:
-    return Trial(40, torch.no_grad, bool)
+def check() -> ParityCheck:
+    return ParityCheck(40, torch.no_grad, bool)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -137,7 +137,7 @@ def test_a_released_model_recomputes_its_layers_as_before() -> None:
 def test_a_released_model_runs_as_it_is_written() -> None:
     model = new_model()
     forward = AutoForward(compiled=True)
-    forward.prepare(model, trial())
+    forward.prepare(model, check())
     forward.logps(model, batch_of(pairs_of(), forward.layout(2)).rows)
     layers = list(model.model.layers)
     assert all(layer._compiled_call_impl is not None for layer in layers)

@@ -37,7 +37,7 @@ from sppo_lightning.pair_forward.forwards import (
     VarlenForward,
 )
 from sppo_lightning.pair_forward.layouts import PlainLayout
-from sppo_lightning.pair_forward.parity import Trial
+from sppo_lightning.pair_forward.parity import ParityCheck
 from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
 from sppo_lightning.policy.loading import load_policy, sampling_copy
 from sppo_lightning.training.batching import PairBatch, collate
@@ -53,8 +53,8 @@ FORWARDS: list[type[PairForward]] = [PlainForward, SharedForward, AutoForward]
 EXACT = [PlainForward, SharedForward]
 
 
-def trial(longest: int = 40, *, agree: Callable[[bool], bool] = bool) -> Trial:
-    return Trial(longest, nullcontext, agree)
+def check(longest: int = 40, *, agree: Callable[[bool], bool] = bool) -> ParityCheck:
+    return ParityCheck(longest, nullcontext, agree)
 
 
 def read(forward: PairForward, model: nn.Module, pairs: Sequence[PreferencePair]) -> Tensor:
@@ -92,7 +92,7 @@ def test_equals_each_sequence_on_its_own(kind: str, forward_class: type[PairForw
     dtypes = [(torch.float64, 1e-10, 1e-6), (torch.float32, 1e-5, 1e-5)]
     for dtype, value, gradient in dtypes[kind in NO_FLOAT64 :]:
         model, forward = new_model(kind, dtype).eval(), forward_class()
-        announced = forward.prepare(model, trial())
+        announced = forward.prepare(model, check())
         assert announced.startswith(PLAIN if forward_class is PlainForward else SHARED)
         found = read(forward, model, pairs_of())
         assert found.dtype == dtype
@@ -108,7 +108,7 @@ def test_models_whose_decoder_stands_elsewhere_or_returns_more(
 ) -> None:
     model, forward = new_model(kind).eval(), forward_class()
     expected = alone(model, pairs_of())
-    forward.prepare(model, trial())
+    forward.prepare(model, check())
     close(read(forward, model, pairs_of()), expected, atol=1e-5)
 
 
@@ -274,7 +274,7 @@ def test_gradient_checkpointing_computes_again_and_changes_no_gradient(
 @pytest.mark.parametrize("forward_class", FORWARDS)
 def test_an_adapter_counts_and_switches_off(tiny_policy: Path, forward_class: type[PairForward]) -> None:
     model, forward = loaded(tiny_policy, lora=True), forward_class()
-    forward.prepare(model, trial())
+    forward.prepare(model, check())
     expected = alone(model, pairs_of())
     found = read(forward, model, pairs_of())
     close(found, expected, atol=1e-5)
@@ -328,7 +328,7 @@ def test_sampling_between_training_passes(kind: str) -> None:
     """After :meth:`release` model and copies sample as before; what is trained next is the same again."""
     model, forward, prompts = new_model(kind), AutoForward(), random_tokens(3, 9)
     samples = greedy(Source(model), prompts)
-    forward.prepare(model, trial())
+    forward.prepare(model, check())
     assert greedy(Source(model), prompts) == samples
     logps = read(forward, model, pairs_of())
     trained = gradients(model, logps)

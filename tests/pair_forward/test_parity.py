@@ -1,4 +1,4 @@
-"""Which forward serves a model is decided by a trial at a run's start."""
+"""Which forward serves a model is decided by a parity check at a run's start."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaForCausalLM, MistralForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from sppo_lightning.pair_forward import parity as forward_trial
-from sppo_lightning.pair_forward import shared_attention
+from sppo_lightning.pair_forward import parity, shared_attention
 from sppo_lightning.pair_forward.forwards import (
     PLAIN,
     SHARED,
@@ -26,32 +25,32 @@ from sppo_lightning.pair_forward.forwards import (
     SharedForward,
     VarlenForward,
 )
-from sppo_lightning.pair_forward.parity import Trial
+from sppo_lightning.pair_forward.parity import ParityCheck
 from sppo_lightning.pair_forward.shared_attention import MaskedAttention
 from sppo_lightning.types import UserError
 
 ADVICE = "use sppo_lightning.pair_forward.AutoForward"
 
 
-def trial(longest: int = 40, *, agree: Callable[[bool], bool] = bool) -> Trial:
-    return Trial(longest, nullcontext, agree)
+def check(longest: int = 40, *, agree: Callable[[bool], bool] = bool) -> ParityCheck:
+    return ParityCheck(longest, nullcontext, agree)
 
 
 def refusal(model: nn.Module, **settings: Any) -> str:
     """Why a model keeps its own path; ``SharedForward`` says the same."""
-    announced = AutoForward().prepare(model, trial(**settings))
+    announced = AutoForward().prepare(model, check(**settings))
     assert announced.startswith(f"{PLAIN}: ")
     reason = announced.removeprefix(f"{PLAIN}: ")
-    with pytest.raises(UserError) as told:
-        SharedForward().prepare(model, trial(**settings))
-    assert str(told.value) == (f"model.pair_forward SharedForward: {reason}: {ADVICE}")
+    with pytest.raises(UserError) as refused:
+        SharedForward().prepare(model, check(**settings))
+    assert str(refused.value) == (f"model.pair_forward SharedForward: {reason}: {ADVICE}")
     return reason
 
 
 def test_the_announcement() -> None:
-    assert AutoForward().prepare(new_model(), trial()) == f"{SHARED} (SharedForward)"
-    assert SharedForward().prepare(new_model(), trial()) == SHARED
-    assert PlainForward().prepare(new_model(), trial()) == PLAIN
+    assert AutoForward().prepare(new_model(), check()) == f"{SHARED} (SharedForward)"
+    assert SharedForward().prepare(new_model(), check()) == SHARED
+    assert PlainForward().prepare(new_model(), check()) == PLAIN
 
 
 @pytest.mark.parametrize(
@@ -76,7 +75,7 @@ def test_models_that_cannot_share(kind: str, reason: str) -> None:
     assert refusal(model) == reason
     assert model.config._attn_implementation == before
     expected = alone(model, pairs_of())
-    forward.prepare(model, trial())
+    forward.prepare(model, check())
     found = forward.token_logps(model, batch_of(pairs_of(), forward.layout(2)).rows)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
     assert gradients(model, found)
@@ -112,7 +111,7 @@ def test_attention_that_leaks_is_found_out(
 ) -> None:
     """Every response token sees what comes after it."""
     model = new_model("llama", dtype)
-    assert AutoForward().prepare(model, trial()).startswith(SHARED)
+    assert AutoForward().prepare(model, check()).startswith(SHARED)
     monkeypatch.setattr(MaskedAttention, "_mask", all_seen(MaskedAttention._mask))
     reason = refusal(model)
     assert reason.startswith("LlamaForCausalLM gives other log-probs when a prompt is shared, by ")
@@ -122,7 +121,7 @@ def test_attention_that_leaks_is_found_out(
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_the_chunk_is_handed_on(kind: str) -> None:
     forward = AutoForward(3)
-    forward.prepare(new_model(kind), trial())
+    forward.prepare(new_model(kind), check())
     assert forward.chosen.chunk == 3
 
 
@@ -145,7 +144,7 @@ def test_a_window_is_tried_if_a_sequence_may_be_longer(longest: int, monkeypatch
             read.append(given["input_ids"].shape[-1])  # a sequence alone
 
     model.model.register_forward_pre_hook(note, with_kwargs=True)
-    announced = AutoForward().prepare(model, trial(longest))
+    announced = AutoForward().prepare(model, check(longest))
     assert len(read) == (4 if longest == 30 else 8)  # of a forward that is tried
     if longest == 30:
         assert announced.startswith(SHARED)
@@ -170,18 +169,18 @@ def test_processes_decide_together() -> None:
     assert asked == [False, True, False]
 
 
-def test_a_model_that_no_forward_reads_as_it_reads_itself_is_refused() -> None:
+def test_a_model_whose_log_probs_no_forward_matches_is_refused() -> None:
     """Its tokens see what comes after them, so that the padding of a row changes them."""
     model = new_model()
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
     wording = (
         r"^model.pair_forward PlainForward: LlamaForCausalLM gives other log-probs in padded rows, by \S+ nat per "
-        r"token \(tolerance 0.0001\): no forward reads this model as it reads itself$"
+        r"token \(tolerance 0.0001\): no forward matches this model's own log-probs$"
     )
     for forward in (PlainForward(), AutoForward()):
         with pytest.raises(UserError, match=wording):
-            forward.prepare(model, trial())
+            forward.prepare(model, check())
 
 
 def larger_logits(scale: float) -> nn.Module:
@@ -194,24 +193,24 @@ def larger_logits(scale: float) -> nn.Module:
 
 @pytest.mark.parametrize("scale", [1.0, 8.0])
 def test_roundings_of_large_logits_are_no_reason(scale: float) -> None:
-    """Half a rounding of the best logit is what sound kernels of 16 bits may differ by."""
+    """Half a spacing of the best logit is what sound kernels of 16 bits may differ by."""
     for forward in (SharedForward(), PlainForward()):
-        forward.prepare(larger_logits(scale), trial())
+        forward.prepare(larger_logits(scale), check())
 
 
 def test_roundings_that_many_layers_make_more_of_are_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model's own log-probs move as far when its embeddings are off by half a rounding; a leak moves them more."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny_config(num_hidden_layers=32)).bfloat16()
-    assert AutoForward().prepare(model, trial()) == f"{SHARED} (SharedForward)"
+    assert AutoForward().prepare(model, check()) == f"{SHARED} (SharedForward)"
     with monkeypatch.context() as patched:
-        patched.setattr(forward_trial, "_noise", lambda *args: 0.0)
+        patched.setattr(parity, "_noise", lambda *args: 0.0)
         assert "gives other log-probs when a prompt is shared" in refusal(model)
     monkeypatch.setattr(MaskedAttention, "_mask", all_seen(MaskedAttention._mask))
     assert "gives other log-probs when a prompt is shared" in refusal(model)
 
 
-def test_a_window_that_the_attention_is_not_told_of_is_found_out_in_16_bits(
+def test_a_window_that_the_attention_does_not_get_is_found_out_in_16_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Weights of a fresh model: what lies behind the window hardly counts, and log-probs alone would not tell."""
@@ -221,13 +220,13 @@ def test_a_window_that_the_attention_is_not_told_of_is_found_out_in_16_bits(
     model = MistralForCausalLM(config).bfloat16()
     own = shared_attention._shared_prompts_attention
 
-    def not_told(*states: Any, sliding_window: int | None = None, **others: Any) -> Any:
+    def without_its_window(*states: Any, sliding_window: int | None = None, **others: Any) -> Any:
         return own(*states, **others)
 
-    monkeypatch.setattr(shared_attention, "_shared_prompts_attention", not_told)
+    monkeypatch.setattr(shared_attention, "_shared_prompts_attention", without_its_window)
     monkeypatch.delitem(AttentionInterface._global_mapping, shared_attention.NAME, raising=False)
     try:
-        assert AutoForward().prepare(model, trial(30)) == f"{SHARED} (SharedForward)"
+        assert AutoForward().prepare(model, check(30)) == f"{SHARED} (SharedForward)"
         assert refusal(model, longest=31) == (
             "MistralForCausalLM cannot share a prompt (it does not tell its attention of its window of 30 tokens)"
         )
@@ -253,7 +252,7 @@ class TakesNoExtras(LlamaForCausalLM):
 def test_a_model_that_gives_all_logits_is_compared_at_its_responses(kind: type[LlamaForCausalLM]) -> None:
     torch.manual_seed(0)
     for forward in (SharedForward(), PlainForward()):
-        forward.prepare(kind(CONFIGS["llama"]), trial())
+        forward.prepare(kind(CONFIGS["llama"]), check())
 
 
 @pytest.mark.parametrize(
@@ -273,7 +272,7 @@ def test_memory_that_runs_out_is_no_reason_to_take_another_path(
     monkeypatch.setattr(MaskedAttention, "__call__", run_out)
     model = new_model()
     with pytest.raises(type(error), match=str(error)):
-        forward_class().prepare(model, trial())
+        forward_class().prepare(model, check())
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -282,13 +281,13 @@ def test_the_varlen_path_off_cuda() -> None:
     with pytest.raises(
         UserError, match=r"^model\.pair_forward VarlenForward: LlamaForCausalLM cannot share a prompt"
     ):
-        VarlenForward().prepare(new_model(), trial())
+        VarlenForward().prepare(new_model(), check())
 
 
-def test_a_trial_leaves_no_trace() -> None:
+def test_a_check_leaves_no_trace() -> None:
     model = new_model().train()
     before = torch.get_rng_state()
-    AutoForward().prepare(model, trial())
+    AutoForward().prepare(model, check())
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())

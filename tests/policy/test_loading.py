@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, MllamaTextConfi
 
 from sppo_lightning.generation import SampleRequest
 from sppo_lightning.pair_forward import AutoForward, PairForward, PlainForward, SharedForward
-from sppo_lightning.pair_forward.parity import Trial
+from sppo_lightning.pair_forward.parity import ParityCheck
 from sppo_lightning.policy.anatomy import freeze_non_text_modules, non_text_modules
 from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
 from sppo_lightning.policy.fingerprint import fingerprint
@@ -400,7 +400,7 @@ def test_all_that_is_trained_of_a_multimodal_model_gets_a_gradient(
     assert trained
     assert not trained & others
     forward = AutoForward()
-    forward.prepare(model, Trial(40, nullcontext, bool))
+    forward.prepare(model, ParityCheck(40, nullcontext, bool))
     logps = forward.token_logps(model, batch_of(pairs_of(), forward.layout(PAD)).rows)
     logps.sum().backward()
     assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from sppo_lightning.iteration.reference_pass import reference_pass
 from sppo_lightning.pair_forward import AutoForward, PlainForward
 from sppo_lightning.pair_forward.layouts import PlainLayout
-from sppo_lightning.pair_forward.parity import Trial
+from sppo_lightning.pair_forward.parity import ParityCheck
 from sppo_lightning.policy import sharding
 from sppo_lightning.policy.fingerprint import fingerprint
 from sppo_lightning.policy.loading import disable_dropout
@@ -57,7 +57,7 @@ def a_step(model: nn.Module, *, half: bool) -> tuple[dict[str, Tensor], str, str
 
     forward = AutoForward(chunk=4)  # several chunks of the head, most of them computed again
     digest = fingerprint(model, "tiny")
-    told = forward.prepare(model, Trial(30, context, lambda agreed: agreed))
+    told = forward.prepare(model, ParityCheck(30, context, lambda agreed: agreed))
     rows = batch_of(pairs_of(), forward.layout(2)).rows
     with torch.no_grad(), context():
         found = {"before": torch.cat(forward.logps(model, rows))}
