@@ -20,7 +20,7 @@ from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.iteration.state import IterationState
 from sppo_lightning.pair_forward.layouts import PairLayout
 from sppo_lightning.pairing import BestWorst, Pairing
-from sppo_lightning.preflight import Preflight, read_stage_prompts, shrink
+from sppo_lightning.preflight import prepare_run, read_stage_prompts, shrink
 from sppo_lightning.prompts.sets import PromptSets
 from sppo_lightning.prompts.table import EncodedPrompts
 from sppo_lightning.resume.position import fit_position, restore_position
@@ -188,17 +188,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         if stage == "fit" and is_dev_run(self.trainer):
             read_stage_prompts(self.prompt_sets, stage)
             self.rules = shrink(self.prompt_sets, self.rules)
-        Preflight(
-            trainer=self.trainer,
-            module=self.module,
-            prompt_sets=self.prompt_sets,
-            rules=self.rules,
-            epochs_per_iteration=self.epochs_per_iteration,
-            generator=self.generator,
-            reward=self.reward,
-            ranks=self.ranks,
-            memory_check=self.memory_check,
-        ).check(stage)
+        prepare_run(stage, self.trainer, self.module, self, self.ranks)
         if is_dev_run(self.trainer):
             own = tempfile.mkdtemp(prefix="sppo-dev-") if self.ranks.rank == 0 else ""
             self.folder = RunFolder(Path(self.ranks.same(own)))

@@ -2,118 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from sppo_lightning.generation import Generator
 from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.losses import PreferenceLoss
 from sppo_lightning.memory.check import check_memory
-from sppo_lightning.memory.workload import Workload
+from sppo_lightning.memory.workload import PromptLengths, TrainingSettings, Workload
 from sppo_lightning.prompts.reading import check_disjoint
 from sppo_lightning.prompts.sets import PromptSets
-from sppo_lightning.prompts.table import EncodedPrompts
 from sppo_lightning.rewards import Reward
 from sppo_lightning.selection import EasyToHard, HardToEasy
 from sppo_lightning.training.batching import accumulation_steps
-from sppo_lightning.training.hardware import is_dev_run
-from sppo_lightning.training.optimizers import clips_unscaled
+from sppo_lightning.training.hardware import Hardware, hardware_of, is_dev_run
 from sppo_lightning.training.protocol import SelfPlayModule
-from sppo_lightning.types import WIN_PROBABILITY, EncodedPrompt, Ranks, UserError
+from sppo_lightning.types import WIN_PROBABILITY, Ranks, UserError
 
 PROMPTS_OF = {"validate": "eval_prompts", "test": "test_prompts", "predict": "predict_prompts"}
 
 
-@dataclass(frozen=True)
-class Preflight:
-    """All that is checked before any weights load, in the order of what it costs.
+class LoopSettings(Protocol):
+    """What a data module holds, as far as it is read here."""
 
-    Args:
-        trainer: that will run the loop.
-        module: its policy's settings and training's.
-        prompt_sets: the prompts.
-        rules: the scientific settings.
-        epochs_per_iteration: passes over an iteration's pairs.
-        generator: answers prompts.
-        reward: scores answers.
-        ranks: the processes.
-        memory_check: what becomes of a run that is estimated not to fit.
-    """
-
-    trainer: pl.Trainer
-    module: SelfPlayModule
     prompt_sets: PromptSets
     rules: IterationRules
     epochs_per_iteration: int
     generator: Generator
     reward: Reward
-    ranks: Ranks
     memory_check: Literal["refuse", "warn"]
 
-    def check(self, stage: str) -> None:
-        """Check a stage, and derive the Trainer's accumulation.
 
-        Raises:
-            UserError: naming the key to change.
-        """
-        keys = read_stage_prompts(self.prompt_sets, stage)
-        if stage == "fit":
-            if not is_dev_run(self.trainer):
-                check_trainer(self.trainer, epochs=self.rules.iterations * self.epochs_per_iteration)
-            self.trainer.accumulate_grad_batches = accumulation_steps(
-                pairs_per_step=self.rules.pairs_per_step,
-                batch_size=self.rules.batch_size,
-                world_size=self.trainer.world_size,
-            )
-        self.generator.check()
-        if stage == "fit":
-            check_comparative(self.reward, self.rules)
-            check_win_probabilities(self.reward, self.rules)
-            check_loss(self.module.loss, self.rules)
-            if not self.generator.reproducible:
-                rank_zero_info(
-                    f"data.generator {type(self.generator).__name__}: responses depend on more than their seeds. A run "
-                    "that is started again keeps its finished shards, and samples the others anew."
-                )
-        if stage != "predict":
-            self.reward.check()
-            for key in keys:
-                self.reward.check_prompts(self.prompt_sets.read(key))
-        self.module.check()
-        for key in keys:
-            check_context(self._encoded(key), self.generator, self.module.policy_spec.model_config, key=key)
-        if stage == "fit":
-            check_sizes(self.rules, self._encoded("prompts").ids)
-            longest = {key: max(len(prompt.token_ids) for prompt in self._encoded(key)) for key in keys}
-            check_memory(
-                self._workload(max(longest.values()), longest["prompts"]),
-                self.ranks,
-                otherwise=self.memory_check,
-            )
+def prepare_run(
+    stage: str, trainer: pl.Trainer, module: SelfPlayModule, data: LoopSettings, ranks: Ranks
+) -> None:
+    """Check all that can be checked before any weights load, in the order of what it costs, and set accumulation.
 
-    def _encoded(self, key: str) -> EncodedPrompts:
-        return self.prompt_sets.encode(key, self.module.policy_spec.tokenizer)
+    Args:
+        stage: as Lightning names it.
+        trainer: that will run the loop; gets the accumulation of ``fit``.
+        module: the policy's settings and training's.
+        data: the loop's settings.
+        ranks: the processes.
 
-    def _workload(self, longest_prompt: int, longest_trained_prompt: int) -> Workload:
-        return workload_of(
-            self.module,
-            self.rules,
-            self.generator,
-            self.reward,
-            compute_dtype=self.module.compute_dtype,
-            clips=bool(self.trainer.gradient_clip_val),
-            longest_prompt=longest_prompt,
-            longest_trained_prompt=longest_trained_prompt,
-            device=self.trainer.strategy.root_device,
-            processes=self.trainer.world_size,
-            spread=isinstance(self.trainer.strategy, ModelParallelStrategy),
+    Raises:
+        UserError: naming the key to change.
+    """
+    sets, rules, generator, reward = data.prompt_sets, data.rules, data.generator, data.reward
+    keys = read_stage_prompts(sets, stage)
+    if stage == "fit":
+        if not is_dev_run(trainer):
+            check_trainer(trainer, epochs=rules.iterations * data.epochs_per_iteration)
+        trainer.accumulate_grad_batches = accumulation_steps(
+            pairs_per_step=rules.pairs_per_step, batch_size=rules.batch_size, world_size=trainer.world_size
         )
+    generator.check()
+    if stage == "fit":
+        check_comparative(reward, rules)
+        check_win_probabilities(reward, rules)
+        check_loss(module.loss, rules)
+        if not generator.reproducible:
+            rank_zero_info(
+                f"data.generator {type(generator).__name__}: responses depend on more than their seeds. A run that is "
+                "started again keeps its finished shards, and samples the others anew."
+            )
+    if stage != "predict":
+        reward.check()
+        for key in keys:
+            reward.check_prompts(sets.read(key))
+    module.check()
+    encoded = partial(sets.encode, tokenizer=module.policy_spec.tokenizer)
+    longest: dict[str, int] = {}
+    for key in keys:
+        longest[key] = max(len(prompt.token_ids) for prompt in encoded(key))
+        check_context(longest[key], generator, module.policy_spec.model_config, key=key)
+    if stage == "fit":
+        check_sizes(rules, encoded("prompts").ids)
+        workload = workload_of(
+            trainer,
+            module,
+            data,
+            hardware=hardware_of(trainer),
+            prompts=PromptLengths(answered=max(longest.values()), trained=longest["prompts"]),
+        )
+        check_memory(workload, ranks, otherwise=data.memory_check)
 
 
 def read_stage_prompts(sets: PromptSets, stage: str) -> list[str]:
@@ -232,15 +209,18 @@ def check_loss(loss: PreferenceLoss, rules: IterationRules) -> None:
         )
 
 
-def check_context(
-    prompts: Iterable[EncodedPrompt], generator: Generator, model_config: Any, *, key: str
-) -> None:
+def check_context(longest: int, generator: Generator, model_config: Any, *, key: str) -> None:
     """Refuse prompts that leave no room for a response in the policy's context.
+
+    Args:
+        longest: tokens of the longest of them.
+        generator: answers them.
+        model_config: the policy's own settings.
+        key: where the config names them.
 
     Raises:
         UserError: with the lengths, in tokens.
     """
-    longest = max(len(prompt.token_ids) for prompt in prompts)
     new = generator.longest_response(longest)
     if new < 1:
         raise UserError(
@@ -256,50 +236,36 @@ def check_context(
 
 
 def workload_of(
+    trainer: pl.Trainer,
     module: SelfPlayModule,
-    rules: IterationRules,
-    generator: Generator,
-    reward: Reward,
+    data: LoopSettings,
     *,
-    compute_dtype: torch.dtype,
-    clips: bool,
-    longest_prompt: int,
-    longest_trained_prompt: int,
-    device: torch.device,
-    processes: int,
-    spread: bool,
+    hardware: Hardware,
+    prompts: PromptLengths,
 ) -> Workload:
     """Return what decides a run's memory; the module's settings have been checked.
 
     Args:
+        trainer: clips gradients.
         module: the policy's settings and training's.
-        rules: sizes of steps and micro-batches.
-        generator: answers prompts.
-        reward: scores answers.
-        compute_dtype: dtype of the matrix products.
-        clips: whether gradients are clipped.
-        longest_prompt: tokens of the longest prompt that may come.
-        longest_trained_prompt: of those that may be trained on.
-        device: of the first process.
-        processes: that share the run, a device each.
-        spread: whether the policy's weights are spread over them.
+        data: the loop's settings.
+        hardware: what the run computes on, which may be more than the trainer has.
+        prompts: how long they are.
     """
     return Workload(
         policy=module.policy_spec.config,
         model_config=module.policy_spec.model_config,
-        compute_dtype=compute_dtype,
-        reference=module.reference.kind,
-        optimizer=module.optimizer_factory,
-        clips_unscaled=clips_unscaled(compute_dtype, clips=clips),
-        carry_optimizer=module.carry_optimizer,
-        pair_forward=module.pair_forward,
-        generator=generator,
-        reward=reward,
-        batch_size=rules.batch_size,
-        pairs_per_step=rules.pairs_per_step,
-        longest_prompt=longest_prompt,
-        longest_trained_prompt=longest_trained_prompt,
-        device=device,
-        processes=processes,
-        spread=spread,
+        training=TrainingSettings(
+            pair_forward=module.pair_forward,
+            reference=module.reference.kind,
+            optimizer=module.optimizer_factory,
+            carry_optimizer=module.carry_optimizer,
+            clips_gradients=bool(trainer.gradient_clip_val),
+            pairs_per_step=data.rules.pairs_per_step,
+            batch_size=data.rules.batch_size,
+        ),
+        generator=data.generator,
+        reward=data.reward,
+        prompts=prompts,
+        hardware=hardware,
     )

@@ -33,7 +33,7 @@ from sppo_lightning.callbacks import (
     WeightUpdateCheck,
 )
 from sppo_lightning.callbacks.run_config import RunConfigFile
-from sppo_lightning.cli.estimate import SelfPlayTrainer, check_plannable, planned_hardware
+from sppo_lightning.cli.estimate import SelfPlayTrainer, plan_on_cpu, planned_sharding
 from sppo_lightning.cli.parse_errors import check_config_files, explain
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.module import PreferenceModule
@@ -100,7 +100,7 @@ class SelfPlayCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the commands, and which of their arguments the command line does not take."""
-        return {**LightningCLI.subcommands(), "estimate": {"model", "datamodule", "hardware"}}
+        return {**LightningCLI.subcommands(), "estimate": {"model", "datamodule", "planned"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Set the loop's defaults."""
@@ -148,14 +148,12 @@ class SelfPlayCLI(LightningCLI):
             self.run_config.pop(name, None)
         self._derive(config)
         self._check_optimizer(config.model.optimizer)
-        wanted = config.trainer  # a strategy that does not serve is refused before any process starts
-        self.hardware = planned_hardware(
-            wanted.accelerator, wanted.devices, wanted.num_nodes, wanted.strategy, wanted.precision
-        )
+        planned_sharding(
+            config.trainer
+        )  # a strategy that does not serve is refused before any process starts
         if self.subcommand == "estimate":
-            check_plannable(wanted.accelerator)
-            wanted.accelerator, wanted.devices, wanted.num_nodes, wanted.strategy = "cpu", 1, 1, "auto"
-            wanted.precision = "32-true" if self.hardware.float16 else wanted.precision
+            self.planned = config.trainer.clone()
+            plan_on_cpu(config.trainer)
         elif not config.trainer.fast_dev_run:
             check_writable(self.folder)
             if is_first_process(os.environ):
@@ -244,7 +242,7 @@ class SelfPlayCLI(LightningCLI):
         """Read checkpoints safely, and go on from the run's own one."""
         kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "estimate":
-            return {**kwargs, "hardware": self.hardware}
+            return {**kwargs, "planned": self.planned}
         if kwargs.get("weights_only") is False:
             raise UserError("weights_only=false would run code from a checkpoint: leave it out")
         kwargs["weights_only"] = True

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any, NamedTuple, cast
 
 from torch.optim import Optimizer
@@ -19,165 +20,23 @@ from sppo_lightning.generation import (
     VLLMGenerator,
 )
 from sppo_lightning.memory.estimate import GIB, Estimator, MemoryEstimate
-from sppo_lightning.memory.workload import Workload
-from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
-from sppo_lightning.rewards import Reward
-from sppo_lightning.rewards.protocol import RewardMemory
+from sppo_lightning.memory.workload import PromptLengths, Workload
+from sppo_lightning.policy.config import LoRAConfig
 
-SUGGESTED = 3  # settings, of which one is enough
-WORTHWHILE = 0.99  # of what is lacking; a setting that leaves more is not proposed
+WORTHWHILE = 0.99  # of what a phase lacks; settings that leave more are not proposed
 SMALL_RANK = 16
 SMALL_CHUNK = 256  # positions whose logits exist at once
 SHORTEST = 128  # tokens; shorter prompts or responses are not proposed
 
 
-class Remedy(NamedTuple):
-    """A setting that may help."""
+class Change(NamedTuple):
+    """Settings that may help, and the run with them."""
 
-    setting: str  # keys of the config with their values
-    workload: Workload  # with the setting
-
-
-Ladder = Callable[[Workload], Iterable[Remedy]]
-"""Values of one setting for a run, mildest first; none where it does not apply."""
+    settings: Mapping[str, object]  # values by key of the config
+    workload: Workload
 
 
-def smaller_batches(workload: Workload) -> Iterator[Remedy]:
-    """Fewer pairs at once: the same steps, in more passes."""
-    size = workload.batch_size // 2
-    while size:
-        if workload.pairs_per_step % (size * workload.processes) == 0:
-            yield Remedy(f"data.batch_size={size}", replace(workload, batch_size=size))
-        size //= 2
-
-
-def checkpointing(workload: Workload) -> Iterator[Remedy]:
-    """Recompute activations: the same numbers, about a third slower."""
-    if not workload.policy.gradient_checkpointing:
-        yield _with_policy(workload, "gradient_checkpointing=true", gradient_checkpointing=True)
-
-
-def smaller_chunks(workload: Workload) -> Iterator[Remedy]:
-    """Fewer logits at once: the same numbers, some of them computed twice."""
-    forward = copy.copy(workload.pair_forward)
-    if forward.chunk is None or forward.chunk > SMALL_CHUNK:
-        forward.chunk = SMALL_CHUNK
-        kind = type(forward)
-        setting = (
-            f"model.pair_forward={kind.__module__}.{kind.__qualname__} with init_args.chunk={SMALL_CHUNK}"
-        )
-        yield Remedy(setting, replace(workload, pair_forward=forward))
-
-
-def smaller_rewards(workload: Workload) -> list[Ladder]:
-    """Return the ladders of a reward's own settings: those that change what it takes of the device."""
-
-    def taken(reward: Reward) -> RewardMemory:
-        return reward.memory(workload.device, workload.longest_sequence)
-
-    usual = taken(workload.reward)
-    smaller = workload.reward.smaller()
-    return [
-        partial(_smaller_reward, setting) for setting, reward in smaller.items() if taken(reward) != usual
-    ]
-
-
-def _smaller_reward(setting: str, workload: Workload) -> Iterator[Remedy]:
-    reward = workload.reward.smaller().get(setting)
-    if reward is not None:
-        yield Remedy(f"data.reward.{setting}", replace(workload, reward=reward))
-
-
-def spreading(workload: Workload) -> Iterator[Remedy]:
-    """Spread the policy's weights over the processes that there are: the same numbers, more traffic between them."""
-    if workload.processes > 1 and not workload.spread and workload.policy.quantization == "none":
-        setting = (
-            "trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy with "
-            f"init_args.data_parallel_size={workload.processes} and init_args.tensor_parallel_size=1"
-        )
-        yield Remedy(setting, replace(workload, spread=True))
-
-
-def serving(workload: Workload) -> Iterator[Remedy]:
-    """Sample elsewhere where a process cannot hold the whole policy in the compute dtype."""
-    if workload.spread and not isinstance(workload.generator, OpenAIServerGenerator):
-        tokens, temperature = workload.generator.max_new_tokens, workload.generator.temperature
-        server = OpenAIServerGenerator(
-            "http://localhost:8000/v1", OffPolicy(), "policy", max_new_tokens=tokens, temperature=temperature
-        )
-        setting = (
-            "data.generator=sppo_lightning.generation.OpenAIServerGenerator with a server, such as vLLM, on devices of "
-            "its own"
-        )
-        yield Remedy(setting, replace(workload, generator=server))
-
-
-def paged_optimizer(workload: Workload) -> Iterator[Remedy]:
-    """Keep Adam's states in 8 bits, and in host memory where the device is full."""
-    if not workload.spread and find_spec("bitsandbytes") is not None:
-        setting = "model.optimizer=bitsandbytes.optim.PagedAdamW8bit"
-        yield Remedy(setting, replace(workload, optimizer=_paged_adamw))
-
-
-def adapters(workload: Workload) -> Iterator[Remedy]:
-    """Train an adapter instead of all weights."""
-    if workload.policy.lora is None and _serves(workload.generator, adapter=True):
-        lora = LoRAConfig(rank=SMALL_RANK, alpha=2.0 * SMALL_RANK)
-        setting = f"lora.rank={SMALL_RANK} with model.policy.lora.alpha={2 * SMALL_RANK}"
-        yield _with_policy(workload, setting, lora=lora)
-
-
-def quantization(workload: Workload) -> Iterator[Remedy]:
-    """Hold the frozen base of an adapter in four bits."""
-    serves = _serves(workload.generator, adapter=False) and not workload.spread
-    there = find_spec("bitsandbytes") is not None
-    if there and workload.policy.lora is not None and workload.policy.quantization != "nf4" and serves:
-        yield _with_policy(workload, "quantization=nf4", quantization="nf4")
-
-
-def smaller_ranks(workload: Workload) -> Iterator[Remedy]:
-    """Train a smaller adapter, scaled alike."""
-    lora = workload.policy.lora
-    if lora is not None and lora.rank is not None and lora.alpha is not None and lora.rank > SMALL_RANK:
-        power = 0.5 if lora.rslora else 1.0
-        alpha = round(lora.alpha * (SMALL_RANK / lora.rank) ** power, 4)
-        setting = f"lora.rank={SMALL_RANK} with model.policy.lora.alpha={alpha:g}"
-        yield _with_policy(workload, setting, lora=replace(lora, rank=SMALL_RANK, alpha=alpha))
-
-
-def shorter_responses(workload: Workload) -> Iterator[Remedy]:
-    """Sample fewer tokens."""
-    tokens = workload.generator.max_new_tokens // 2
-    while tokens >= SHORTEST:
-        generator = copy.copy(workload.generator)
-        generator.max_new_tokens = tokens
-        setting = f"data.generator.init_args.max_new_tokens={tokens}"
-        yield Remedy(setting, replace(workload, generator=generator))
-        tokens //= 2
-
-
-def shorter_prompts(workload: Workload) -> Iterator[Remedy]:
-    """Leave out the longest prompts."""
-    tokens = workload.longest_prompt // 2
-    while tokens >= SHORTEST:
-        trained = min(tokens, workload.longest_trained_prompt)
-        shorter = replace(workload, longest_prompt=tokens, longest_trained_prompt=trained)
-        yield Remedy(f"data.max_prompt_tokens={tokens}", shorter)
-        tokens //= 2
-
-
-def ladders(workload: Workload) -> list[Ladder]:
-    """Return the ladders of a run: what changes no result comes first, what changes the data last."""
-    return [
-        *(smaller_batches, checkpointing, smaller_chunks),
-        *smaller_rewards(workload),
-        *(spreading, serving),
-        *(paged_optimizer, adapters, quantization, smaller_ranks),
-        *(shorter_responses, shorter_prompts),
-    ]
-
-
-def verdict(estimator: Estimator, workload: Workload, estimate: MemoryEstimate) -> str | None:
+def diagnosis(estimator: Estimator, workload: Workload, estimate: MemoryEstimate) -> str | None:
     """Return in one line why a run does not fit, and which settings would let it; ``None`` if it fits.
 
     Args:
@@ -188,68 +47,211 @@ def verdict(estimator: Estimator, workload: Workload, estimate: MemoryEstimate) 
     if estimate.fits:
         return None
     phase = estimate.fullest
-    needs = (
-        f"{phase.name} needs about {phase.total / GIB:.1f} GiB, but {workload.device} has "
-        f"{estimate.available / GIB:.1f} GiB"
+    return (
+        f"{phase.name} needs about {phase.total / GIB:.1f} GiB, but {workload.hardware.device} has "
+        f"{estimate.available / GIB:.1f} GiB: {suggestion(estimator, workload)}"
     )
-    return f"{needs}: {advice(estimator, workload, estimate)}"
 
 
-def advice(estimator: Estimator, workload: Workload, estimate: MemoryEstimate) -> str:
-    """Return the settings that let a run fit which does not: one of up to three, else several together."""
-    enough = list(_single(estimator, workload))
-    if enough:
-        return f"set {' or '.join(remedy.setting for remedy in enough)}"
-    return _together(estimator, workload, estimate)
+def suggestion(estimator: Estimator, workload: Workload) -> str:
+    """Return settings that let a run fit which does not.
+
+    The first of :func:`changes` that makes the fullest phase smaller is taken, then the first that does so with it,
+    until every phase fits: first without the policy's passes, which is at once, then with them. Of these settings the
+    ones without which the run fits all the same are left out.
+    """
+    run = workload
+    taken: list[Mapping[str, object]] = []
+    for measure in (estimator.at_least, estimator.estimate):
+        estimate = measure(run)
+        while not estimate.fits:
+            found = _first_that_helps(run, estimate, measure)
+            if found is None:
+                return _nothing_helps(taken, estimator.estimate(run))
+            (settings, run), estimate = found
+            taken.append(settings)
+    for settings in list(taken):
+        fewer = [other for other in taken if other is not settings]
+        if estimator.fits(_changed(workload, fewer)):
+            taken = fewer
+    return f"set {_listed(taken)}"
 
 
-def _single(estimator: Estimator, workload: Workload) -> Iterator[Remedy]:
-    """Yield settings that suffice alone, each at the mildest value that does."""
-    found = 0
-    for ladder in ladders(workload):
-        steps = list(ladder(workload))
-        if found < SUGGESTED and steps and estimator.fits(steps[-1].workload):
-            yield next(step for step in steps if estimator.fits(step.workload))
-            found += 1
+def _first_that_helps(
+    run: Workload, estimate: MemoryEstimate, measure: Callable[[Workload], MemoryEstimate]
+) -> tuple[Change, MemoryEstimate] | None:
+    phase, available = estimate.fullest, estimate.available
+    enough = available + WORTHWHILE * (phase.total - available)
+    found = ((change, measure(change.workload)) for change in changes(run))
+    return next(((change, after) for change, after in found if after.total(phase.name) <= enough), None)
 
 
-def _together(estimator: Estimator, workload: Workload, estimate: MemoryEstimate) -> str:
-    """Add one setting to the other until all fits, then leave out what is not needed."""
-    taken: list[Ladder] = []
-    least = estimate
-    for ladder in ladders(workload):
-        tried = _applied(workload, [*taken, ladder])
-        found = estimator.estimate(tried.workload)
-        if _nearer(found, least):
-            taken.append(ladder)
-            least = found
-        if least.fits:
-            break
-    if not least.fits:
-        settings = _applied(workload, taken).setting
-        phase = least.fullest
-        reached = f"{phase.name} still needs about {phase.total / GIB:.1f} GiB"
-        if not settings:
-            return "no setting changes that; use a smaller model or a larger device"
-        return f"no settings suffice: with {settings} {reached}; use a smaller model or a larger device"
-    for ladder in list(taken):
-        without = [other for other in taken if other is not ladder]
-        if estimator.fits(_applied(workload, without).workload):
-            taken = without
-    before = _applied(workload, taken[:-1])
-    last = next(step for step in taken[-1](before.workload) if estimator.fits(step.workload))
-    return f"set {' and '.join(setting for setting in (before.setting, last.setting) if setting)}"
+def _changed(workload: Workload, taken: Sequence[Mapping[str, object]]) -> Workload:
+    """Return a run with some settings changed, those aside that are only there for others, e.g. to serve shards."""
+    for settings in taken:
+        found = (change.workload for change in changes(workload) if change.settings == settings)
+        workload = next(found, workload)
+    return workload
 
 
-def _applied(workload: Workload, chosen: Sequence[Ladder]) -> Remedy:
-    """Return a run with the strongest value of each ladder's setting, and all of these settings."""
-    settings = []
-    for ladder in chosen:
-        steps = list(ladder(workload))
-        if steps:
-            settings.append(steps[-1].setting)
-            workload = steps[-1].workload
-    return Remedy(" and ".join(settings), workload)
+def _nothing_helps(taken: Sequence[Mapping[str, object]], estimate: MemoryEstimate) -> str:
+    instead = "use a smaller model or a larger device"
+    if not taken:
+        return f"no setting changes that; {instead}"
+    phase = estimate.fullest
+    reached = f"{phase.name} still needs about {phase.total / GIB:.1f} GiB"
+    return f"no settings suffice: with {_listed(taken)} {reached}; {instead}"
+
+
+def _listed(taken: Sequence[Mapping[str, object]]) -> str:
+    """Return settings as ``key=value``; where one was changed several times, its last value."""
+    values = dict(chain.from_iterable(settings.items() for settings in taken))
+    return " and ".join(f"{key}={value}" for key, value in values.items())
+
+
+# -------------------------------------------------------------- candidates
+
+
+def changes(workload: Workload) -> Iterator[Change]:
+    """Yield what may let a run fit: what changes no result comes first, what changes the data last."""
+    yield from smaller_batches(workload)
+    yield from checkpointing(workload)
+    yield from smaller_chunks(workload)
+    yield from smaller_rewards(workload)
+    yield from sharding(workload)
+    yield from serving(workload)
+    yield from paged_optimizer(workload)
+    yield from adapters(workload)
+    yield from quantization(workload)
+    yield from smaller_ranks(workload)
+    yield from shorter_responses(workload)
+    yield from shorter_prompts(workload)
+
+
+def smaller_batches(workload: Workload) -> Iterator[Change]:
+    """Fewer pairs at once: the same steps, in more passes."""
+    training = workload.training
+    for size in _halves(training.batch_size, least=1):
+        if training.pairs_per_step % (size * workload.hardware.processes) == 0:
+            smaller = training._replace(batch_size=size)
+            yield Change({"data.batch_size": size}, replace(workload, training=smaller))
+
+
+def checkpointing(workload: Workload) -> Iterator[Change]:
+    """Recompute activations: the same numbers, about a third slower."""
+    if not workload.policy.gradient_checkpointing:
+        policy = replace(workload.policy, gradient_checkpointing=True)
+        yield Change({"model.policy.gradient_checkpointing": "true"}, replace(workload, policy=policy))
+
+
+def smaller_chunks(workload: Workload) -> Iterator[Change]:
+    """Fewer logits at once: the same numbers, some of them computed twice."""
+    forward = copy.copy(workload.training.pair_forward)
+    if forward.chunk is None or forward.chunk > SMALL_CHUNK:
+        forward.chunk = SMALL_CHUNK
+        key = "model.pair_forward"
+        settings = {key: _class_path(type(forward)), f"{key}.init_args.chunk": SMALL_CHUNK}
+        yield Change(settings, replace(workload, training=workload.training._replace(pair_forward=forward)))
+
+
+def smaller_rewards(workload: Workload) -> Iterator[Change]:
+    """Settings of the reward's own: rewards that differ by rounding, or are read again each time."""
+    for setting, reward in workload.reward.smaller().items():
+        key, value = setting.split("=", 1)
+        yield Change({f"data.reward.{key}": value}, replace(workload, reward=reward))
+
+
+def sharding(workload: Workload) -> Iterator[Change]:
+    """Shard the policy's weights over the processes that there are: the same numbers, more traffic between them."""
+    hardware = workload.hardware
+    if hardware.processes > 1 and not hardware.sharded and workload.policy.quantization == "none":
+        key = "trainer.strategy"
+        settings = {
+            key: "lightning.pytorch.strategies.ModelParallelStrategy",
+            f"{key}.init_args.data_parallel_size": hardware.processes,
+            f"{key}.init_args.tensor_parallel_size": 1,
+        }
+        yield Change(settings, replace(workload, hardware=hardware._replace(sharded=True)))
+
+
+def serving(workload: Workload) -> Iterator[Change]:
+    """Sample elsewhere where a process cannot hold the full policy in the compute dtype."""
+    generator = workload.generator
+    if workload.hardware.sharded and not isinstance(generator, OpenAIServerGenerator):
+        server = OpenAIServerGenerator(
+            "http://localhost:8000/v1",
+            OffPolicy(),
+            "policy",
+            max_new_tokens=generator.max_new_tokens,
+            temperature=generator.temperature,
+        )
+        value = "sppo_lightning.generation.OpenAIServerGenerator with a server, such as vLLM, on devices of its own"
+        yield Change({"data.generator": value}, replace(workload, generator=server))
+
+
+def paged_optimizer(workload: Workload) -> Iterator[Change]:
+    """Keep Adam's states in 8 bits, and in host memory where the device is full."""
+    if not workload.hardware.sharded and find_spec("bitsandbytes") is not None:
+        training = workload.training._replace(optimizer=_paged_adamw)
+        settings = {"model.optimizer": "bitsandbytes.optim.PagedAdamW8bit"}
+        yield Change(settings, replace(workload, training=training))
+
+
+def adapters(workload: Workload) -> Iterator[Change]:
+    """Train an adapter instead of all weights."""
+    if workload.policy.lora is None and _serves(workload.generator, adapter=True):
+        yield _with_rank(workload, LoRAConfig(rank=SMALL_RANK, alpha=2.0 * SMALL_RANK))
+
+
+def quantization(workload: Workload) -> Iterator[Change]:
+    """Hold the frozen base of an adapter in four bits."""
+    serves = _serves(workload.generator, adapter=False) and not workload.hardware.sharded
+    there = find_spec("bitsandbytes") is not None
+    if there and workload.policy.lora is not None and workload.policy.quantization != "nf4" and serves:
+        policy = replace(workload.policy, quantization="nf4")
+        yield Change({"model.policy.quantization": "nf4"}, replace(workload, policy=policy))
+
+
+def smaller_ranks(workload: Workload) -> Iterator[Change]:
+    """Train a smaller adapter, scaled alike."""
+    lora = workload.policy.lora
+    if lora is not None and lora.rank is not None and lora.alpha is not None and lora.rank > SMALL_RANK:
+        power = 0.5 if lora.rslora else 1.0
+        alpha = round(lora.alpha * (SMALL_RANK / lora.rank) ** power, 4)
+        yield _with_rank(workload, replace(lora, rank=SMALL_RANK, alpha=alpha))
+
+
+def shorter_responses(workload: Workload) -> Iterator[Change]:
+    """Sample fewer tokens."""
+    for tokens in _halves(workload.generator.max_new_tokens, least=SHORTEST):
+        generator = copy.copy(workload.generator)
+        generator.max_new_tokens = tokens
+        settings = {"data.generator.init_args.max_new_tokens": tokens}
+        yield Change(settings, replace(workload, generator=generator))
+
+
+def shorter_prompts(workload: Workload) -> Iterator[Change]:
+    """Leave out the longest prompts."""
+    for tokens in _halves(workload.prompts.answered, least=SHORTEST):
+        prompts = PromptLengths(tokens, min(tokens, workload.prompts.trained))
+        yield Change({"data.max_prompt_tokens": tokens}, replace(workload, prompts=prompts))
+
+
+def _halves(size: int, *, least: int) -> Iterator[int]:
+    while (size := size // 2) >= least:
+        yield size
+
+
+def _with_rank(workload: Workload, lora: LoRAConfig) -> Change:
+    settings = {"model.policy.lora.rank": lora.rank, "model.policy.lora.alpha": f"{lora.alpha:g}"}
+    return Change(settings, replace(workload, policy=replace(workload.policy, lora=lora)))
+
+
+def _class_path(kind: type) -> str:
+    """Return the path of a class as a config names it: in its package, if that exports it."""
+    package = kind.__module__.rpartition(".")[0]
+    exported = getattr(sys.modules.get(package), kind.__name__, None) is kind
+    return f"{package if exported else kind.__module__}.{kind.__name__}"
 
 
 def _serves(generator: Generator, *, adapter: bool) -> bool:
@@ -257,20 +259,6 @@ def _serves(generator: Generator, *, adapter: bool) -> bool:
     if isinstance(generator, OpenAIServerGenerator):
         return isinstance(generator.weight_sync, (VLLMAdapter, OffPolicy) if adapter else OffPolicy)
     return adapter or not isinstance(generator, VLLMGenerator)
-
-
-def _nearer(found: MemoryEstimate, least: MemoryEstimate) -> bool:
-    """Whether clearly fewer bytes are lacking, all phases together."""
-
-    def lacking(estimate: MemoryEstimate) -> int:
-        return sum(max(0, phase.total - estimate.available) for phase in estimate.phases)
-
-    return lacking(found) <= WORTHWHILE * lacking(least)
-
-
-def _with_policy(workload: Workload, setting: str, **changes: Any) -> Remedy:
-    policy: PolicyConfig = replace(workload.policy, **changes)
-    return Remedy(f"model.policy.{setting}", replace(workload, policy=policy))
 
 
 def _paged_adamw(groups: Iterable[Any]) -> Optimizer:

@@ -8,7 +8,6 @@ time are counted. torch's own ``MemTracker`` refuses a model that is called seve
 from __future__ import annotations
 
 import copy
-import functools
 import warnings
 import weakref
 from collections.abc import Callable
@@ -16,9 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sppo_lightning.generation.cache_size import held_bytes
 from sppo_lightning.losses import DPOLoss, PairLogps
+from sppo_lightning.memory.workload import PairShape
 from sppo_lightning.pair_forward import AutoForward, PairForward, PlainForward, SharedForward, VarlenForward
 from sppo_lightning.pair_forward.head import CHUNK_LOGITS
 from sppo_lightning.pair_forward.layouts import PairRows
@@ -34,14 +37,6 @@ TRIED_WEIGHTS, TRIED_SHAPE = 16, (128, 128)
 ADAM_STATE = 8.0  # bytes a weight
 
 
-class PairShape(NamedTuple):
-    """A micro-batch of pairs that are all alike."""
-
-    pairs: int
-    prompt: int  # tokens
-    response: int  # tokens
-
-
 class DryRun:
     """A policy with shapes but no data.
 
@@ -52,8 +47,6 @@ class DryRun:
     """
 
     def __init__(self, model: nn.Module, *, compute_dtype: torch.dtype) -> None:
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
         self.model = model
         self._compute_dtype = compute_dtype
         self._mode = FakeTensorMode()
@@ -64,7 +57,7 @@ class DryRun:
         """Return the most bytes that live beside the weights while a micro-batch runs forward and backward.
 
         Args:
-            forward: one of :func:`stand_ins`.
+            forward: one of :func:`cpu_forwards`.
             shape: of the micro-batch.
             accumulates: whether another micro-batch's gradients are there already.
         """
@@ -91,7 +84,7 @@ class DryRun:
         """Return the most bytes that live beside the weights while a micro-batch runs forward only.
 
         Args:
-            forward: one of :func:`stand_ins`.
+            forward: one of :func:`cpu_forwards`.
             shape: of the micro-batch.
         """
         self.model.train()
@@ -132,8 +125,6 @@ class DryRun:
         return cache
 
     def _logps(self, forward: PairForward, rows: PairRows) -> PairLogps:
-        from torch.utils._pytree import tree_map_only
-
         fake = tree_map_only(Tensor, lambda real: torch.empty(real.shape, dtype=real.dtype), rows)
         mixed = self._compute_dtype in HALF
         with torch.autocast("cpu", dtype=self._compute_dtype if mixed else None, enabled=mixed):
@@ -141,7 +132,7 @@ class DryRun:
 
     def _peak(self, run: Callable[[], Any], held: list[Tensor] | None = None) -> int:
         """Return the most bytes that live while something runs, those of ``held`` counted, the weights' not."""
-        live = _live_bytes()
+        live = LiveBytes()
         weights: int = live.count([*self.model.parameters(), *self.model.buffers()])
         live.count(held or [])
         with live:
@@ -149,7 +140,7 @@ class DryRun:
         return int(live.peak - weights)
 
 
-def stand_ins(forward: PairForward, *, device_type: str, vocabulary: int) -> list[PairForward]:
+def cpu_forwards(forward: PairForward, *, device_type: str, vocabulary: int) -> list[PairForward]:
     """Return what runs in a forward's place, on fake tensors of a CPU; the first that the model takes is meant.
 
     Args:
@@ -193,7 +184,7 @@ def optimizer_memory(
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
     count = sum(weight.numel() for weight in weights)
-    live = _live_bytes()
+    live = LiveBytes()
     before: int = live.count([*weights, *(weight.grad for weight in weights)])
     try:
         optimizer = build_optimizer(
@@ -243,46 +234,35 @@ def _replace_tensors(model: nn.Module) -> None:
                     held[name] = cast(Any, fake(tensor))
 
 
-@functools.cache
-def _live_bytes_class() -> Any:
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the storages that live, as operations make them and as they go."""
 
-    class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-        """Counts the bytes of the storages that live, as operations make them and as they go."""
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._alive: dict[int, Any] = {}
 
-        def __init__(self) -> None:
-            super().__init__()  # type: ignore[no-untyped-call]
-            self.now = self.peak = 0
-            self._alive: dict[int, Any] = {}
+    def count(self, found: Any) -> int:
+        """Add the storages of tensors that are new, and return the bytes that live."""
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return self.now
 
-        def count(self, found: Any) -> int:
-            """Add the storages of tensors that are new, and return the bytes that live."""
-            for tensor in tree_leaves(found):
-                if isinstance(tensor, Tensor):
-                    self._add(tensor.untyped_storage())
-            self.peak = max(self.peak, self.now)
-            return self.now
+    def _add(self, storage: Any) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._alive:
+            return
 
-        def _add(self, storage: Any) -> None:
-            key, size = id(storage), storage.nbytes()
-            if key in self._alive:
-                return
+        def gone(_: Any) -> None:
+            del self._alive[key]
+            self.now -= size
 
-            def gone(_: Any) -> None:
-                del self._alive[key]
-                self.now -= size
+        self._alive[key] = weakref.ref(storage, gone)
+        self.now += size
 
-            self._alive[key] = weakref.ref(storage, gone)
-            self.now += size
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            self.count(result)
-            return result
-
-    return LiveBytes
-
-
-def _live_bytes() -> Any:
-    return _live_bytes_class()()
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.count(result)
+        return result

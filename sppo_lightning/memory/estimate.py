@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
 
 from sppo_lightning.memory.dry_run import OptimizerMemory, optimizer_memory
-from sppo_lightning.memory.workload import Passes, PassMeter, Workload, vocabulary_of
+from sppo_lightning.memory.passes import Passes, PassMeter, vocabulary_of
+from sppo_lightning.memory.workload import Workload
 from sppo_lightning.policy.footprint import CannotEstimateError, Footprint, Gathered, layer_count
-from sppo_lightning.rewards import Reward
 from sppo_lightning.rewards.protocol import RewardMemory
 from sppo_lightning.system.device_memory import free_bytes
 
@@ -50,16 +49,14 @@ class MemoryEstimate:
         phases: in the order of an iteration.
         available: bytes that the run may take.
         rows: responses of the greatest length that grow at once; 0: none of them on this device.
-        found: how the passes' bytes were found.
-        measured: whether the passes were run, on tensors without data; else they are a rule of thumb's.
+        passes: what the policy's passes take, and how that was found.
         paged: whether the optimizer's states were counted out, since they move to host memory.
     """
 
     phases: tuple[PhaseNeed, ...]
     available: int
     rows: int
-    found: str
-    measured: bool
+    passes: Passes
     paged: bool = False
 
     @property
@@ -71,6 +68,10 @@ class MemoryEstimate:
     def fits(self) -> bool:
         """Whether every phase does."""
         return self.fullest.total <= self.available
+
+    def total(self, name: PhaseName) -> int:
+        """Return what a phase takes, in bytes."""
+        return next(phase.total for phase in self.phases if phase.name == name)
 
     def table(self) -> str:
         """Return phases and their parts in GiB, for people."""
@@ -88,7 +89,7 @@ class MemoryEstimate:
             lines.append(f"responses of the greatest length that grow at once: {self.rows}")
         else:
             lines.append("responses do not grow in the policy's own memory")
-        lines.append(f"activations: {self.found}")
+        lines.append(f"activations: {self.passes.method}")
         if self.paged:
             lines.append("optimizer: paged, so that its states move to host memory where the device is full")
         return "\n".join(lines)
@@ -110,7 +111,6 @@ class Estimator:
 
     available: int
     _meter: PassMeter = field(default_factory=PassMeter)
-    _rewards: dict[tuple[int, int], tuple[Reward, RewardMemory]] = field(default_factory=dict)
 
     def estimate(self, workload: Workload) -> MemoryEstimate:
         """Return what each phase of a run takes.
@@ -119,14 +119,9 @@ class Estimator:
             CannotEstimateError: if the config of policy or reward model does not tell.
             UserError: if the policy's settings do not fit its model.
         """
-        weights, passes = self._meter.weights(workload), self._meter.passes(workload)
-        return self._sum(workload, weights, passes).estimate()
+        return self._sum(workload, self._meter.passes(workload))
 
-    def _sum(self, workload: Workload, weights: Footprint, passes: Passes) -> _Sum:
-        parts = self._meter.gathered(workload) if workload.spread else None
-        return _Sum(workload, weights, passes, self._reward(workload), self.available, parts)
-
-    def bound(self, workload: Workload) -> MemoryEstimate | None:
+    def at_most(self, workload: Workload) -> MemoryEstimate | None:
         """Return what each phase takes at most, by a generous rule of thumb: at once, where :meth:`estimate` computes.
 
         ``None`` for a model that the rule does not know.
@@ -135,26 +130,41 @@ class Estimator:
             UserError: if the policy's settings do not fit its model.
         """
         try:
-            weights, passes = self._meter.weights(workload), self._meter.passes_at_most(workload)
-            if passes is None:
-                return None
-            return self._sum(workload, weights, passes).estimate()
+            passes = self._meter.passes_at_most(workload)
+            return None if passes is None else self._sum(workload, passes)
         except CannotEstimateError:
             return None
 
-    def fits(self, workload: Workload) -> bool:
-        """Whether a run fits; no pass is run where its weights alone do not."""
-        if self._meter.weights(workload).weights // workload.shards > self.available:
-            return False
-        return self.estimate(workload).fits
+    def at_least(self, workload: Workload) -> MemoryEstimate:
+        """Return what each phase takes without the policy's passes: at once.
 
-    def _reward(self, workload: Workload) -> RewardMemory:
-        reward, tokens = workload.reward, workload.longest_sequence
-        key = (id(reward), tokens)
-        if key not in self._rewards:
-            # the reward is kept beside it, so that no other one gets its id
-            self._rewards[key] = reward, reward.memory(workload.device, tokens)
-        return self._rewards[key][1]
+        Raises:
+            CannotEstimateError: if the config of policy or reward model does not tell.
+            UserError: if the policy's settings do not fit its model.
+        """
+        weights = self._meter.weights(workload)
+        passes = Passes(weights.trained, 0, 0, row=1, method="without the policy's passes", measured=False)
+        return self._sum(workload, passes)
+
+    def fits(self, workload: Workload) -> bool:
+        """Whether a run fits; no pass is run where all the rest does not."""
+        return self.at_least(workload).fits and self.estimate(workload).fits
+
+    def _sum(self, workload: Workload, passes: Passes) -> MemoryEstimate:
+        training, hardware = workload.training, workload.hardware
+        return _Sum(
+            workload,
+            self._meter.weights(workload),
+            self._meter.gathered(workload) if hardware.sharded else None,
+            passes,
+            optimizer_memory(
+                training.optimizer,
+                device_type=hardware.device.type,
+                clips_unscaled=workload.clips_unscaled,
+            ),
+            workload.reward.memory(hardware.device, workload.longest_sequence),
+            self.available,
+        ).estimate()
 
 
 @dataclass(frozen=True)
@@ -163,10 +173,11 @@ class _Sum:
 
     workload: Workload
     weights: Footprint
+    gathered: Gathered | None  # where weights are sharded
     passes: Passes
+    optimizer: OptimizerMemory
     reward: RewardMemory
     available: int
-    gathered: Gathered | None  # where weights are spread
 
     def estimate(self) -> MemoryEstimate:
         sampling, rows = self._sampling()
@@ -176,46 +187,31 @@ class _Sum:
             self._phase("reference", self._reference()),
             self._phase("training", self._training()),
         )
-        return MemoryEstimate(
-            phases,
-            self.available,
-            rows,
-            found=self.passes.found,
-            measured=self.passes.measured,
-            paged=self.optimizer.paged,
-        )
+        return MemoryEstimate(phases, self.available, rows, self.passes, paged=self.optimizer.paged)
 
     def _phase(self, name: PhaseName, parts: dict[str, int], waiting: int | None = None) -> PhaseNeed:
         """Add what every phase has, and leave out what takes nothing."""
-        held = {"policy": self.weights.weights // self.workload.shards, **parts}
+        held = {"policy": self.weights.weights // self.workload.hardware.shards, **parts}
         held["waiting reward model"] = self.reward.waiting if waiting is None else waiting
-        if self.workload.processes > 1 and not self.workload.spread:
+        if self.workload.hardware.processes > 1 and not self.workload.hardware.sharded:
             held["DDP's buckets"] = self.weights.trained  # made with its wrapper, before the first sample
-        if self.workload.carry_optimizer and name != "training":
+        if self.workload.training.carry_optimizer and name != "training":
             held["optimizer"] = self._optimizer_state
-        device = self.workload.device.type
+        device = self.workload.hardware.device.type
         held[ALLOCATOR] = int(ALLOCATOR_SHARE.get(device, ALLOCATOR_SHARE["cuda"]) * sum(held.values()))
         held[CONTEXT] = CONTEXT_BYTES if device == "cuda" else 0
         return PhaseNeed(name, {part: size for part, size in held.items() if size})
 
-    @cached_property
-    def optimizer(self) -> OptimizerMemory:
-        return optimizer_memory(
-            self.workload.optimizer,
-            device_type=self.workload.device.type,
-            clips_unscaled=self.workload.clips_unscaled,
-        )
-
     @property
     def _optimizer_state(self) -> int:
-        return int(self.optimizer.state * self.weights.trained_count) // self.workload.shards
+        return int(self.optimizer.state * self.weights.trained_count) // self.workload.hardware.shards
 
     def _sampling(self) -> tuple[dict[str, int], int]:
         workload, config, row = self.workload, self.workload.model_config, self.passes.row
         copy = self._copy
         free = self.available - self._phase("sampling", {"copy": copy}).total
         engine = workload.generator.memory(
-            row, free=max(0, free), total=self.available, device=workload.device
+            row, free=max(0, free), total=self.available, device=workload.hardware.device
         )
         # a layer's buffer is filled from its last one when it grows
         growing = row + row // max(1, layer_count(config)) + 4 * SAMPLED_LOGITS * vocabulary_of(config)
@@ -231,9 +227,9 @@ class _Sum:
         """Bytes of the policy that responses are sampled from, beside the one that is trained."""
         workload, weights = self.workload, self.weights
         if not workload.samples_a_copy:
-            return weights.weights if workload.spread else 0
-        copied = (weights.trained_count + weights.frozen_count) * workload.compute_dtype.itemsize
-        return copied + self._buffers if workload.spread else copied
+            return weights.weights if workload.hardware.sharded else 0
+        copied = (weights.trained_count + weights.frozen_count) * workload.hardware.compute_dtype.itemsize
+        return copied + self._buffers if workload.hardware.sharded else copied
 
     @property
     def _buffers(self) -> int:
@@ -246,19 +242,21 @@ class _Sum:
     def _reference(self) -> dict[str, int]:
         again = 0
         policy = self.workload.policy
-        if self.workload.reference == "initial" and (policy.lora is None or policy.lora.adapter is not None):
+        if self.workload.training.reference == "initial" and (
+            policy.lora is None or policy.lora.adapter is not None
+        ):
             held = self.weights.trained
             if policy.lora is None:  # what was not trained is read again, too
                 held += self.weights.frozen_count * self.workload.weights_dtype.itemsize
-            again = held // self.workload.shards
+            again = held // self.workload.hardware.shards
         parts = {"initial weights": again, "activations": self.passes.reference + self.weights.widest}
         return parts if self.gathered is None else {**parts, "gathered weights": self.gathered.reading}
 
     def _training(self) -> dict[str, int]:
         weights = self.weights
-        step = int(self.optimizer.step * weights.trained_count) // self.workload.shards
+        step = int(self.optimizer.step * weights.trained_count) // self.workload.hardware.shards
         parts = {
-            "gradients": weights.trained // self.workload.shards,
+            "gradients": weights.trained // self.workload.hardware.shards,
             "optimizer": self._optimizer_state,
             # backward and the optimizer's step follow each other
             "activations": max(self.passes.training - weights.trained + weights.widest, step),

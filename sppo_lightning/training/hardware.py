@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
@@ -26,6 +26,30 @@ COMPUTE_DTYPES = {
     "bf16-mixed": torch.bfloat16,
     "16-mixed": torch.float16,
 }
+
+
+class Hardware(NamedTuple):
+    """What a run computes on, and in which dtype."""
+
+    device: torch.device  # of the first process
+    processes: int  # that share the run, a device each
+    sharded: bool  # whether the policy's weights are sharded over them (FSDP2), instead of full on each
+    compute_dtype: torch.dtype  # of matrix products
+
+    @property
+    def shards(self) -> int:
+        """Parts that the weights lie in."""
+        return self.processes if self.sharded else 1
+
+
+def hardware_of(trainer: pl.Trainer) -> Hardware:
+    """Return what a Trainer computes on."""
+    return Hardware(
+        trainer.strategy.root_device,
+        trainer.world_size,
+        isinstance(trainer.strategy, ModelParallelStrategy),
+        compute_dtype(trainer),
+    )
 
 
 def compute_dtype(trainer: pl.Trainer) -> torch.dtype:

@@ -10,18 +10,17 @@ from typing import Any
 import pytest
 import torch
 from jsonargparse import Namespace
-from support.models import byte_tokenizer, tiny_config
-from support.runs import cli_arguments, letter_reward
+from support.memory import workload
+from support.models import byte_tokenizer
+from support.runs import cli_arguments
 from transformers import LlamaConfig
 
 from sppo_lightning.__main__ import main
-from sppo_lightning.cli.estimate import Hardware, planned_hardware
-from sppo_lightning.generation import HFGenerator
+from sppo_lightning.cli.estimate import planned_hardware, planned_sharding
 from sppo_lightning.memory.check import check_memory
 from sppo_lightning.memory.workload import Workload
-from sppo_lightning.pair_forward import AutoForward
 from sppo_lightning.policy.config import PolicyConfig
-from sppo_lightning.rewards import FunctionReward
+from sppo_lightning.training.hardware import Hardware
 from sppo_lightning.types import Ranks, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -190,11 +189,19 @@ def test_scaled_gradients_that_are_clipped_take_more(
     )
     seen: list[Workload] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sppo_lightning.cli.estimate.verdict", lambda estimator, load, found: seen.append(load))
+        patch.setattr(
+            "sppo_lightning.cli.estimate.diagnosis", lambda estimator, load, found: seen.append(load)
+        )
         for clip in ([], ["--trainer.gradient_clip_val=1"]):
             estimated(capsys, *args, "--memory=24", *clip)
     assert [load.clips_unscaled for load in seen] == [False, True]
-    assert {load.compute_dtype for load in seen} == {torch.float16}
+    assert {load.hardware.compute_dtype for load in seen} == {torch.float16}
+
+
+def trainer_settings(**changes: Any) -> Namespace:
+    """The ``trainer`` section of a config."""
+    usual = {"accelerator": "gpu", "devices": 8, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
+    return Namespace({**usual, **changes})
 
 
 @pytest.mark.parametrize(
@@ -214,8 +221,27 @@ def test_hardware_of_a_trainer(
     accelerator: str, devices: Any, nodes: int, expected: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    found = planned_hardware(accelerator, devices, nodes, "auto")
-    assert found == Hardware(torch.device(expected[0]), expected[1])
+    settings = trainer_settings(accelerator=accelerator, devices=devices, num_nodes=nodes)
+    found = planned_hardware(settings, torch.float32)
+    assert found == Hardware(
+        torch.device(expected[0]), expected[1], sharded=False, compute_dtype=torch.float32
+    )
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "precision", "expected"),
+    [
+        ("gpu", "16-mixed", torch.float16),
+        ("cuda", 16, torch.float16),
+        ("gpu", "bf16-mixed", torch.bfloat16),
+        ("cpu", "16-mixed", torch.bfloat16),
+    ],
+)
+def test_a_gpu_computes_in_float16_though_a_cpu_does_not(
+    accelerator: str, precision: Any, expected: torch.dtype
+) -> None:
+    settings = trainer_settings(accelerator=accelerator, precision=precision)
+    assert planned_hardware(settings, torch.bfloat16).compute_dtype == expected
 
 
 def test_a_strategy_that_fit_refuses_is_refused() -> None:
@@ -227,20 +253,21 @@ def test_a_strategy_that_fit_refuses_is_refused() -> None:
         with pytest.raises(
             UserError, match=r"is not supported: use one device or ddp; for a model larger than a"
         ):
-            planned_hardware("gpu", 8, 1, name)
+            planned_sharding(trainer_settings(strategy=name))
 
 
-def test_weights_may_be_spread_over_all_processes() -> None:
-    def strategy(**sizes: int) -> Namespace:
-        return Namespace(
+def test_weights_may_be_sharded_over_all_processes() -> None:
+    def settings(**sizes: int) -> Namespace:
+        strategy = Namespace(
             class_path="lightning.pytorch.strategies.ModelParallelStrategy", init_args=Namespace(sizes)
         )
+        return trainer_settings(num_nodes=2, strategy=strategy)
 
-    found = planned_hardware("gpu", 8, 2, strategy(data_parallel_size=16, tensor_parallel_size=1))
-    assert found == Hardware(torch.device("cuda"), 16, spread=True)
+    found = planned_hardware(settings(data_parallel_size=16, tensor_parallel_size=1), torch.bfloat16)
+    assert found == Hardware(torch.device("cuda"), 16, sharded=True, compute_dtype=torch.bfloat16)
     given = r"data_parallel_size=8, tensor_parallel_size=auto for 16 processes: .* \{data_parallel_size: 16, tensor"
     with pytest.raises(UserError, match=given):
-        planned_hardware("gpu", 8, 2, strategy(data_parallel_size=8))
+        planned_sharding(settings(data_parallel_size=8))
 
 
 class TwoRanks(Ranks):
@@ -264,23 +291,12 @@ class TwoRanks(Ranks):
 
 def test_all_processes_decide_alike(tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the least memory that one of them has."""
-    load = Workload(
+    load = workload(
         policy=PolicyConfig(str(tiny_policy)),
-        model_config=tiny_config(),
-        compute_dtype=torch.float32,
-        reference="initial",
-        optimizer=None,
-        clips_unscaled=False,
-        carry_optimizer=False,
-        pair_forward=AutoForward(),
-        generator=HFGenerator(max_new_tokens=8, temperature=1.0),
-        reward=FunctionReward(letter_reward),
         batch_size=2,
         pairs_per_step=4,
-        longest_prompt=20,
-        longest_trained_prompt=20,
-        device=torch.device("cpu"),
         processes=2,
+        compute_dtype=torch.float32,
     )
     first = TwoRanks(0)
     with pytest.raises(UserError, match="needs about") as refused:

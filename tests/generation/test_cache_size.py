@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from sppo_lightning.generation.cache import reserved_cache
 from sppo_lightning.generation.cache_size import RowBytes, cache_bytes, held_bytes
 from sppo_lightning.generation.steps import read
-from sppo_lightning.memory.workload import PassMeter
+from sppo_lightning.memory.passes import PassMeter
 
 ALL_CONFIGS = {**TRAINED_CONFIGS, **OTHER_CONFIGS, "gemma4_wide": GEMMA4}
 
@@ -57,12 +57,12 @@ def test_the_estimate_counts_what_a_model_keeps(kind: str) -> None:
     """States too, which no setting tells: run on tensors without data, against a cache that was filled."""
     load = workload(model_config=ALL_CONFIGS[kind], compute_dtype=torch.float32)
     passes = PassMeter().passes(load)
-    assert passes.measured, passes.found
+    assert passes.measured, passes.method
     assert passes.row == held_bytes(filled_cache(ALL_CONFIGS[kind], load.longest_row)) > 0
 
 
 def test_latent_attention_is_bounded_by_no_rule() -> None:
-    assert ESTIMATOR.bound(workload(model_config=OTHER_CONFIGS["deepseek_v3"])) is None
+    assert ESTIMATOR.at_most(workload(model_config=OTHER_CONFIGS["deepseek_v3"])) is None
 
 
 def test_a_row_in_tokens() -> None:

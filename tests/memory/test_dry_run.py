@@ -18,7 +18,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from sppo_lightning.generation.cache import reserved_cache
-from sppo_lightning.memory.dry_run import DryRun, PairShape, optimizer_memory, stand_ins
+from sppo_lightning.memory.dry_run import DryRun, cpu_forwards, optimizer_memory
+from sppo_lightning.memory.workload import PairShape
 from sppo_lightning.pair_forward import AutoForward, PairForward, PlainForward, SharedForward, VarlenForward
 from sppo_lightning.policy import loading as policies
 from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
@@ -178,7 +179,7 @@ def test_shared_weights_stay_shared() -> None:
 
 class TestStandIns:
     def kinds(self, forward: PairForward) -> list[type[PairForward]]:
-        return [type(one) for one in stand_ins(forward, device_type="cuda", vocabulary=1000)]
+        return [type(one) for one in cpu_forwards(forward, device_type="cuda", vocabulary=1000)]
 
     def test_auto_tries_to_share_first(self) -> None:
         assert self.kinds(AutoForward()) == [SharedForward, PlainForward]
@@ -187,12 +188,12 @@ class TestStandIns:
         assert self.kinds(VarlenForward()) == [SharedForward]
 
     def test_others_run_themselves_uncompiled(self) -> None:
-        (one,) = stand_ins(PlainForward(7, compiled=True), device_type="cpu", vocabulary=1000)
+        (one,) = cpu_forwards(PlainForward(7, compiled=True), device_type="cpu", vocabulary=1000)
         assert (type(one), one.chunk, one.compiled) == (PlainForward, 7, False)
 
     def test_a_gpu_holds_more_logits_at_once(self) -> None:
         chunks = [
-            stand_ins(AutoForward(), device_type=d, vocabulary=1 << 16)[0].chunk for d in ("cpu", "cuda")
+            cpu_forwards(AutoForward(), device_type=d, vocabulary=1 << 16)[0].chunk for d in ("cpu", "cuda")
         ]
         assert chunks == [1 << 10, 1 << 13]
 

@@ -17,17 +17,18 @@ from sppo_lightning.generation import (
     HFGenerator,
 )
 from sppo_lightning.losses import DPOLoss, PairLogps
-from sppo_lightning.memory.dry_run import PairShape, _live_bytes
+from sppo_lightning.memory.dry_run import LiveBytes
 from sppo_lightning.memory.estimate import (
     GIB,
     Estimator,
 )
-from sppo_lightning.memory.workload import Workload
+from sppo_lightning.memory.workload import PairShape, PromptLengths, TrainingSettings, Workload
 from sppo_lightning.pair_forward import AutoForward, PairForward
 from sppo_lightning.policy.config import PolicyConfig
 from sppo_lightning.rewards import (
     Reward,
 )
+from sppo_lightning.training.hardware import Hardware
 from sppo_lightning.types import Prompt
 
 CONFIG = tiny_config(
@@ -46,24 +47,31 @@ class Plain(Reward):
 
 
 def workload(**changes: Any) -> Workload:
+    """A run of a tiny model, with fields of it or of its records changed."""
     settings: dict[str, Any] = {
         "policy": PolicyConfig("x"),
         "model_config": CONFIG,
-        "compute_dtype": torch.bfloat16,
+        "pair_forward": AutoForward(),
         "reference": "previous_iteration",
         "optimizer": None,
-        "clips_unscaled": False,
         "carry_optimizer": False,
-        "pair_forward": AutoForward(),
+        "clips_gradients": False,
+        "pairs_per_step": 3,
+        "batch_size": 3,
         "generator": HFGenerator(**SAMPLING),
         "reward": Plain(),
-        "batch_size": 3,
-        "pairs_per_step": 3,
-        "longest_prompt": 40,
-        "longest_trained_prompt": changes.get("longest_prompt", 40),
+        "answered": 40,
+        "trained": changes.get("answered", 40),
         "device": torch.device("cpu"),
+        "processes": 1,
+        "sharded": False,
+        "compute_dtype": torch.bfloat16,
+        **changes,
     }
-    return Workload(**{**settings, **changes})
+    records: dict[str, Any] = {"training": TrainingSettings, "prompts": PromptLengths, "hardware": Hardware}
+    for name, record in records.items():
+        settings[name] = record(*(settings.pop(field) for field in record._fields))
+    return Workload(**settings)
 
 
 ESTIMATOR = Estimator(GIB)
@@ -103,7 +111,7 @@ def step(model: nn.Module, forward: PairForward, shape: PairShape, dtype: torch.
 
 
 def peak_of(model: nn.Module, run: Any) -> int:
-    live = _live_bytes()
+    live = LiveBytes()
     weights = live.count([*model.parameters(), *model.buffers()])
     with live:
         run()
