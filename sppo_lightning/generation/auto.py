@@ -24,9 +24,9 @@ from sppo_lightning.types import UserError
 logger = logging.getLogger(__name__)
 
 CLEARLY_FASTER = 1.1  # by which continuous batching must win, since its responses cannot be sampled again
-TRIAL_PROMPTS = 16
-TRIAL_RESPONSES = 4  # a prompt
-TRIAL_PROMPT_TOKENS = 64
+TIMED_PROMPTS = 16
+TIMED_RESPONSES = 4  # a prompt
+TIMED_PROMPT_TOKENS = 64
 
 
 class Rates(NamedTuple):
@@ -44,7 +44,7 @@ class AutoGenerator(Generator):
     slower) leave :class:`HFGenerator`. Reproducible only where that is certain.
 
     Args:
-        batch_size: responses that grow at once; ``None``: what the memory holds.
+        batch_size: responses decoded at once; ``None``: what the memory holds.
         cuda_graphs: as :class:`HFGenerator` takes it.
         sampling: lengths, temperature and the like, see :class:`~sppo_lightning.generation.Generator`.
     """
@@ -99,7 +99,7 @@ class AutoGenerator(Generator):
     def _choose(self, policy: PolicySource) -> Generator:
         if self._continuous is None or next(policy.sampling_model().parameters()).device.type == "cpu":
             return self._hf
-        requests = trial_requests(len(policy.tokenizer), self.max_total_tokens)
+        requests = timed_requests(len(policy.tokenizer), self.max_total_tokens)
         return faster_engine(self._hf, self._continuous, policy, requests)
 
 
@@ -134,21 +134,21 @@ def continuous_is_worth_it(rates: Rates) -> bool:
     return rates.continuous > CLEARLY_FASTER * rates.hf
 
 
-def trial_requests(vocabulary: int, max_total_tokens: int | None) -> list[SampleRequest]:
+def timed_requests(vocabulary: int, max_total_tokens: int | None) -> list[SampleRequest]:
     """Return the same made-up requests for the same vocabulary size.
 
     Args:
         vocabulary: number of token ids to draw the prompts from.
         max_total_tokens: most tokens of prompt and response together; prompts take at most half of them.
     """
-    length = TRIAL_PROMPT_TOKENS
+    length = TIMED_PROMPT_TOKENS
     if max_total_tokens is not None:
         length = min(length, max_total_tokens // 2)
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(vocabulary, (TRIAL_PROMPTS, length), generator=generator).tolist()
+    prompts = torch.randint(vocabulary, (TIMED_PROMPTS, length), generator=generator).tolist()
     return [
         SampleRequest(
-            tuple(prompt), tuple(derive_seed("trial", row, index) for index in range(TRIAL_RESPONSES))
+            tuple(prompt), tuple(derive_seed("trial", row, index) for index in range(TIMED_RESPONSES))
         )
         for row, prompt in enumerate(prompts)
     ]

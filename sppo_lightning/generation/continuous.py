@@ -25,7 +25,7 @@ from sppo_lightning.types import Response, UserError, first_line
 if TYPE_CHECKING:
     from transformers.generation.continuous_batching.requests import GenerationOutput
 
-CPU_ROWS = 16  # responses that grow at once on a CPU, unless batch_size says otherwise
+CPU_ROWS = 16  # responses decoded at once on a CPU, unless batch_size says otherwise
 CPU_BATCH_TOKENS = 256  # of one forward pass on a CPU, where the attention mask is as wide as the whole cache
 PAGE = 256  # tokens of a page of the cache, the engine's default
 MEMORY_SHARE = 0.6  # of a GPU's free memory, for the paged cache; the rest is for logits and their sorting
@@ -43,7 +43,7 @@ class ContinuousBatchingGenerator(Generator):
     quantised or not, is refused.
 
     Args:
-        batch_size: responses that grow at once; ``None``: what the memory holds (16 on a CPU).
+        batch_size: responses decoded at once; ``None``: what the memory holds (16 on a CPU).
         sampling: lengths, temperature and the like, see :class:`~sppo_lightning.generation.Generator`.
     """
 
@@ -113,17 +113,17 @@ class ContinuousBatchingGenerator(Generator):
         assert self._policy is not None
         owners = [index for index in positions for _ in range(max(1, len(requests[index].seeds)))]
         prompts = [requests[index].token_ids for index in owners]
-        wanted = [Wanted(prompt, self.longest_response(len(prompt))) for prompt in prompts]
+        wanted = [EngineRequest(prompt, self.longest_response(len(prompt))) for prompt in prompts]
         seed = derive_seed(*(seed for index in positions for seed in requests[index].seeds))
         purpose = Purpose(self._sampling(greedy=greedy), sorted(self._policy.end_token_ids))
-        grown: dict[int, dict[int, Response]] = {}
+        finished: dict[int, dict[int, Response]] = {}
         try:
             for row, output in self._engine.run(wanted, purpose, seed=seed):
                 index = owners[row]
-                have = grown.setdefault(index, {})
+                have = finished.setdefault(index, {})
                 have[row] = self.as_response(output.generated_tokens, self._policy)
                 if len(have) == max(1, len(requests[index].seeds)):
-                    yield PromptResponses(index, [have[row] for row in sorted(grown.pop(index))])
+                    yield PromptResponses(index, [have[row] for row in sorted(finished.pop(index))])
         except EngineError as error:
             raise UserError(
                 f"continuous batching failed ({first_line(error)}): lower data.generator.init_args.batch_size, or use "
@@ -143,17 +143,21 @@ class ContinuousBatchingGenerator(Generator):
     def _probe(self, prompts: Sequence[tuple[int, ...]]) -> list[ProbeAnswer]:
         """Return the engine's greedy answers, which no token ends."""
         assert self._engine is not None
-        wanted = [Wanted(prompt, PROBE_TOKENS) for prompt in prompts]
-        grown = dict(self._engine.run(wanted, Purpose(self._sampling(greedy=True), [], logps=True), seed=0))
-        return [ProbeAnswer(grown[row].generated_tokens, grown[row].logprobs) for row in range(len(prompts))]
+        wanted = [EngineRequest(prompt, PROBE_TOKENS) for prompt in prompts]
+        finished = dict(
+            self._engine.run(wanted, Purpose(self._sampling(greedy=True), [], logps=True), seed=0)
+        )
+        return [
+            ProbeAnswer(finished[row].generated_tokens, finished[row].logprobs) for row in range(len(prompts))
+        ]
 
 
 class EngineError(RuntimeError):
     """The engine gave up a request."""
 
 
-class Wanted(NamedTuple):
-    """One response to grow."""
+class EngineRequest(NamedTuple):
+    """One response to sample."""
 
     prompt: tuple[int, ...]
     longest: int  # tokens
@@ -181,7 +185,7 @@ class _Engine:
         self._capacity = 0
 
     def run(
-        self, wanted: Sequence[Wanted], purpose: Purpose, *, seed: int
+        self, wanted: Sequence[EngineRequest], purpose: Purpose, *, seed: int
     ) -> Iterator[tuple[int, GenerationOutput]]:
         """Yield (position, response) as each is complete; the model and torch's random state are left as found.
 
@@ -220,7 +224,7 @@ class _Engine:
         self.model.destroy_cached_continuous_batching_manager()
         self._held = None
 
-    def _manager(self, wanted: Sequence[Wanted], purpose: Purpose) -> Any:
+    def _manager(self, wanted: Sequence[EngineRequest], purpose: Purpose) -> Any:
         """Return the manager of the last run if it serves, else a new one."""
         from transformers import GenerationConfig
         from transformers.generation.continuous_batching.utils import WorkloadHints

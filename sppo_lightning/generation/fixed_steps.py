@@ -4,7 +4,7 @@ A token of a large model takes thousands of small kernels, and a GPU is done wit
 Recorded once, a step is launched as a whole. For that nothing it reads or writes may move from token to token: keys and
 values lie in buffers with room for the longest response, and attention looks at a part of them that grows in blocks.
 
-Shapes: B rows (responses that grow), H query heads, K key heads, D head width, L tokens of room, V vocabulary.
+Shapes: B rows (active sequences), H query heads, K key heads, D head width, L tokens of room, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from sppo_lightning.generation.cache import ReservedLayer, reserved_cache
 from sppo_lightning.generation.cuda_graph import RecordedStep
 from sppo_lightning.generation.steps import DecodingSteps, PlainSteps, left_padded, read
-from sppo_lightning.policy import attention as own_attention
+from sppo_lightning.policy import attention as attention_override
 from sppo_lightning.policy.agreement import compare_logits, product_dtype
 from sppo_lightning.policy.anatomy import layer_types, unwrapped, window_of
 from sppo_lightning.policy.attention import CannotAttendError
@@ -33,7 +33,7 @@ BLOCK = 256  # tokens by which the part of the room that attention looks at grow
 ALIGNED = 64  # tokens that the room is a multiple of, so that attention's kernels take its mask
 LAYERS = {"full_attention"}  # types that a model may have
 FEW_ROWS = 16  # up to which a step takes as long as with one
-TRIAL_PROMPTS, TRIAL_STEPS = (3, 9), 3  # tokens of the trial's prompts; tokens behind each
+PROBE_PROMPTS, PROBE_STEPS = (3, 9), 3  # tokens of the check's prompts; tokens after each
 
 
 class FixedLayer(DynamicLayer):
@@ -111,7 +111,7 @@ class FixedSteps(DecodingSteps):
         self._bias[..., mask.shape[1] :] = float("-inf")
         self._tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self._positions = torch.zeros_like(self._tokens)
-        self._whole_mask = own_attention.whole_mask(device)
+        self._whole_mask = attention_override.whole_mask(device)
         self._rows = rows
         self._graph = RecordedStep(device) if device.type == "cuda" else None
 
@@ -127,12 +127,12 @@ class FixedSteps(DecodingSteps):
         return found
 
     def __enter__(self) -> FixedSteps:
-        own_attention.attach(self._model, NAME, _attend, LAYERS)
+        attention_override.attach(self._model, NAME, _attend, LAYERS)
         return self
 
     def __exit__(self, *args: object) -> None:
-        """Give the model its own attention back, and free the graph."""
-        own_attention.detach(self._model)
+        """Remove the attention override, and free the graph."""
+        attention_override.detach(self._model)
         self._graph = None
 
     def logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -159,12 +159,12 @@ class FixedSteps(DecodingSteps):
             fixed_bias=self._bias[:rows, ..., :length],
         )
 
-    def worth_leaving_out(self, growing: int, rows: int) -> bool:
-        """Whether half of many rows are done: each change of their number is another graph."""
-        return rows > FEW_ROWS and growing <= rows // 2
+    def worth_compacting(self, active: int, rows: int) -> bool:
+        """Whether half of many rows are done: each compaction is another graph."""
+        return rows > FEW_ROWS and active <= rows // 2
 
     def keep(self, rows: Tensor) -> None:
-        """Leave only some rows."""
+        """Compact to some rows."""
         for layer in self._layers:
             layer.keep(rows)
         self._bias[: len(rows)] = self._bias[rows]
@@ -190,7 +190,7 @@ def _attend(
     """
     if fixed_bias is None:
         raise CannotAttendError(f"{type(module).__name__} is not handed what its model is called with")
-    own_attention.check_call(module, attention_mask, others)
+    attention_override.check_call(module, attention_mask, others)
     if sliding_window is not None:
         raise CannotAttendError(f"{type(module).__name__} has a window")
     rows, heads, _, width = query.shape
@@ -201,8 +201,8 @@ def _attend(
 
 
 @torch.inference_mode()
-def objection(model: nn.Module) -> str | None:
-    """Return why fixed steps would not give what a model's own steps do; ``None`` if they do: tried on random tokens.
+def parity_failure(model: nn.Module) -> str | None:
+    """Return why fixed steps would not give what a model's own steps do; ``None`` if they do: checked on random tokens.
 
     Args:
         model: a causal language model, in the state that responses are sampled from.
@@ -216,7 +216,7 @@ def objection(model: nn.Module) -> str | None:
     if attention != "sdpa":
         return f"it attends by {attention}"  # which was chosen, or is all that it can
     try:
-        own, fixed = (_trial(model, kind) for kind in (PlainSteps, FixedSteps))
+        own, fixed = (_probe(model, kind) for kind in (PlainSteps, FixedSteps))
     except Exception as error:  # of any model's own code, or of a kernel that cannot be recorded
         if ran_out(error):
             raise
@@ -225,25 +225,25 @@ def objection(model: nn.Module) -> str | None:
     agreement = compare_logits(own, fixed, dtype=dtype)
     if not agreement.holds:
         with off_by_a_rounding(unwrapped(model), dtype):
-            agreement = agreement.allowing(compare_logits(own, _trial(model, PlainSteps), dtype=dtype).drift)
+            agreement = agreement.allowing(compare_logits(own, _probe(model, PlainSteps), dtype=dtype).drift)
     return None if agreement.holds else f"log-probs differ by {agreement}"
 
 
-def _trial(model: nn.Module, kind: type[PlainSteps] | type[FixedSteps]) -> Tensor:
-    """Return the logits behind each of a few tokens, ``[steps, rows, V]``."""
+def _probe(model: nn.Module, kind: type[PlainSteps] | type[FixedSteps]) -> Tensor:
+    """Return the logits after each of a few tokens, ``[steps, rows, V]``."""
     device = next(model.parameters()).device
     config = unwrapped(model).config
     generator = torch.Generator().manual_seed(0)
     vocabulary = config.get_text_config(decoder=True).vocab_size
-    prompts = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in TRIAL_PROMPTS]
-    tokens = torch.randint(vocabulary, (len(TRIAL_PROMPTS), TRIAL_STEPS), generator=generator).to(device)
-    ids, mask, positions = left_padded(prompts, TRIAL_STEPS, device)
+    prompts = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in PROBE_PROMPTS]
+    tokens = torch.randint(vocabulary, (len(PROBE_PROMPTS), PROBE_STEPS), generator=generator).to(device)
+    ids, mask, positions = left_padded(prompts, PROBE_STEPS, device)
     cache, width = reserved_cache(config), ids.shape[1]
     read(model, ids, mask[:, :width], positions, cache)
     source = torch.tensor([0, 1, 1], device=device)
     found = []
     with kind(model, cache, source, mask, width) as steps:
-        for step in range(TRIAL_STEPS):
+        for step in range(PROBE_STEPS):
             place = positions[source, -1] + 1 + step
             found.append(steps.logits(tokens[source, step], place).clone())
     return torch.stack(found)

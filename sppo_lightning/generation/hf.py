@@ -1,6 +1,6 @@
 """Generation inside the training process, on a transformers model.
 
-Shapes: P prompts of a batch, B rows (responses still growing), V vocabulary.
+Shapes: P prompts of a batch, B rows (active sequences), V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sppo_lightning.system.device_memory import TokenBudget, free_bytes, ran_out
 from sppo_lightning.types import Response, UserError
 
 if TYPE_CHECKING:
-    from sppo_lightning.generation.batch_trial import Batching
+    from sppo_lightning.generation.batched_decoding import Batching
 
 MEMORY_SHARE = 0.4  # of the free memory, for the keys and values of a batch; the rest is for activations
 MOST_ROWS = {"cpu": 128, "cuda": 512}  # where more rows at once gain nothing
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Part:
-    """Responses wanted to one request that grow in the same batch."""
+    """Responses to one request that are decoded in the same batch."""
 
     index: int  # of the request
     request: SampleRequest
@@ -58,14 +58,14 @@ class _Part:
 
 
 class HFGenerator(Generator):
-    """Samples with the policy itself: a prompt is prefilled once for all its responses that grow at once.
+    """Samples with the policy itself: a prompt is prefilled once for all its responses of a batch.
 
     Responses depend on their seeds only: batch size and order change none of them in float32 (in bfloat16 a
-    near-tie may fall the other way). The first policy is tried before anything is sampled: prompts of any length may
-    grow together, or of one length only, or the model is refused.
+    near-tie may fall the other way). The first policy is checked before anything is sampled: prompts of any length may
+    share a batch, or of one length only, or the model is refused.
 
     Args:
-        batch_size: responses that grow at once; ``None``: what the memory holds. Too many are halved and tried again.
+        batch_size: responses decoded at once; ``None``: what the memory holds. Too many are halved and tried again.
         cuda_graphs: on a GPU, record a decoding step once and replay it, where the model gives the same log-probs so;
             most models with full attention do.
         sampling: lengths, temperature and the like, see :class:`~sppo_lightning.generation.Generator`.
@@ -93,14 +93,14 @@ class HFGenerator(Generator):
         """Take a sampling model from the policy.
 
         Raises:
-            UserError: if responses that grow together would not be the model's own.
+            UserError: if a batch's responses would not be the model's own.
         """
-        from sppo_lightning.generation.batch_trial import try_batching
+        from sppo_lightning.generation.batched_decoding import check_batching
 
         self._policy = policy
         self._model = policy.sampling_model()
         if self._batching is None:
-            self._batching = try_batching(self._model)
+            self._batching = check_batching(self._model)
         if self._budget is None and self.batch_size is not None:
             self._budget = TokenBudget(sys.maxsize)
         elif self._budget is None:
@@ -110,12 +110,12 @@ class HFGenerator(Generator):
             self._recorded = self.cuda_graphs and self._can_record()
 
     def _can_record(self) -> bool:
-        from sppo_lightning.generation.fixed_steps import objection
+        from sppo_lightning.generation.fixed_steps import parity_failure
 
         if self._device.type not in RECORDED_ON or self.max_new_tokens < WORTH_RECORDING:
             return False
         assert self._model is not None
-        reason = objection(self._model)
+        reason = parity_failure(self._model)
         if reason is not None:
             logger.info("Sampling without CUDA graphs: %s", reason)
         return reason is None
@@ -136,7 +136,7 @@ class HFGenerator(Generator):
         """Yield responses batch by batch, prompts of similar length together."""
         by_length = sorted(range(len(requests)), key=lambda index: len(requests[index].token_ids))
         queue = deque(_Part(index, requests[index]) for index in by_length)
-        grown: dict[int, list[Response]] = {}
+        finished: dict[int, list[Response]] = {}
         while queue:
             batch = self._next_batch(queue)
             answers = self._answer(batch)
@@ -144,13 +144,13 @@ class HFGenerator(Generator):
                 queue.extendleft(reversed(batch))
                 continue
             for part, responses in zip(batch, answers, strict=True):
-                have = grown.setdefault(part.index, [])
+                have = finished.setdefault(part.index, [])
                 have += responses
                 if len(have) == max(1, len(requests[part.index].seeds)):
-                    yield PromptResponses(part.index, grown.pop(part.index))
+                    yield PromptResponses(part.index, finished.pop(part.index))
 
     def _next_batch(self, queue: deque[_Part]) -> list[_Part]:
-        """Take from the queue, prompts in ascending length, what may grow at once."""
+        """Take from the queue, prompts in ascending length, what fits a batch."""
         assert self._budget is not None
         assert self._batching is not None
         most = self.batch_size or MOST_ROWS.get(self._device.type, MOST_ROWS["cuda"])
@@ -187,7 +187,7 @@ class HFGenerator(Generator):
         try:
             tokens = iter(self._decode([part.request for part in batch], self._policy.end_token_ids))
         except CannotRecordError as error:
-            # not of the policy that was tried: its adapter may have been off
+            # not of the policy that was checked: its adapter may have been off
             logger.info("Sampling without CUDA graphs from here on: %s", error)
             self._recorded = False
             return None
@@ -236,26 +236,26 @@ class HFGenerator(Generator):
         end_ids = torch.tensor(sorted(ends), device=device)
         stopped = self._stop_test()
         tokens = torch.full((len(source), self.max_new_tokens), -1, dtype=torch.long, device=device)
-        alive = torch.arange(len(source), device=device)  # the response that each row of the batch grows
-        growing = torch.ones(len(source), dtype=torch.bool, device=device)  # [B]
+        alive = torch.arange(len(source), device=device)  # the response of each row of the batch
+        active = torch.ones(len(source), dtype=torch.bool, device=device)  # [B]
         kind = FixedSteps if self._recorded else PlainSteps
         with kind(model, cache, source, mask, width) as steps:
             for step in range(self.max_new_tokens):
                 picked = self._pick(logits, uniforms[alive, step], greedy)
-                tokens[alive, step] = torch.where(growing, picked, -1)
-                growing &= ~torch.isin(picked, end_ids) & (longest[alive] > step + 1)
+                tokens[alive, step] = torch.where(active, picked, -1)
+                active &= ~torch.isin(picked, end_ids) & (longest[alive] > step + 1)
                 if stopped is not None:
-                    growing &= ~stopped(tokens[alive, : step + 1])
-                left = int(growing.sum())
+                    active &= ~stopped(tokens[alive, : step + 1])
+                left = int(active.sum())
                 if left == 0:
                     break
-                if steps.worth_leaving_out(left, len(alive)):
-                    rows = growing.nonzero().flatten()
+                if steps.worth_compacting(left, len(alive)):
+                    rows = active.nonzero().flatten()
                     steps.keep(rows)
-                    position, picked, alive, growing = (
-                        each[rows] for each in (position, picked, alive, growing)
+                    position, picked, alive, active = (
+                        each[rows] for each in (position, picked, alive, active)
                     )
-                position = position + growing  # one that is done stays in the model's table of positions
+                position = position + active  # one that is done stays in the model's table of positions
                 logits = steps.logits(picked, position)
         return [[token for token in row if token >= 0] for row in tokens.tolist()]
 

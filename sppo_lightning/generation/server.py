@@ -98,7 +98,7 @@ class OpenAIServerGenerator(Generator):
         self._client.check()
 
     def memory(self, row: int, *, free: int, total: int, device: torch.device) -> EngineMemory:
-        """Take nothing: responses grow at the server."""
+        """Take nothing: responses are decoded at the server."""
         return EngineMemory(copies=False, rows=0)
 
     def load(self, policy: PolicySource) -> None:

@@ -1,6 +1,6 @@
-"""Responses grow by a token at a time: the model's forward passes behind the prompts.
+"""Decoding steps of a token each: the model's forward passes after the prompts.
 
-Shapes: P prompts, B rows (responses that grow), T tokens of the prompts, V vocabulary.
+Shapes: P prompts, B rows (active sequences), T tokens of the prompts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class DecodingSteps(ABC):
         """
 
     @abstractmethod
-    def worth_leaving_out(self, growing: int, rows: int) -> bool:
-        """Whether the rows that no longer grow should go, so many of so many left."""
+    def worth_compacting(self, active: int, rows: int) -> bool:
+        """Whether to compact to the active rows, so many of so many."""
 
     @abstractmethod
     def keep(self, rows: Tensor) -> None:
-        """Leave only some rows, ``[B]`` in ascending order."""
+        """Compact to some rows, ``[B]`` in ascending order."""
 
     def __enter__(self) -> DecodingSteps:
         return self
@@ -56,7 +56,7 @@ class PlainSteps(DecodingSteps):
         width: T.
     """
 
-    COMPACT_BELOW = 0.75  # share of rows that still grow under which the others leave
+    COMPACT_BELOW = 0.75  # share of active rows under which the others are compacted away
 
     def __init__(
         self, model: nn.Module, cache: DynamicCache, source: Tensor, mask: Tensor, width: int
@@ -75,12 +75,12 @@ class PlainSteps(DecodingSteps):
             self._model, tokens[:, None], self._mask[:, : self._seen], positions[:, None], self._cache
         )
 
-    def worth_leaving_out(self, growing: int, rows: int) -> bool:
+    def worth_compacting(self, active: int, rows: int) -> bool:
         """Whether a quarter of the rows is done."""
-        return growing < self.COMPACT_BELOW * rows
+        return active < self.COMPACT_BELOW * rows
 
     def keep(self, rows: Tensor) -> None:
-        """Leave only some rows."""
+        """Compact to some rows."""
         self._cache.reorder_cache(cast(Any, rows))
         self._mask = self._mask[rows]
 
@@ -111,7 +111,7 @@ def left_padded(
 def read(
     model: nn.Module, tokens: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache, **options: Any
 ) -> Tensor:
-    """Let a model read tokens, and return the logits behind the last of them, ``[rows, V]`` float32.
+    """Let a model read tokens, and return the logits after the last of them, ``[rows, V]`` float32.
 
     Args:
         model: a causal language model.

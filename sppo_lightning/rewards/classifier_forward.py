@@ -31,7 +31,9 @@ MOST_TOKENS = {"cpu": 8192, "cuda": 131072}  # where more tokens at once gain no
 MEMORY_SHARE = 0.4  # of the free memory, for the activations of a batch
 ACTIVATIONS = 24  # hidden states that a layer holds at once, roughly
 WORTH_SHARING = 8  # tokens; a shorter common beginning is read again
-TRIED = range(1, 9)  # tokens behind the shared ones: scores of fewer conversations say little about roundings
+PROBE_RESTS = range(
+    1, 9
+)  # tokens after the shared ones: scores of fewer conversations say little about roundings
 log = logging.getLogger(__name__)
 
 
@@ -203,7 +205,7 @@ class ClassifierForward:
         return logits[:, 0]
 
     def _may_share(self, ids: Sequence[tuple[int, ...]]) -> bool:
-        """Whether a beginning that is read once gives the scores that whole conversations give; tried once."""
+        """Whether a beginning that is read once gives the scores that whole conversations give; checked once."""
         if "past_key_values" not in inspect.signature(self.model.forward).parameters:
             log.info(
                 "%s keeps no keys and values: each response is scored with its prompt",
@@ -212,16 +214,16 @@ class ClassifierForward:
             return False
         tokens = [token for token in dict.fromkeys(t for row in ids for t in row) if token != self._padding]
         tokens = (tokens * (2 * WORTH_SHARING))[: 2 * WORTH_SHARING]
-        trial = [tuple(tokens + tokens[:extra]) for extra in TRIED]
-        together = Group(tuple(range(len(trial))), len(tokens))
+        probe = [tuple(tokens + tokens[:extra]) for extra in PROBE_RESTS]
+        together = Group(tuple(range(len(probe))), len(tokens))
         try:
-            shared = self._shared_logits([together], trial)
+            shared = self._shared_logits([together], probe)
         except Exception as error:
             if not (ran_out(error) or isinstance(error, TypeError | ValueError | NotImplementedError)):
                 raise
             log.info("%s cannot read a prompt once (%s)", type(self.model).__name__, first_line(error))
             return False
-        rows = [{"input_ids": list(row), "attention_mask": [1] * len(row)} for row in trial]
+        rows = [{"input_ids": list(row), "attention_mask": [1] * len(row)} for row in probe]
         alone, dtype = self._logits(rows), product_dtype(self.model)
         agreement = _compare_scores(alone, shared, dtype)
         if not agreement.holds:

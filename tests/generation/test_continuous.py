@@ -26,7 +26,7 @@ from sppo_lightning.generation.auto import (
     continuous_is_worth_it,
     faster_engine,
     sampling_rate,
-    trial_requests,
+    timed_requests,
 )
 from sppo_lightning.generation.continuous import ContinuousBatchingGenerator
 from sppo_lightning.generation.parity import (
@@ -613,8 +613,8 @@ def test_a_rate_counts_tokens_of_the_second_round(monkeypatch: pytest.MonkeyPatc
     assert slow.calls == ["load", "generate", "generate", "unload"]
 
 
-def test_trial_requests_are_fixed_and_short_enough() -> None:
-    assert trial_requests(50, None) == trial_requests(50, None)
-    assert {len(request.token_ids) for request in trial_requests(50, None)} == {64}
-    assert {len(request.token_ids) for request in trial_requests(50, 20)} == {10}
-    assert len({seed for request in trial_requests(50, None) for seed in request.seeds}) == 64
+def test_timed_requests_are_fixed_and_short_enough() -> None:
+    assert timed_requests(50, None) == timed_requests(50, None)
+    assert {len(request.token_ids) for request in timed_requests(50, None)} == {64}
+    assert {len(request.token_ids) for request in timed_requests(50, 20)} == {10}
+    assert len({seed for request in timed_requests(50, None) for seed in request.seeds}) == 64

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from sppo_lightning.generation import AutoGenerator, SampleRequest, cuda_graph, fixed_steps, hf
 from sppo_lightning.generation.cuda_graph import CannotRecordError, RecordedStep
-from sppo_lightning.generation.fixed_steps import NAME, FixedSteps, objection
+from sppo_lightning.generation.fixed_steps import NAME, FixedSteps, parity_failure
 
 LONG = 20  # tokens: enough that steps are recorded
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,7 +73,7 @@ def test_rows_that_leave_change_nothing(
     monkeypatch.setattr(fixed_steps, "FEW_ROWS", few)
     source = Source(tiny_model(), EARLY)
     assert sampled(source, REQUESTS, max_new_tokens=LONG) == plain(source)
-    rows = [shape[0] for shape in on_cpu if shape[0] != 3]  # without the trial's
+    rows = [shape[0] for shape in on_cpu if shape[0] != 3]  # without the check's
     assert rows == sorted(rows, reverse=True)
     assert (len(set(rows)) == 1) == (few == 100)
 
@@ -180,7 +180,7 @@ def test_a_row_that_is_done_stays_in_the_table_of_positions(
 
 def refuses(model: PreTrainedModel) -> str | None:
     before = model.config._attn_implementation
-    found = objection(model)
+    found = parity_failure(model)
     assert model.config._attn_implementation == before
     return found
 
@@ -245,22 +245,22 @@ def test_short_responses_are_not_worth_it(on_cpu: list[tuple[int, int]]) -> None
     assert not on_cpu
 
 
-def test_a_model_is_tried_once(on_cpu: list[tuple[int, int]]) -> None:
+def test_a_model_is_checked_once(on_cpu: list[tuple[int, int]]) -> None:
     generator = engine(Source(tiny_model(), EARLY), max_new_tokens=LONG)
-    tried = len(on_cpu)
-    assert tried == fixed_steps.TRIAL_STEPS
+    read = len(on_cpu)
+    assert read == fixed_steps.PROBE_STEPS
     generator.unload()
     generator.load(Source(tiny_model(), EARLY))
-    assert len(on_cpu) == tried
+    assert len(on_cpu) == read
 
 
-def test_a_device_that_is_full_is_no_objection(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_is_full_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(fixed_steps, "_trial", full)
+    monkeypatch.setattr(fixed_steps, "_probe", full)
     with pytest.raises(torch.OutOfMemoryError):
-        objection(tiny_model())
+        parity_failure(tiny_model())
 
 
 # ------------------------------------------------------------------------------ on a GPU
@@ -317,7 +317,7 @@ def test_recorded_steps_of_an_adapter_on_quantised_weights(quantization: str, tm
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    assert objection(model) is None
+    assert parity_failure(model) is None
 
 
 @pytest.mark.gpu
@@ -347,7 +347,7 @@ def test_a_recording_that_fails_leaves_the_gpu_usable(error: BaseException) -> N
         assert refuses(model) == "no"
     else:
         with pytest.raises(KeyboardInterrupt):
-            objection(model)
+            parity_failure(model)
     handle.remove()
     usable()
     assert refuses(model) is None

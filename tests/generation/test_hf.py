@@ -31,8 +31,8 @@ from support.tiny import CONFIGS, END, Source, random_tokens, tiny_model
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from sppo_lightning.generation import HFGenerator, SampleRequest, batch_trial, hf
-from sppo_lightning.generation.batch_trial import Batching
+from sppo_lightning.generation import HFGenerator, SampleRequest, batched_decoding, hf
+from sppo_lightning.generation.batched_decoding import Batching
 from sppo_lightning.generation.cache_size import RowBytes
 from sppo_lightning.generation.steps import PlainSteps
 from sppo_lightning.types import Response, UserError
@@ -108,6 +108,11 @@ def test_greedy_ignores_the_temperature() -> None:
 
 
 # -------------------------------------------------------------------- sampled
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral", "gemma3", "qwen3_5"])
+def source(request: pytest.FixtureRequest) -> Source:
+    return Source(tiny_model(request.param), EARLY)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 32])
@@ -268,7 +273,7 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
 
 def hold(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the memory hold the keys and values of so many tokens, whichever the model."""
-    monkeypatch.setattr(batch_trial, "try_batching", lambda model: Batching(True, RowBytes(1, 0)))
+    monkeypatch.setattr(batched_decoding, "check_batching", lambda model: Batching(True, RowBytes(1, 0)))
     monkeypatch.setattr(hf, "free_bytes", lambda device: tokens / hf.MEMORY_SHARE + 0.01)
 
 

@@ -130,7 +130,7 @@ def test_sharing_a_prompt_changes_no_score(
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_prompt_is_read_once_for_all_its_responses(kind: str) -> None:
-    """After the trial: alone, the first prompt; then the four others, and their responses behind them."""
+    """After the check: alone, the first prompt; then the four others, and their responses behind them."""
     model = classifier(kind)
     ids, owners = conversations()
     forward = ClassifierForward(model, MANY)
@@ -141,7 +141,7 @@ def test_a_prompt_is_read_once_for_all_its_responses(kind: str) -> None:
     assert seen == [Pass(1, 27, 27, False), Pass(4, 40, 40, True), Pass(14, 16, 56, True)]
 
 
-def test_one_response_a_prompt_needs_no_trial() -> None:
+def test_one_response_a_prompt_needs_no_check() -> None:
     model = classifier()
     ids = random_tokens(20, 5, 11)
     with passes(model) as seen:
@@ -397,7 +397,7 @@ def test_a_prompts_responses_of_different_lengths_are_within_the_budget() -> Non
     ids = [PROMPT + response for response in random_tokens(85, 2, 2, 2)]
     forward = ClassifierForward(model, 100)
     encoded = [{"input_ids": list(row), "attention_mask": [1] * len(row)} for row in ids]
-    forward.scores(encoded[1:], "aaa")  # the trial
+    forward.scores(encoded[1:], "aaa")  # the check
     with passes(model) as seen:
         forward.scores(encoded, "aaaa")
     assert budget_kept(seen, 100)
@@ -500,7 +500,7 @@ def test_a_single_conversation_that_does_not_fit() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*did not fit into memory")
 def test_a_single_conversation_that_does_not_fit_where_prompts_could_be_shared() -> None:
-    """Not even the trial fits."""
+    """Not even the check fits."""
     model = classifier()
     ids = [PROMPT + response for response in random_tokens(15, 15)]
     with passes(model, 10, calls=20), pytest.raises(UserError, match=ALONE):
@@ -568,7 +568,7 @@ def test_a_reward_model_in_four_bits(wide_reward_model: Path, place: Literal["ho
 
 @pytest.mark.parametrize("place", ["host", "free"])
 def test_a_reward_model_in_eight_bits(wide_reward_model: Path, place: Literal["host", "free"]) -> None:
-    """Its rounding depends on what else is in the batch, so that the trial finds sharing unlike."""
+    """Its rounding depends on what else is in the batch, so that the check finds sharing unlike."""
     prompts, responses = questions()
     whole = loaded(wide_reward_model).score(prompts, responses).rewards
     reward = loaded(wide_reward_model, quantization="int8", between_phases=place)

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
-from support.tiny import END, VOCABULARY, Source, random_tokens, tiny_model
+from support.tiny import END, VOCABULARY, Source, random_tokens
 from torch import nn
 
 from sppo_lightning.generation import HFGenerator, PolicySource, SampleRequest
@@ -82,11 +81,6 @@ REQUESTS = [
 
 
 EARLY = frozenset(range(END, 259, 6))  # one token in six ends a response
-
-
-@pytest.fixture(scope="module", params=["llama", "mistral", "gemma3", "qwen3_5"])
-def source(request: pytest.FixtureRequest) -> Source:
-    return Source(tiny_model(request.param), EARLY)
 
 
 GROUPS = [

@@ -1,4 +1,4 @@
-"""May a model's sequences grow together: tried against what it makes of each alone."""
+"""May a model decode sequences in a batch: checked against what it makes of each alone."""
 
 from __future__ import annotations
 
@@ -14,48 +14,46 @@ from support.tiny import OTHER_CONFIGS, TRAINED_CONFIGS, Source, new_model, rand
 from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM
 
-from sppo_lightning.generation import HFGenerator, SampleRequest, batch_trial, hf
-from sppo_lightning.generation.batch_trial import Batching, try_batching
+from sppo_lightning.generation import HFGenerator, SampleRequest, batched_decoding, hf
+from sppo_lightning.generation.batched_decoding import Batching, check_batching
 from sppo_lightning.generation.cache_size import RowBytes
 from sppo_lightning.types import UserError
 
 TAKEN = sorted({*TRAINED_CONFIGS, *OTHER_CONFIGS} - {"bart", "bert"})
-REFUSAL = (
-    r"^HFGenerator cannot sample from {} \(responses that grow from one reading of their prompt have other "
-)
+REFUSAL = r"^HFGenerator cannot sample from {} \(batched decoding gives other log-probs, by "
 
 
 @pytest.mark.parametrize("kind", TAKEN)
-def test_prompts_of_any_length_grow_together(kind: str) -> None:
-    assert try_batching(tiny_model(kind)).padded
+def test_prompts_of_any_length_share_a_batch(kind: str) -> None:
+    assert check_batching(tiny_model(kind)).padded
 
 
 @pytest.mark.parametrize(
     ("kind", "row"),
     [
         ("llama", RowBytes(2 * 2 * 2 * 8 * 4, 0)),
-        ("gemma3", RowBytes(1, 2 * 2 * 2 * 8 * 4 * 5)),  # windows of 6, full before the trial ends
+        ("gemma3", RowBytes(1, 2 * 2 * 2 * 8 * 4 * 5)),  # windows of 6, full before the check ends
         ("mamba2", RowBytes(1, 2 * 4 * (4 * 16 * 8 + 4 * 80))),
     ],
 )
 def test_what_a_row_takes_by_hand(kind: str, row: RowBytes) -> None:
     """Keys and values of 2 layers, 2 heads of 8 numbers, 4 bytes each; or states."""
-    assert try_batching(tiny_model(kind)).row == row
+    assert check_batching(tiny_model(kind)).row == row
 
 
 def test_a_state_and_keys_side_by_side() -> None:
     """One of two layers attends; half of it in 16 bits, but for what is kept in float32."""
-    whole = try_batching(tiny_model("qwen3_5")).row
+    whole = check_batching(tiny_model("qwen3_5")).row
     assert whole.token == 2 * 2 * 8 * 4
     assert whole.fixed > 1000
-    half = try_batching(new_model("qwen3_5", torch.bfloat16).eval()).row
+    half = check_batching(new_model("qwen3_5", torch.bfloat16).eval()).row
     assert half.token == whole.token // 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["llama", "qwen3_5", "gemma3"])
-def test_roundings_are_no_objection(kind: str, dtype: torch.dtype) -> None:
-    assert try_batching(new_model(kind, dtype).eval()).padded
+def test_roundings_are_no_failure(kind: str, dtype: torch.dtype) -> None:
+    assert check_batching(new_model(kind, dtype).eval()).padded
 
 
 def less_likely(logits: torch.Tensor, nats: float) -> torch.Tensor:
@@ -66,24 +64,24 @@ def less_likely(logits: torch.Tensor, nats: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("apart", [0.14, 20.0])
-def test_roundings_that_many_layers_make_more_of_are_no_objection(
+def test_roundings_that_many_layers_make_more_of_are_no_failure(
     apart: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model's own log-probs move by more than 0.14 when its embeddings are off by half a rounding; not by 20."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny_config(num_hidden_layers=96)).eval().bfloat16()
-    together = batch_trial._together
+    together = batched_decoding._together
 
     def rounded_otherwise(*args: Any) -> Any:
         found, row = together(*args)
         return less_likely(found, apart), row
 
-    monkeypatch.setattr(batch_trial, "_together", rounded_otherwise)
+    monkeypatch.setattr(batched_decoding, "_together", rounded_otherwise)
     with nullcontext() if apart < 1 else pytest.raises(UserError, match=REFUSAL.format("LlamaForCausalLM")):
-        assert try_batching(model).padded
-    monkeypatch.setattr(batch_trial, "off_by_a_rounding", lambda model, dtype: nullcontext())
+        assert check_batching(model).padded
+    monkeypatch.setattr(batched_decoding, "off_by_a_rounding", lambda model, dtype: nullcontext())
     with pytest.raises(UserError, match=r" \(tolerance 0\.019\)"):
-        try_batching(model)
+        check_batching(model)
 
 
 # ------------------------------------------------------------ models that heed padding
@@ -92,10 +90,10 @@ def test_roundings_that_many_layers_make_more_of_are_no_objection(
 def test_a_model_that_counts_padding_gets_prompts_of_one_length(caplog: pytest.LogCaptureFixture) -> None:
     """Bart tells positions from the tokens that it was given."""
     source = Source(tiny_model("bart"), EARLY)
-    with caplog.at_level(logging.INFO, batch_trial.__name__):
+    with caplog.at_level(logging.INFO, batched_decoding.__name__):
         generator = engine(source)
     assert (
-        "BartForCausalLM reads prompts of one length at a time: where they are padded, responses"
+        "BartForCausalLM reads prompts of one length at a time: where they are padded, batched decoding"
         in caplog.text
     )
     lengths = (4, 9, 4, 9, 9)
@@ -136,7 +134,7 @@ def test_a_model_that_raises_is_refused_with_its_words(monkeypatch: pytest.Monke
         UserError,
         match=r"^HFGenerator cannot sample from LlamaForCausalLM \(wants a cache of its own\): use ",
     ):
-        try_batching(model)
+        check_batching(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -155,38 +153,38 @@ def test_a_cache_whose_rows_are_mixed_up_is_refused(
         with monkeypatch.context() as patch:
             patch.setattr(DynamicCache, "reorder_cache", mixed)
             with pytest.raises(UserError, match=REFUSAL.format(type(model).__name__)):
-                try_batching(model)
-    assert try_batching(model).padded
+                check_batching(model)
+    assert check_batching(model).padded
 
 
-def test_a_full_memory_is_no_objection(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_memory_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(batch_trial, "_together", full)
+    monkeypatch.setattr(batched_decoding, "_together", full)
     with pytest.raises(torch.OutOfMemoryError):
-        try_batching(tiny_model())
+        check_batching(tiny_model())
 
 
 # -------------------------------------------------------------------------- the engine
 
 
-def test_a_model_is_tried_once() -> None:
+def test_a_model_is_checked_once() -> None:
     source = Source(tiny_model(), EARLY)
     with forwards(source.model) as shapes:
         generator = engine(source)
-        tried = 1 + batch_trial.BEFORE + batch_trial.AFTER + len(batch_trial.SOURCE)
-        assert len(shapes) == tried
+        read = 1 + batched_decoding.BEFORE + batched_decoding.AFTER + len(batched_decoding.SOURCE)
+        assert len(shapes) == read
         generator.unload()
         generator.load(source)
-        assert len(shapes) == tried
+        assert len(shapes) == read
 
 
 def test_states_count_as_the_tokens_that_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of 9 + 12 tokens at one byte each, and 79 bytes of states: three of them in 300 bytes, two in 299."""
     source = Source(tiny_model(), NEVER)
     requests = [SampleRequest(prompt, (0,)) for prompt in random_tokens(9, 9, 9, 9)]
-    monkeypatch.setattr(batch_trial, "try_batching", lambda model: Batching(True, RowBytes(1, 79)))
+    monkeypatch.setattr(batched_decoding, "check_batching", lambda model: Batching(True, RowBytes(1, 79)))
     for free, rows in ((300, 3), (299, 2)):
         monkeypatch.setattr(hf, "free_bytes", lambda device, free=free: free / hf.MEMORY_SHARE + 0.01)
         with forwards(source.model) as shapes:

@@ -1,6 +1,6 @@
-"""How a model's sequences may grow together, tried with a few random tokens against the model's plain forward.
+"""How a model may decode several sequences at once: checked with a few random tokens against its plain forward.
 
-Shapes: P prompts, B rows (sequences that grow), V vocabulary.
+Shapes: P prompts, B rows (active sequences), V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from sppo_lightning.types import UserError, first_line
 
 UNLIKE, ALIKE = (3, 9), (6, 6)  # tokens of two prompts
 SOURCE = (0, 0, 1)  # prompt of each row
-BEFORE, AFTER = 2, 2  # tokens that rows grow by before the first one leaves, and after
-LEAVING = 0
+BEFORE, AFTER = 2, 2  # tokens decoded before a row is compacted away, and after
+REMOVED = 0
 
 logger = logging.getLogger(__name__)
 
 
 class Batching(NamedTuple):
-    """What sequences that grow together may be, and take."""
+    """What sequences of one batch may be, and take."""
 
     padded: bool  # whether their prompts may differ in length
     row: RowBytes
 
 
-def try_batching(model: nn.Module) -> Batching:
-    """Return how sequences of a model may grow together: with the log-probs that each would have alone.
+def check_batching(model: nn.Module) -> Batching:
+    """Return how a model may decode sequences in a batch: with the log-probs that each would have alone.
 
     Prompts of one length are all that a model can read together which heeds its padding, or counts it as tokens.
 
@@ -63,12 +63,12 @@ def try_batching(model: nn.Module) -> Batching:
 
 
 class _UnsuitableError(Exception):
-    """Sequences that grow together are not what each would be alone."""
+    """Sequences of a batch are not what each would be alone."""
 
 
 @torch.inference_mode()
 def _row(model: nn.Module, lengths: tuple[int, int]) -> RowBytes:
-    """Return what a row takes; raise where those that grow from prompts of these lengths are not the model's own."""
+    """Return what a row takes; raise where prompts of these lengths in a batch give other log-probs than alone."""
     prompts, tokens = _drawn(model, lengths)
     try:
         own = _alone(model, prompts, tokens)
@@ -79,21 +79,19 @@ def _row(model: nn.Module, lengths: tuple[int, int]) -> RowBytes:
         raise _UnsuitableError(first_line(error) or type(error).__name__) from error
     dtype = product_dtype(model)
     there = torch.ones_like(found[..., 0], dtype=torch.bool)
-    there[LEAVING, BEFORE + 1 :] = False
+    there[REMOVED, BEFORE + 1 :] = False
     agreement = compare_logits(own[there], found[there], dtype=dtype)
     if not agreement.holds:
         with off_by_a_rounding(unwrapped(model), dtype):  # many layers make more of it
             nudged = _alone(model, prompts, tokens)
         agreement = agreement.allowing(compare_logits(own[there], nudged[there], dtype=dtype).drift)
     if not agreement.holds:
-        raise _UnsuitableError(
-            f"responses that grow from one reading of their prompt have other log-probs, by {agreement}"
-        )
+        raise _UnsuitableError(f"batched decoding gives other log-probs, by {agreement}")
     return row
 
 
 def _drawn(model: nn.Module, lengths: tuple[int, int]) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the tokens of each prompt, and of each row behind its prompt."""
+    """Return the tokens of each prompt, and of each row after its prompt."""
     vocabulary = cast(Any, unwrapped(model)).config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(0)
 
@@ -105,33 +103,33 @@ def _drawn(model: nn.Module, lengths: tuple[int, int]) -> tuple[list[list[int]],
 
 
 def _alone(model: nn.Module, prompts: list[list[int]], tokens: list[list[int]]) -> Tensor:
-    """Return the logits behind each prompt and each later token, rows read one by one, ``[B, tokens + 1, V]``."""
+    """Return the logits after each prompt and each later token, rows read one by one, ``[B, tokens + 1, V]``."""
     device = next(model.parameters()).device
     rows = []
-    for source, behind in zip(SOURCE, tokens, strict=True):
-        ids = torch.tensor([prompts[source] + behind], device=device)
+    for source, after in zip(SOURCE, tokens, strict=True):
+        ids = torch.tensor([prompts[source] + after], device=device)
         logits: Tensor = cast(Any, model)(input_ids=ids, use_cache=False).logits
         rows.append(logits[0, len(prompts[source]) - 1 :])
     return torch.stack(rows).float()
 
 
 def _together(model: nn.Module, prompts: list[list[int]], tokens: list[list[int]]) -> tuple[Tensor, RowBytes]:
-    """Return what :func:`_alone` does of rows that grow together, NaN where one has left; and what a row takes."""
+    """Return what :func:`_alone` does of rows in a batch, NaN where one was compacted away; and what a row takes."""
     device = next(model.parameters()).device
     ids, mask, positions = left_padded(prompts, len(tokens[0]), device)
     cache, width = reserved_cache(cast(Any, unwrapped(model)).config), ids.shape[1]
     logits = read(model, ids, mask[:, :width], positions, cache)
     as_read = held_bytes(cache) // len(prompts)
-    source, behind = torch.tensor(SOURCE, device=device), torch.tensor(tokens, device=device)
+    source, after = torch.tensor(SOURCE, device=device), torch.tensor(tokens, device=device)
     found = logits.new_full((len(tokens), len(tokens[0]) + 1, logits.shape[-1]), float("nan"))
     found[:, 0] = logits[source]
     rows = torch.arange(len(tokens), device=device)
     with PlainSteps(model, cache, source, mask, width) as steps:
         for step in range(len(tokens[0])):
             if step == BEFORE:
-                kept = (rows != LEAVING).nonzero().flatten()
+                kept = (rows != REMOVED).nonzero().flatten()
                 steps.keep(kept)
                 rows = rows[kept]
-            found[rows, step + 1] = steps.logits(behind[rows, step], positions[source[rows], -1] + 1 + step)
+            found[rows, step + 1] = steps.logits(after[rows, step], positions[source[rows], -1] + 1 + step)
     token = (held_bytes(cache) // len(rows) - as_read) // len(tokens[0])
     return found, RowBytes(max(1, token), max(0, as_read - token * width))
