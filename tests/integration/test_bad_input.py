@@ -667,7 +667,7 @@ def tensor_reward(prompts: list[str], responses: list[str], metadata: list[dict[
 def test_rewards_that_break_their_contract(
     function: str, wording: str, tiny_policy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    changes: dict[str, Any] = {"data__reward__function": f"test_bad_input.{function}"}
+    changes: dict[str, Any] = {"data__reward__function": f"{__name__}.{function}"}
     changes |= {"data__generator__max_new_tokens": 2, "trainer__enable_progress_bar": "false"}
     prompts = write(tmp_path / "p.jsonl", RECORDS)
     with pytest.raises(SystemExit) as stop:

@@ -21,7 +21,7 @@ import yaml
 from sppo_lightning.__main__ import main
 from sppo_lightning.training.batching import accumulation_steps
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "configs/cluster"
 CONFIGS = sorted(CLUSTER.glob("*.yaml"))
 MULTI_NODE, VLLM = CLUSTER / "multi-node.sbatch", CLUSTER / "vllm-and-training.sh"

@@ -43,7 +43,7 @@ class KilledAt(pl.Callback):
 @pytest.fixture(scope="module")
 def arguments(tiny_policy: Path, counting_prompts: Path) -> Arguments:
     callbacks = [{"class_path": "sppo_lightning.callbacks.DifficultyReestimation"}]
-    callbacks += [{"class_path": "test_fsdp.KilledAt"}]
+    callbacks += [{"class_path": f"{__name__}.KilledAt"}]
 
     def build(root: Path, **changes: Any) -> list[str]:
         settings = {
@@ -64,7 +64,7 @@ def spread(arguments: list[str], processes: int, *, killed_at: int | None = None
     }
     command = [sys.executable, "-m", "sppo_lightning", *arguments, f"--trainer.devices={processes}"]
     command += [f"--trainer.strategy={json.dumps(strategy)}"]
-    folders = [Path(__file__).parent.parent, Path(__file__).parent]
+    folders = [Path(__file__).parents[2], Path(__file__).parents[1]]
     path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     if killed_at is not None:
@@ -151,7 +151,7 @@ def test_a_whole_run_goes_on_with_its_weights_spread(arguments: Arguments, tmp_p
     main(arguments(tmp_path / "whole"))
     steps = len([row for row in metrics(tmp_path / "whole") if row["train/loss"]])
     command = [sys.executable, "-m", "sppo_lightning", *arguments(tmp_path / "spread")]
-    folders = [Path(__file__).parent.parent, Path(__file__).parent]
+    folders = [Path(__file__).parents[2], Path(__file__).parents[1]]
     path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "KILLED_AT": str(steps - 1)}
     assert subprocess.run(command, env=environment, capture_output=True, timeout=300).returncode == STOP

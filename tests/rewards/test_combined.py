@@ -227,7 +227,7 @@ def test_penalties_out_of_range(settings: dict[str, Any], message: str) -> None:
 
 # ---------------------------------------------------------------------- config
 
-CONFIG = """
+CONFIG = f"""
 reward:
   class_path: sppo_lightning.rewards.length.LengthPenalty
   init_args:
@@ -239,14 +239,14 @@ reward:
         rewards:
           long:
             class_path: sppo_lightning.rewards.FunctionReward
-            init_args: {function: test_combined_reward.length}
+            init_args: {{function: {__name__}.length}}
           ranked:
             class_path: sppo_lightning.rewards.pairwise.PairwiseReward
             init_args:
               judge:
                 class_path: sppo_lightning.rewards.pairwise.FunctionJudge
-                init_args: {function: test_combined_reward.beats}
-        weights: {long: 1, ranked: 10}
+                init_args: {{function: {__name__}.beats}}
+        weights: {{long: 1, ranked: 10}}
 """
 
 

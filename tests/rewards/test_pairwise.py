@@ -322,7 +322,7 @@ def test_from_a_config() -> None:
         [
             "--reward=sppo_lightning.rewards.pairwise.PairwiseReward",
             "--reward.judge=sppo_lightning.rewards.pairwise.FunctionJudge",
-            "--reward.judge.function=test_pairwise_reward.longer",
+            f"--reward.judge.function={__name__}.longer",
         ]
     )
     assert parser.instantiate(typed).reward.opponents is None
