@@ -53,7 +53,7 @@ PUBLIC = {
         AllPairs AllPrompts Band Curriculum DisjointSplits DropHardest Easiest EasyToHard HardToEasy Hardest
         RandomFraction RandomOrder RandomSubset Schedule Selection
     """,
-    "sppo_lightning.pairing": "BestRandom BestWorst Pairing",
+    "sppo_lightning.pairing": "BestRandom BestWorst Choice Pairing Responses",
     "sppo_lightning.rewards": """
         CombinedReward Comparison FunctionJudge FunctionReward JSONRewards Judge LengthPenalty OpenAIJudge
         PairwiseReward Reward SGLangClassify ScoreFormat Scores SequenceClassificationReward ServerReward
