@@ -164,7 +164,7 @@ class Steps:
             statistics = pair_statistics(pairs.prompt_ids, pairs.statistics(), made.rewards, difficulty)
             self.rules.selection.select(statistics, iteration=0, seed=0)
             self.store.write_pairs(pairs)
-            made.tally.metrics()
+            made.counters.metrics()
 
         return run
 
@@ -178,11 +178,9 @@ class Steps:
             rank, world_size = 0, 1
 
         def run() -> None:
-            state = IterationState()
+            state = IterationState(self.folder, self.rules, epochs=1, ranks=Alone())
             state.current, state.pairs = 0, self.store.read_pairs()
-            steps = state.steps(
-                folder=self.folder, rules=self.rules, ranks=Alone(), epoch=0, epochs=1, taken=0
-            )
+            steps = state.steps(0, global_step=0)
             dataset, batches = PairDataset(state.pairs, SharedLayout()), list(steps)
             for batch in random.Random(0).choices(batches, k=100):
                 dataset[batch]

@@ -28,10 +28,10 @@ KEY = "sppo_lightning.RunCheckpoint"
 class RunCheckpoint(SelfPlayCallback, Checkpoint):
     """Writes ``checkpoints/last.ckpt`` every few minutes, after an iteration's last step, and at its end.
 
-    Only between two optimizer steps, so that no gradients are lost. Beside Lightning's own state it holds how many
-    pairs of the iteration are consumed, how many rows ``metrics.csv`` has, and the states of the random generators,
-    of the first process, for users' classes that draw from them. A signal that asks the run to stop is deferred
-    during a step, and raised once the step is in a checkpoint.
+    Only between two optimizer steps, so that no gradients are lost. In addition to Lightning's own state it holds
+    how many pairs of the iteration are consumed, how many rows ``metrics.csv`` has, and the states of the random
+    generators, of the first process, for users' classes that draw from them. A signal that asks the run to stop is
+    deferred during a step, and raised once the step is in a checkpoint.
 
     Args:
         every_n_minutes: between two checkpoints while an iteration trains.

@@ -15,10 +15,11 @@ class PhaseMemory(PhaseMeter):
     """Logs the peak memory of each phase in GiB when an iteration ends, and says the run's when ``fit`` ends.
 
     ``memory/probing``, ``memory/generating``, ``memory/evaluating`` (held-out answers), ``memory/scoring``,
-    ``memory/reference``, ``memory/training``, and ``memory/other`` (what lies between, such as loading, the trial of
-    the training forward, the last checkpoint and export). On a GPU what the tensors took, with ``memory/reserved``:
-    the most that torch took from the device in the whole iteration; what other libraries allocate, and the CUDA
-    context, come on top. On a CPU the resident memory of the process (Linux only). Of the first process.
+    ``memory/reference``, ``memory/training``, and ``memory/other`` (what lies between, such as loading, the parity
+    check of the training forward, the last checkpoint and export). On a GPU what the tensors took, with
+    ``memory/reserved``: the most that torch took from the device in the whole iteration; what other libraries
+    allocate, and the CUDA context, come on top. On a CPU the resident memory of the process (Linux only). Of the first
+    process.
     """
 
     def __init__(self) -> None:
@@ -51,5 +52,5 @@ class PhaseMemory(PhaseMeter):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say the largest peaks of the run."""
         if self._run:
-            told = ", ".join(f"{name} {size:.2f}" for name, size in self._run.items())
-            rank_zero_info(f"Peak memory on {trainer.strategy.root_device} in GiB: {told}.")
+            sizes = ", ".join(f"{name} {size:.2f}" for name, size in self._run.items())
+            rank_zero_info(f"Peak memory on {trainer.strategy.root_device} in GiB: {sizes}.")

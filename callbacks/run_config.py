@@ -1,4 +1,4 @@
-"""Writes the resolved config beside a run's data."""
+"""Writes the resolved config next to a run's data."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def main(args: list[str] | None = None) -> None:
                 0
             )  # the first one speaks for the run, and Lightning kills it where another leaves with an error
         print(
-            f"sppo-lightning: {stop}. What is finished is on disk: the same command goes on from there.",
+            f"sppo-lightning: {stop}. What is finished is on disk: the same command resumes from there.",
             file=sys.stderr,
         )
         sys.exit(128 + stop.signal)

@@ -34,7 +34,7 @@ from sppo_lightning.store.pairs import PairTable
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.rendezvous import FileRanks
 from sppo_lightning.system.signals import StopSignal
-from sppo_lightning.training.batching import PairBatch, PairDataset, steps_taken
+from sppo_lightning.training.batching import PairBatch, PairDataset
 from sppo_lightning.training.hardware import disable_slurm_requeue, is_dev_run, open_ranks
 from sppo_lightning.training.protocol import PhaseObserver, SelfPlayModule
 from sppo_lightning.types import PhaseProgress, ResumeMode, UserError, first_line
@@ -76,7 +76,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         max_failed_share: share of a phase's responses that may fail (no finite reward, no answer from a server),
             in [0, 1]; more is an error.
         memory_check: what becomes of a run that is estimated to need more memory than its device has.
-        resume: what ``fit`` does with a folder that holds a run of this config: ``auto`` goes on with it; ``never``
+        resume: what ``fit`` does with a folder that holds a run of this config: ``auto`` resumes it; ``never``
             refuses it; ``must`` refuses one that has no checkpoint. The command line reads it.
         seed: decides every random choice of the loop; linked to ``seed_everything`` by the CLI.
     """
@@ -169,7 +169,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
         self.ranks: FileRanks = FileRanks(
             Path(), rank=0, world_size=1
         )  # until set-up says how many there are
-        self._state = IterationState()
+        self.folder = RunFolder(Path())
+        self._state = self._fresh_state()
 
     # ------------------------------------------------------------------ set-up
 
@@ -177,7 +178,6 @@ class SelfPlayDataModule(pl.LightningDataModule):
         """Read and check the prompts, before any model loads."""
         assert self.trainer is not None
         self.folder = RunFolder(Path(self.trainer.default_root_dir))
-        self._state = IterationState()
         if self.keep_iterations is not None and stage == "fit" and not self.trainer.checkpoint_callbacks:
             raise UserError(
                 f"data.keep_iterations={self.keep_iterations} deletes what a checkpoint has finished, but "
@@ -192,6 +192,10 @@ class SelfPlayDataModule(pl.LightningDataModule):
         if is_dev_run(self.trainer):
             own = tempfile.mkdtemp(prefix="sppo-dev-") if self.ranks.rank == 0 else ""
             self.folder = RunFolder(Path(self.ranks.same(own)))
+        self._state = self._fresh_state()
+
+    def _fresh_state(self) -> IterationState:
+        return IterationState(self.folder, self.rules, epochs=self.epochs_per_iteration, ranks=self.ranks)
 
     def teardown(self, stage: str) -> None:
         """Listen to signals no longer, part from the other processes, and remove what a dev run left."""
@@ -252,7 +256,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         assert self.trainer is not None
         self._listen()
         epochs, step = self.epochs_per_iteration, self.trainer.global_step
-        epoch = self._state.resume(folder=self.folder, rules=self.rules, epochs=epochs, global_step=step)
+        epoch = self._state.resume(step)
         if epoch is not None:
             over = self.iteration_is_trained and epoch // epochs == self._state.current
             restore_position(self.trainer, epoch, only_its_end=over)
@@ -264,22 +268,13 @@ class SelfPlayDataModule(pl.LightningDataModule):
                 self._held_out("eval_prompts").measure(0)
             self._state.enter(
                 iteration,
-                folder=self.folder,
                 policy_fingerprint=self.module.trained_policy.current().fingerprint(),
                 builder=self._builder,
                 global_step=step,
-                ranks=self.ranks,
             )
         else:
-            self._state.reopen(folder=self.folder)
-        sampler = self._state.steps(
-            folder=self.folder,
-            rules=self.rules,
-            ranks=self.ranks,
-            epoch=epoch_in_iteration,
-            epochs=epochs,
-            taken=self.steps_taken,
-        )
+            self._state.reopen()
+        sampler = self._state.steps(epoch_in_iteration, global_step=step)
         if self.steps_taken == 0:
             self._log_iteration()
         dataset = PairDataset(self.pairs, self._pair_layout)
@@ -309,7 +304,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         )
 
     def _listen(self) -> None:
-        """Obey signals that ask the run to stop; Lightning's own handling waits for all processes inside a handler."""
+        """Listen to signals that ask the run to stop; Lightning's own handler waits for all processes inside of it."""
         assert self.trainer is not None
         launcher = self.trainer.strategy.launcher
         self.stop.listen(forward=None if launcher is None else launcher.kill)
@@ -325,13 +320,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
     @property
     def iteration_is_trained(self) -> bool:
         """Whether all optimizer steps of the current iteration have been taken."""
-        pairs = len(self.pairs)
-        if not pairs:
-            return False
-        steps = steps_taken(
-            pairs * self.epochs_per_iteration, pairs=pairs, pairs_per_step=self.rules.pairs_per_step
-        )
-        return self.steps_taken == steps
+        assert self.trainer is not None
+        return self._state.is_trained(self.trainer.global_step)
 
     @property
     def current_iteration(self) -> int:
@@ -354,7 +344,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
 
     def difficulty_after(self, iteration: int) -> StatisticsTable:
         """Return the difficulties known once ``iteration``, the one made last, has all its rollouts."""
-        return self._state.difficulty_after(iteration, folder=self.folder)
+        return self._state.difficulty_after(iteration)
 
     @property
     def iteration_ends(self) -> bool:
@@ -366,7 +356,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
     def _log_iteration(self) -> None:
         """Log what the current iteration's data is like, before its first step."""
         assert self.trainer is not None
-        metrics = self._state.metrics(self.folder)
+        metrics = self._state.metrics()
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, step=self.trainer.global_step)
 
@@ -392,7 +382,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         if self.trainer.state.fn != "fit" and self._state.ends_inside:
             raise UserError(
                 "the checkpoint was saved inside an iteration: only the policy at an iteration's end is compared with "
-                "others; let fit go on to that end first"
+                "others; let fit reach that end first"
             )
         held_out = self._held_out(key)
         return EvaluationLoader(
@@ -424,17 +414,13 @@ class SelfPlayDataModule(pl.LightningDataModule):
     # ------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs beside the store."""
+        """Return what a resumed run needs in addition to the run folder."""
         assert self.trainer is not None
         finished = fit_position(self.trainer).trained // self.epochs_per_iteration
-        return self._state.state_dict(
-            finished=finished,
-            pairs_per_step=self.rules.pairs_per_step,
-            global_step=self.trainer.global_step,
-        )
+        return self._state.state_dict(finished=finished, global_step=self.trainer.global_step)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a checkpoint stood."""
+        """Resume where a checkpoint was saved."""
         self._state.load_state_dict(state_dict)
 
 

@@ -23,7 +23,7 @@ Phase = Literal["evaluating", "probing", "generating", "predicting", "scoring", 
 """What a run is doing between two training phases."""
 
 ResumeMode = Literal["auto", "never", "must"]
-"""``auto``: go on with what a run folder holds; ``never``: refuse a folder that holds a run; ``must``: refuse one
+"""``auto``: resume what a run folder holds; ``never``: refuse a folder that holds a run; ``must``: refuse one
 without a checkpoint."""
 
 
@@ -102,7 +102,9 @@ class Rollout:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     reward: float | None
-    reward_parts: Mapping[str, float] = field(default_factory=dict)  # numbers behind the reward, logged apart
+    reward_parts: Mapping[str, float] = field(
+        default_factory=dict
+    )  # numbers that the reward is made of, logged apart
     drop_reason: str | None = None  # why the response takes no part in difficulty and pairing
 
     @property

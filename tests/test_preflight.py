@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from support.rules import iteration_rules
 
 from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.pairing import BestWorst
 from sppo_lightning.preflight import check_sizes, check_win_probabilities
 from sppo_lightning.rewards import FunctionJudge, FunctionReward, PairwiseReward
-from sppo_lightning.selection import AllPairs, AllPrompts, Easiest
+from sppo_lightning.selection import AllPairs
 from sppo_lightning.types import UserError
 
 IDS = [f"p{number}" for number in range(10)]
@@ -26,19 +27,7 @@ class ByWinProbability(AllPairs):
 
 
 def rules(**changes: Any) -> IterationRules:
-    settings: dict[str, Any] = {
-        "iterations": 1,
-        "samples_per_prompt": 4,
-        "probe_samples": 2,
-        "pairs_per_step": 8,
-        "batch_size": 1,
-        "schedule": AllPrompts(),
-        "selection": Easiest(0.5),
-        "pairing": BestWorst(),
-        "pair_selection": AllPairs(),
-        "seed": 0,
-    }
-    return IterationRules(**{**settings, **changes})
+    return iteration_rules(**{"iterations": 1, "pairs_per_step": 8, **changes})
 
 
 @pytest.mark.parametrize(

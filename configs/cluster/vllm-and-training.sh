@@ -48,7 +48,7 @@ while passed_on=no; wait "$training"; status=$?; [ "$passed_on" = yes ]; do
   :  # a signal ends the waiting, but not the run, which writes its checkpoint first
 done
 
-# 138 = 128 + USR1: the time is up, and the same command goes on
+# 138 = 128 + USR1: the time is up, and the same command resumes
 if [ "$status" -eq 138 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi

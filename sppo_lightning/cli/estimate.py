@@ -18,7 +18,7 @@ from sppo_lightning.training.batching import accumulation_steps
 from sppo_lightning.training.hardware import (
     Hardware,
     check_precision,
-    check_spread_sizes,
+    check_shard_sizes,
     compute_dtype,
     strategy_refusal,
 )
@@ -78,7 +78,7 @@ def planned_sharding(settings: Namespace) -> bool:
     if name == "ModelParallelStrategy":
         given = {} if isinstance(strategy, str) else strategy.get("init_args") or {}
         sizes = (given.get("data_parallel_size", "auto"), given.get("tensor_parallel_size", "auto"))
-        check_spread_sizes(*sizes, processes=processes)
+        check_shard_sizes(*sizes, processes=processes)
         return True
     if name not in ("auto", "SingleDeviceStrategy", "DDPStrategy") and not name.startswith("ddp"):
         raise UserError(strategy_refusal(name, processes))

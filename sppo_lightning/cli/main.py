@@ -47,7 +47,7 @@ from sppo_lightning.types import UserError
 
 # Trainer flags that the loop sets by itself: the value they must keep, and what to do instead
 FIXED_FLAGS: dict[str, tuple[Any, str]] = {
-    "max_time": (None, "stop the run by a signal instead: it goes on from its last optimizer step"),
+    "max_time": (None, "stop the run by a signal instead: it resumes from its last optimizer step"),
     "max_steps": (-1, "set data.iterations and data.epochs_per_iteration instead"),
     "min_epochs": (None, "set data.iterations and data.epochs_per_iteration instead"),
     "min_steps": (None, "set data.iterations and data.epochs_per_iteration instead"),
@@ -93,7 +93,7 @@ class SelfPlayCLI(LightningCLI):
     """``fit``, ``validate``, ``test``, ``predict`` and ``estimate`` of the self-play trainer."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.start: Path | None = None  # checkpoint of the run folder that fit goes on from
+        self.start: Path | None = None  # checkpoint of the run folder that fit resumes from
         with ExitStack() as self._held:
             super().__init__(*args, **kwargs)
 
@@ -220,7 +220,7 @@ class SelfPlayCLI(LightningCLI):
         if config["enable_progress_bar"] is not False:
             defaults.append(SelfPlayProgress())
         if config["enable_checkpointing"] is not False:
-            defaults.append(RunCheckpoint())  # beside a user's own one: the run goes on from it
+            defaults.append(RunCheckpoint())  # in addition to a user's own: the run resumes from it
         defaults.append(RunConfigFile(yaml.safe_dump(self.run_config, sort_keys=False)))
         for item in defaults:
             kind = ProgressBar if isinstance(item, ProgressBar) else type(item)
@@ -239,7 +239,7 @@ class SelfPlayCLI(LightningCLI):
         return [*(given if isinstance(given, list) else [given]), *always]
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Read checkpoints safely, and go on from the run's own one."""
+        """Read checkpoints safely, and resume from the run's own one."""
         kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "estimate":
             return {**kwargs, "planned": self.planned}

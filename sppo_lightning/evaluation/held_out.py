@@ -79,7 +79,7 @@ class HeldOut:
         return measure(rows, rows if baseline is None else baseline)
 
     def _asked(self) -> str:
-        """Return a digest of what decides the answers and their rewards, the policy aside."""
+        """Return a digest of what decides the answers and their rewards, except the policy."""
         return _digest([self._prompts(), json.dumps(self.provenance, sort_keys=True)])
 
     def _prompts(self) -> list[Any]:
@@ -117,10 +117,10 @@ class HeldOut:
             self._quarantine(path)
             return None
         if "format" not in found and found["asked"] == _digest([self._prompts(), self.legacy_provenance]):
-            return self._made_by(found["policy_fingerprint"])
+            return self._provenance(found["policy_fingerprint"])
         return found
 
-    def _made_by(self, policy_fingerprint: str) -> dict[str, Any]:
+    def _provenance(self, policy_fingerprint: str) -> dict[str, Any]:
         return {"format": FORMAT, "policy_fingerprint": policy_fingerprint, "asked": self._asked()}
 
     def _quarantine(self, path: Path) -> None:
@@ -137,7 +137,7 @@ class HeldOut:
         """Answer and score the prompts greedily, once a policy; return the stored rows.
 
         Args:
-            finished: self-play iterations behind the policy.
+            finished: self-play iterations that the policy was trained for.
             policy: who answers.
             opponents: by prompt id, the initial policy's answers, for a comparative reward.
 
@@ -145,18 +145,18 @@ class HeldOut:
             UserError: if the folder holds another policy's answers that are not to be replaced.
         """
         place = self.place(finished)
-        made_by = self._made_by(policy.fingerprint())
+        provenance = self._provenance(policy.fingerprint())
         stored, manifest = self._stored(finished), self._manifest(finished)
-        if stored is not None and manifest == made_by:
+        if stored is not None and manifest == provenance:
             self._remove_parts(place)  # a killed run may have left them
             return stored
-        if manifest not in (None, made_by) and not self.replace_others:
+        if manifest not in (None, provenance) and not self.replace_others:
             raise UserError(
                 f"{place} holds the answers of another policy: name this one's checkpoint with --ckpt_path, or use "
                 "another trainer.default_root_dir"
             )
         ranks = self.collector.ranks
-        parts = place / f"parts-{_digest(made_by)[:12]}"
+        parts = place / f"parts-{_digest(provenance)[:12]}"
         rows = self.collector.collect_greedy(
             ShardStore(parts),
             "greedy",
@@ -169,7 +169,7 @@ class HeldOut:
         ranks.barrier("evaluation read")
         if ranks.rank == 0:
             write_rollouts(place / "rollouts.parquet", rows)
-            write_atomically(place / "manifest.json", with_checksum(made_by))
+            write_atomically(place / "manifest.json", with_checksum(provenance))
         self._remove_parts(place)
         ranks.barrier("evaluation written")
         return rows

@@ -113,12 +113,12 @@ class ContinuousBatchingGenerator(Generator):
         assert self._policy is not None
         owners = [index for index in positions for _ in range(max(1, len(requests[index].seeds)))]
         prompts = [requests[index].token_ids for index in owners]
-        wanted = [EngineRequest(prompt, self.longest_response(len(prompt))) for prompt in prompts]
+        requests = [EngineRequest(prompt, self.longest_response(len(prompt))) for prompt in prompts]
         seed = derive_seed(*(seed for index in positions for seed in requests[index].seeds))
         purpose = Purpose(self._sampling(greedy=greedy), sorted(self._policy.end_token_ids))
         finished: dict[int, dict[int, Response]] = {}
         try:
-            for row, output in self._engine.run(wanted, purpose, seed=seed):
+            for row, output in self._engine.run(requests, purpose, seed=seed):
                 index = owners[row]
                 have = finished.setdefault(index, {})
                 have[row] = self.as_response(output.generated_tokens, self._policy)
@@ -143,9 +143,9 @@ class ContinuousBatchingGenerator(Generator):
     def _probe(self, prompts: Sequence[tuple[int, ...]]) -> list[ProbeAnswer]:
         """Return the engine's greedy answers, which no token ends."""
         assert self._engine is not None
-        wanted = [EngineRequest(prompt, PROBE_TOKENS) for prompt in prompts]
+        requests = [EngineRequest(prompt, PROBE_TOKENS) for prompt in prompts]
         finished = dict(
-            self._engine.run(wanted, Purpose(self._sampling(greedy=True), [], logps=True), seed=0)
+            self._engine.run(requests, Purpose(self._sampling(greedy=True), [], logps=True), seed=0)
         )
         return [
             ProbeAnswer(finished[row].generated_tokens, finished[row].logprobs) for row in range(len(prompts))
@@ -185,12 +185,12 @@ class _Engine:
         self._capacity = 0
 
     def run(
-        self, wanted: Sequence[EngineRequest], purpose: Purpose, *, seed: int
+        self, requests: Sequence[EngineRequest], purpose: Purpose, *, seed: int
     ) -> Iterator[tuple[int, GenerationOutput]]:
         """Yield (position, response) as each is complete; the model and torch's random state are left as found.
 
         Args:
-            wanted: the responses.
+            requests: the responses.
             purpose: how to sample them.
             seed: of the stream that all of them draw from.
 
@@ -203,15 +203,15 @@ class _Engine:
             torch.random.fork_rng([device] if device.type == "cuda" else []),
         ):
             with torch.inference_mode(False):  # what is made here is written to by another thread
-                manager = self._manager(wanted, purpose)
+                manager = self._manager(requests, purpose)
             manager.background_thread_status.clear()  # once stopped, it would take no request before its start
-            for row, (prompt, longest) in enumerate(wanted):
+            for row, (prompt, longest) in enumerate(requests):
                 manager.add_request(list(prompt), request_id=str(row), max_new_tokens=longest)
             torch.manual_seed(seed)
             manager.start()  # not before it has all requests, or what shares a forward pass would depend on timing
             complete = False
             try:
-                for _ in wanted:
+                for _ in requests:
                     yield _next_result(manager)
                 complete = True
             finally:
@@ -224,13 +224,13 @@ class _Engine:
         self.model.destroy_cached_continuous_batching_manager()
         self._held = None
 
-    def _manager(self, wanted: Sequence[EngineRequest], purpose: Purpose) -> Any:
+    def _manager(self, requests: Sequence[EngineRequest], purpose: Purpose) -> Any:
         """Return the manager of the last run if it serves, else a new one."""
         from transformers import GenerationConfig
         from transformers.generation.continuous_batching.utils import WorkloadHints
 
-        prompt = max(len(one.prompt) for one in wanted)
-        response = max(one.longest for one in wanted)
+        prompt = max(len(one.prompt) for one in requests)
+        response = max(one.longest for one in requests)
         if self._held == purpose and prompt + response <= self._capacity:
             return self.model.init_continuous_batching()
         self.close()
@@ -238,7 +238,7 @@ class _Engine:
         manager = self.model.init_continuous_batching(
             generation_config=GenerationConfig(eos_token_id=purpose.ends or -1, **purpose.sampling),
             continuous_batching_config=self._config(capacity, purpose.logps),
-            workload_hints=WorkloadHints(capacity - response, response, len(wanted)),
+            workload_hints=WorkloadHints(capacity - response, response, len(requests)),
         )
         manager.warmup()
         self._held, self._capacity = purpose, capacity

@@ -205,7 +205,7 @@ class HFGenerator(Generator):
         self._budget.halve(rows, self._batching.row.tokens(length))
         release(self._device)
         warnings.warn(
-            f"{rows} responses of up to {length} tokens did not fit into memory at once: going on with half",
+            f"{rows} responses of up to {length} tokens did not fit into memory at once: halving the batch",
             stacklevel=2,
         )
         return None

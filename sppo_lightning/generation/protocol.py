@@ -52,7 +52,7 @@ class SampleRequest(NamedTuple):
     """One prompt to answer."""
 
     token_ids: tuple[int, ...]
-    seeds: tuple[int, ...]  # one for each response wanted; empty for the greedy answer
+    seeds: tuple[int, ...]  # one for each response; empty for the greedy answer
 
 
 class PromptResponses(NamedTuple):

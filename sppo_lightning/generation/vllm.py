@@ -65,7 +65,7 @@ class VLLMGenerator(Generator):
             raise UserError("data.generator VLLMGenerator needs vLLM: pip install 'sppo-lightning[vllm]'")
 
     def memory(self, row: int, *, free: int, total: int, device: torch.device) -> EngineMemory:
-        """Count the share of the GPU that is vLLM's own; the policy hands its weights over beside it."""
+        """Count the share of the GPU that is vLLM's own; the policy is there too, to hand its weights over."""
         return EngineMemory(copies=True, rows=0, reserved=int(self.gpu_memory_utilization * total))
 
     def load(self, policy: PolicySource) -> None:

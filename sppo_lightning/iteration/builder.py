@@ -1,6 +1,6 @@
 """One self-play iteration's data: schedule, probe, select, top up, pair, reference.
 
-Everything lands in the iteration's store as it comes; a second call goes on where the first one stopped.
+Everything lands in the iteration's store as it comes; a second call resumes where the first one stopped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.pair_forward.layouts import PairLayout
 from sppo_lightning.pairing import main_drop_reason, pair_statistics
 from sppo_lightning.prompts.table import EncodedById
-from sppo_lightning.rollouts.collector import Collector, WantedRows
+from sppo_lightning.rollouts.collector import Collector, RolloutRequests
 from sppo_lightning.store.identity import identity
 from sppo_lightning.store.iterations import IterationStore
 from sppo_lightning.store.pairs import PairTable
@@ -153,7 +153,7 @@ class IterationBuilder:
                 f"data.pairs_per_step={rules.pairs_per_step}; of {counts['prompts']} prompts were dropped: "
                 f"{_reasons(dropped)}{several if rules.most_pairs > 1 else ''}"
             )
-        metrics = {**made.tally.metrics(), **_iteration_metrics(ranked, pairs)}
+        metrics = {**made.counters.metrics(), **_iteration_metrics(ranked, pairs)}
         if rules.most_pairs > 1:
             metrics["iteration/pairs/prompts"] = float(paired)
             metrics |= {
@@ -169,7 +169,7 @@ class IterationBuilder:
                     "counts": counts,
                     "dropped": dict(dropped),
                     "pairs_dropped": dict(dropped_choices),
-                    "responses": made.tally.counts(),
+                    "responses": made.counters.counts(),
                     "metrics": metrics,
                     "rule_states": rules.state_dict(),
                 }
@@ -199,9 +199,9 @@ class IterationBuilder:
     def _collect(
         self, store: IterationStore, name: str, samples: Mapping[str, range], iteration: int, phase: Phase
     ) -> None:
-        wanted = WantedRows(self.prompts.taken(samples), list(samples.values()))
+        requests = RolloutRequests(self.prompts.taken(samples), list(samples.values()))
         self.collector.collect(
-            store.shards, name, wanted, policy=self.policy, iteration=iteration, phase=phase
+            store.shards, name, requests, policy=self.policy, iteration=iteration, phase=phase
         )
 
     def _missing(self, selected: Sequence[str], probed: set[str], samples: int) -> dict[str, range]:

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from sppo_lightning.iteration.counters import ResponseCounters
 from sppo_lightning.iteration.rules import IterationRules
-from sppo_lightning.iteration.tally import ResponseTally
 from sppo_lightning.pairing import pair_responses
 from sppo_lightning.store.pairs import PairTable
 from sppo_lightning.store.shards import ShardStore, by_prompt, merged
@@ -23,7 +23,7 @@ class PairingPass:
         rules: the scientific settings.
         prompts: encoded prompts by id.
         iteration: self-play iteration.
-        tally: counts of all responses.
+        counters: counts of all responses.
         rewards: usable rewards of the prompts that have a pair, by prompt id.
         dropped: why the other selected prompts have none.
         dropped_choices: why choices of the pairing rule became no pair.
@@ -32,7 +32,7 @@ class PairingPass:
     rules: IterationRules
     prompts: Mapping[str, EncodedPrompt]
     iteration: int
-    tally: ResponseTally = field(default_factory=ResponseTally)
+    counters: ResponseCounters = field(default_factory=ResponseCounters)
     rewards: dict[str, array[float]] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
     dropped_choices: Counter[str] = field(default_factory=Counter)
@@ -52,7 +52,7 @@ class PairingPass:
     ) -> Iterator[PreferencePair]:
         sources = (by_prompt(shards.stream(name)) for name in ("probe", "topup"))
         for prompt_id, rows in merged(candidates, *sources):
-            self.tally.add(rows)
+            self.counters.add(rows)
             if prompt_id not in selected:
                 continue
             outcome = pair_responses(

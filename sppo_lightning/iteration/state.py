@@ -20,12 +20,22 @@ from sppo_lightning.types import Ranks, UserError
 
 
 class IterationState:
-    """What a run carries from one self-play iteration to the next, beside the policy's weights.
+    """What a run carries from one self-play iteration to the next, in addition to the policy's weights.
 
     The data itself lies in the run's folder. This says how far it goes, and is part of a checkpoint.
+
+    Args:
+        folder: the run.
+        rules: settings of an iteration, and what its rules know.
+        epochs: passes over an iteration's pairs.
+        ranks: the processes that share the run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: RunFolder, rules: IterationRules, *, epochs: int, ranks: Ranks) -> None:
+        self.folder = folder
+        self.rules = rules
+        self.epochs = epochs
+        self.ranks = ranks
         self.current = -1  # iteration whose data was made last
         self.known = empty_difficulty_table()  # before that iteration
         self.pairs = PairTable.collect([])  # of that iteration, in pair order; not in a checkpoint
@@ -43,54 +53,49 @@ class IterationState:
         self,
         iteration: int,
         *,
-        folder: RunFolder,
         policy_fingerprint: str,
         builder: Callable[[], IterationBuilder],
         global_step: int,
-        ranks: Ranks,
     ) -> None:
         """Make the data of an iteration that no optimizer step has been taken in, as far as it is not stored.
 
         Args:
             iteration: self-play iteration, the one after the current.
-            folder: the run.
             policy_fingerprint: of the weights that enter the iteration.
             builder: called only where data is missing.
             global_step: optimizer steps of the run so far.
-            ranks: the processes that share the run.
 
         Raises:
             UserError: if another policy's data is stored.
         """
-        known = self.difficulty_after(iteration - 1, folder=folder) if iteration > 0 else self.known
-        first = folder.iteration(0).read_manifest() if iteration > 0 else None
-        store = folder.iteration(iteration)
+        known = self.difficulty_after(iteration - 1) if iteration > 0 else self.known
+        first = self.folder.iteration(0).read_manifest() if iteration > 0 else None
+        store = self.folder.iteration(iteration)
         manifest = store.read_manifest()
         if manifest is not None and manifest["policy_fingerprint"] != policy_fingerprint:
             raise UserError(
                 f"{store.folder} was sampled from another policy than the one that enters iteration {iteration}: "
                 "delete the run folder to start anew, or continue from its checkpoints/last.ckpt"
             )
-        if not quarantine_damaged(store, ranks):
-            made_by = builder()
-            self._restore(made_by.rules)
-            made_by.build(
+        if not quarantine_damaged(store, self.ranks):
+            self._restore_rules()
+            builder().build(
                 store,
                 iteration=iteration,
                 previous=known,
                 reestimation=self.due,
                 policy_fingerprint=policy_fingerprint,
                 first_reference=None if first is None else first.get("reference_fingerprint"),
-                earlier=[folder.iteration(number) for number in range(iteration)],
+                earlier=[self.folder.iteration(number) for number in range(iteration)],
             )
-        if ranks.rank == 0:
+        if self.ranks.rank == 0:
             store.reference_parts.remove()
-        # only now: a checkpoint that an error saved before goes on with what was known then
+        # only now: a checkpoint that an error saved before is resumed with what was known then
         self.known, self.current, self._first_step = known, iteration, global_step
         self.pairs, self._orders = store.read_pairs(), []
         self._provenance = _provenance(store)
 
-    def reopen(self, *, folder: RunFolder) -> None:
+    def reopen(self) -> None:
         """Read the pairs of the current iteration, which has been trained on, unless they are here.
 
         Raises:
@@ -98,7 +103,7 @@ class IterationState:
         """
         if self.pairs:
             return
-        store = folder.iteration(self.current)
+        store = self.folder.iteration(self.current)
         check_trained(store)
         if _provenance(store) != self._provenance:
             raise UserError(
@@ -107,31 +112,24 @@ class IterationState:
             )
         self.pairs = store.read_pairs()
 
-    def resume(
-        self, *, folder: RunFolder, rules: IterationRules, epochs: int, global_step: int
-    ) -> int | None:
-        """Take up a loaded checkpoint, and return the run's epoch in which it goes on.
+    def resume(self, global_step: int) -> int | None:
+        """Take up a loaded checkpoint, and return the run's epoch in which to resume.
 
         ``None`` if none was loaded since the last call.
 
         Args:
-            folder: the run.
-            rules: sizes of steps.
-            epochs: that an iteration has.
-            global_step: optimizer steps behind the checkpoint.
+            global_step: optimizer steps before the checkpoint.
         """
         consumed, self._consumed = self._consumed, None
         if consumed is None:
             return None
-        first = self.current * epochs
-        self.reopen(folder=folder)
-        taken = steps_taken(consumed, pairs=len(self.pairs), pairs_per_step=rules.pairs_per_step)
-        self._first_step = global_step - taken
+        first = self.current * self.epochs
+        self.reopen()
+        self._first_step = global_step - self._steps(consumed)
         if self.finished > self.current:
-            return first + epochs
-        return first + min(
-            consumed // len(self.pairs), epochs - 1
-        )  # the last one's end may still have to come
+            return first + self.epochs
+        # the last epoch's end may still have to come
+        return first + min(consumed // len(self.pairs), self.epochs - 1)
 
     @property
     def ends_inside(self) -> bool:
@@ -146,66 +144,67 @@ class IterationState:
         """
         return global_step - self._first_step
 
-    def steps(
-        self,
-        *,
-        folder: RunFolder,
-        rules: IterationRules,
-        ranks: Ranks,
-        epoch: int,
-        epochs: int,
-        taken: int,
-    ) -> StepSampler:
+    def is_trained(self, global_step: int) -> bool:
+        """Return whether all optimizer steps of the current iteration have been taken.
+
+        Args:
+            global_step: optimizer steps of the run so far.
+        """
+        pairs = len(self.pairs)
+        return pairs > 0 and self.steps_taken(global_step) == self._steps(pairs * self.epochs)
+
+    def _steps(self, consumed: int) -> int:
+        """Return the optimizer steps that the first ``consumed`` pairs of the current iteration take."""
+        return steps_taken(consumed, pairs=len(self.pairs), pairs_per_step=self.rules.pairs_per_step)
+
+    def steps(self, epoch: int, *, global_step: int) -> StepSampler:
         """Return the optimizer steps of one epoch over the pairs that are still to be taken, in training order.
 
         Args:
-            folder: the run.
-            rules: sizes of steps and micro-batches; the order of the pairs; the seed.
-            ranks: the processes that share a step.
             epoch: of the iteration, from 0.
-            epochs: that the iteration has.
-            taken: optimizer steps of the iteration so far.
+            global_step: optimizer steps of the run so far.
         """
         if not self._orders:
-            self._orders = self._ordered(folder.iteration(self.current), rules, epochs)
-        pairs = len(self.pairs)
-        behind = epoch * steps_taken(pairs, pairs=pairs, pairs_per_step=rules.pairs_per_step)
+            self._orders = self._ordered(self.folder.iteration(self.current))
+        rules = self.rules
         return StepSampler(
             self._orders[epoch].tolist(),
             pairs_per_step=rules.pairs_per_step,
             batch_size=rules.batch_size,
             lengths=self.pairs.tokens().tolist(),
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
             epoch=epoch,
-            epochs=epochs,
-            first_step=taken - behind,
+            epochs=self.epochs,
+            first_step=self.steps_taken(global_step) - epoch * self._steps(len(self.pairs)),
             seed=rules.seed,
         )
 
-    def _ordered(self, store: IterationStore, rules: IterationRules, epochs: int) -> list[Tensor]:
+    def _ordered(self, store: IterationStore) -> list[Tensor]:
         """Return the order of the pairs in each epoch, and remember what the rules know after.
 
         All epochs at once, from what the rules knew when the iteration's data was complete, so that a run that is
         resumed in any epoch gets the same.
         """
         self._rule_states = (store.read_manifest() or {}).get("rule_states", self._rule_states)
-        self._restore(rules)
+        self._restore_rules()
+        rules = self.rules
         difficulty, _ = store.read_difficulty()
         ids = self.pairs.prompt_ids
         values, names = difficulty.rows(ids)["difficulty"], distinct(ids)
-        keys = [random_keys(names, rules.seed, self.current, epoch, "order") for epoch in range(epochs)]
+        keys = [random_keys(names, rules.seed, self.current, epoch, "order") for epoch in range(self.epochs)]
         orders = [rules.curriculum.order(values, each) for each in keys]
         self._rule_states = rules.state_dict()
         return orders
 
-    def _restore(self, rules: IterationRules) -> None:
+    def _restore_rules(self) -> None:
+        rules = self.rules
         rules.load_state_dict(rules.fresh_states if self._rule_states is None else self._rule_states)
 
-    def difficulty_after(self, iteration: int, *, folder: RunFolder) -> StatisticsTable:
+    def difficulty_after(self, iteration: int) -> StatisticsTable:
         """Return the difficulties known once ``iteration``, the current one, has all its rollouts."""
         assert iteration == self.current
-        store = folder.iteration(iteration)
+        store = self.folder.iteration(iteration)
         manifest = store.read_manifest()
         assert manifest is not None
         return difficulty_after(
@@ -215,25 +214,26 @@ class IterationState:
             smoothing=float(manifest["smoothing"]),
         )
 
-    def metrics(self, folder: RunFolder) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return what the loggers get at the current iteration's start."""
-        manifest = folder.iteration(self.current).read_manifest()
+        manifest = self.folder.iteration(self.current).read_manifest()
         assert manifest is not None
         dropped = {f"iteration/dropped/{reason}": float(n) for reason, n in manifest["dropped"].items()}
         return {"iteration/number": float(self.current), **manifest["metrics"], **dropped}
 
-    def state_dict(self, *, finished: int, pairs_per_step: int, global_step: int) -> dict[str, Any]:
+    def state_dict(self, *, finished: int, global_step: int) -> dict[str, Any]:
         """Return the state as plain containers and tensors.
 
         Args:
             finished: iterations trained to their end.
-            pairs_per_step: of one optimizer step, all processes together.
             global_step: optimizer steps of the run so far.
         """
         due = self.due
         consumed = (
             pairs_consumed(
-                self.steps_taken(global_step), pairs=len(self.pairs), pairs_per_step=pairs_per_step
+                self.steps_taken(global_step),
+                pairs=len(self.pairs),
+                pairs_per_step=self.rules.pairs_per_step,
             )
             if self.pairs
             else self._consumed or 0

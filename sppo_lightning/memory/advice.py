@@ -87,7 +87,7 @@ def _first_that_helps(
 
 
 def _changed(workload: Workload, taken: Sequence[Mapping[str, object]]) -> Workload:
-    """Return a run with some settings changed, those aside that are only there for others, e.g. to serve shards."""
+    """Return a run with some settings changed, and without those that only serve others, e.g. to serve shards."""
     for settings in taken:
         found = (change.workload for change in changes(workload) if change.settings == settings)
         workload = next(found, workload)

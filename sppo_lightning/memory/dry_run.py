@@ -54,7 +54,7 @@ class DryRun:
             _replace_tensors(model)
 
     def training(self, forward: PairForward, shape: PairShape, *, accumulates: bool) -> int:
-        """Return the most bytes that live beside the weights while a micro-batch runs forward and backward.
+        """Return the most bytes in addition to the weights while a micro-batch runs forward and backward.
 
         Args:
             forward: one of :func:`cpu_forwards`.
@@ -81,7 +81,7 @@ class DryRun:
             forward.release(self.model)
 
     def scoring(self, forward: PairForward, shape: PairShape) -> int:
-        """Return the most bytes that live beside the weights while a micro-batch runs forward only.
+        """Return the most bytes in addition to the weights while a micro-batch runs forward only.
 
         Args:
             forward: one of :func:`cpu_forwards`.
@@ -96,7 +96,7 @@ class DryRun:
             forward.release(self.model)
 
     def reading(self, prompt: int) -> int:
-        """Return the most bytes that live beside the weights while a prompt is read, to be answered.
+        """Return the most bytes in addition to the weights while a prompt is read, to be answered.
 
         Args:
             prompt: tokens.
@@ -105,7 +105,7 @@ class DryRun:
             return self._peak(lambda: self._read(prompt))
 
     def kept(self, tokens: int) -> int:
-        """Return the bytes that are kept of a sequence, so that it can go on.
+        """Return the bytes that are kept of a sequence, so that it can be continued.
 
         Args:
             tokens: of the sequence.

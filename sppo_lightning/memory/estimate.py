@@ -224,7 +224,7 @@ class _Sum:
 
     @property
     def _copy(self) -> int:
-        """Bytes of the policy that responses are sampled from, beside the one that is trained."""
+        """Bytes of the policy that responses are sampled from, in addition to the one that is trained."""
         workload, weights = self.workload, self.weights
         if not workload.samples_a_copy:
             return weights.weights if workload.hardware.sharded else 0

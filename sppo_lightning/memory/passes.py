@@ -207,7 +207,7 @@ def rule_of_thumb(
 
     Args:
         model_config: transformers' config of a causal language model.
-        shape: of the micro-batch; each response is taken to have its own copy of the prompt.
+        shape: of the micro-batch; each response is assumed to repeat the prompt.
         dtype: of the products.
         checkpointed: whether layers are recomputed.
         chunk: positions whose logits exist at once.

@@ -45,7 +45,7 @@ def _recomputed(function: Callable[..., Any], *args: Any) -> Any:
     """Run a layer compiled, and once more in the backward pass.
 
     torch compiles a checkpoint only if nothing in it stays uncompiled, as our attention does, and leaves everything
-    uncompiled that runs inside of a checkpoint: so the checkpoint is the function behind that mark, and what it calls
+    uncompiled that runs inside of a checkpoint: so the checkpoint is the function after that mark, and what it calls
     is compiled.
     """
     compiled = torch.compile(function, dynamic=True)

@@ -117,7 +117,7 @@ class PlainLayout(PairLayout):
 class SharedLayout(PairLayout):
     """All pairs in one row without padding, each prompt once: all prompts, then all responses.
 
-    Positions go on behind the prompt for either of its responses.
+    Positions continue after the prompt for either of its responses.
     """
 
     def rows(
@@ -130,7 +130,7 @@ class SharedLayout(PairLayout):
         starts = _starts(lengths)
         segment, offset = _segments(lengths)
         in_prompts = int(starts[count])
-        response, behind = segment[in_prompts:] - count, offset[in_prompts:]
+        response, in_response = segment[in_prompts:] - count, offset[in_prompts:]
         prompt = response % count
         input_ids = torch.tensor(list(chain.from_iterable([*prompts, *responses])), dtype=torch.long)
         tokens = torch.arange(len(input_ids))
@@ -142,10 +142,10 @@ class SharedLayout(PairLayout):
             padded = torch.zeros(int(widths.sum()), dtype=torch.long).index_copy_(0, places, tokens)
         return PairRows(
             input_ids=input_ids[None],
-            position_ids=torch.cat([offset[:in_prompts], prompt_lengths[prompt] + behind])[None],
-            predicting=torch.where(behind == 0, starts[prompt + 1], tokens[in_prompts:]) - 1,
+            position_ids=torch.cat([offset[:in_prompts], prompt_lengths[prompt] + in_response])[None],
+            predicting=torch.where(in_response == 0, starts[prompt + 1], tokens[in_prompts:]) - 1,
             targets=input_ids[in_prompts:],
-            places=response * longest + behind,
+            places=response * longest + in_response,
             responses=len(responses),
             longest_response=longest,
             shared=SharedPrompts(

@@ -1,7 +1,7 @@
 """Attention over packed rows in which two responses share one prompt.
 
 A response sees its prompt and itself, never the other response. Windows are counted in positions: both responses stand
-right behind the prompt. Shapes: B pairs, T tokens of the row, H query heads, K key heads, D head width; P and R tokens
+right after the prompt. Shapes: B pairs, T tokens of the row, H query heads, K key heads, D head width; P and R tokens
 of the longest prompt and response.
 """
 
@@ -262,7 +262,7 @@ def _behind_prompt(prompts: Tensor, responses: Tensor) -> Tensor:
 
 
 def _and_last(keys: Tensor, key: Tensor) -> Tensor:
-    """Return keys ``[B, heads, T + 1, D]``, the same one behind those of each segment and head."""
+    """Return keys ``[B, heads, T + 1, D]``, the same one after those of each segment and head."""
     return torch.cat([keys, key.expand(*keys.shape[:2], 1, -1)], dim=2)
 
 

@@ -75,7 +75,7 @@ def compare_logps(one: Tensor, other: Tensor, *, best_logits: Tensor, dtype: tor
         one: ``[N]``, nats.
         other: ``[N]``.
         best_logits: ``[N]``, the largest at each token's place.
-        dtype: of the products behind them.
+        dtype: that they were computed in.
     """
     dtype = coarsest(dtype, one.dtype, other.dtype)
     roundings = torch.finfo(dtype).eps / 2 * best_logits.abs().mean().item()
@@ -88,7 +88,7 @@ def compare_logits(own: Tensor, other: Tensor, *, dtype: torch.dtype) -> Agreeme
     Args:
         own: ``[..., V]`` logits.
         other: of the same places.
-        dtype: of the products behind them.
+        dtype: that they were computed in.
     """
     best, tokens = own.max(-1, keepdim=True)
     logps = [logits.log_softmax(-1).gather(-1, tokens) for logits in (own, other)]
@@ -102,7 +102,7 @@ def compare_stored_sums(one: Tensor, other: Tensor, *, tokens: int, dtype: torch
         one: nats, of any shape.
         other: of the same shape.
         tokens: of all these responses.
-        dtype: of the products behind them.
+        dtype: that they were computed in.
     """
     return Agreement(float((one - other).abs().sum()) / tokens, TOLERANCES[dtype].stored)
 

@@ -22,7 +22,7 @@ class LoRAConfig:
         rslora: scale by alpha / sqrt(rank) instead (arXiv 2312.03732).
         dora: train the magnitude of each output as well (arXiv 2402.09353); vLLM serves no such adapters.
         adapter: start from this LoRA adapter, a folder in PEFT's layout or a hub id. It says its own rank, alpha,
-            target modules and kind, so that only ``dropout`` may stand beside it.
+            target modules and kind, so that only ``dropout`` may be set too.
     """
 
     rank: int | None = None

@@ -85,7 +85,7 @@ def model_class(pretrained: str, *, key: str, trust_remote_code: bool) -> Any:
 
 
 def class_of(model_config: PretrainedConfig) -> Any:
-    """Return what :func:`model_class` does; ``None`` for a model that is known not to go on from its prompt.
+    """Return what :func:`model_class` does; ``None`` for a model that is known not to continue its prompt.
 
     A multimodal model without a class for text alone is loaded as what it is.
 

@@ -143,13 +143,13 @@ class ClassifierForward:
                 raise
             if len(rows) == 1:
                 raise UserError(
-                    f"one conversation of {longest} tokens does not fit into the memory of {self.model.device} beside "
+                    f"one conversation of {longest} tokens does not fit into the memory of {self.model.device} next to "
                     "the reward model: set its max_tokens, or quantization: nf4"
                 ) from error
         self._budget.halve(len(rows), _width(batch, ids))
         release(self.model.device)
         warnings.warn(
-            f"{len(rows)} conversations of up to {longest} tokens did not fit into memory at once: going on with half",
+            f"{len(rows)} conversations of up to {longest} tokens did not fit into memory at once: halving the batch",
             stacklevel=2,
         )
         return None

@@ -14,11 +14,11 @@ from sppo_lightning.types import SPEED_OR_PLACE, Prompt, UserError, first_line
 
 
 class Scores(NamedTuple):
-    """Rewards with what stands behind them."""
+    """Rewards, and the numbers that they are made of."""
 
     rewards: list[float]  # one a response; a non-finite one drops that response
     reasons: Mapping[int, str] = {}  # row of a dropped response: why, e.g. ``too_long_to_score``
-    parts: Mapping[str, Sequence[float]] = {}  # numbers behind the rewards, by name, one a response
+    parts: Mapping[str, Sequence[float]] = {}  # numbers that the rewards are made of, by name, one a response
     error: str | None = None  # what the first failure said, for the error that ends a run of failures
 
 
@@ -26,7 +26,7 @@ class RewardMemory(NamedTuple):
     """What scoring takes of the policy's device, in bytes."""
 
     weights: int = 0
-    conversation: int = 0  # beside the weights, while one conversation is scored
+    conversation: int = 0  # in addition to the weights, while one conversation is scored
     waiting: int = 0  # of the weights, what stays there between phases
 
 

@@ -19,19 +19,19 @@ from sppo_lightning.system.durable import quarantine
 from sppo_lightning.types import EncodedPrompt, Phase, PhaseProgress, Ranks, Rollout, UserError
 
 
-class Wanted(NamedTuple):
-    """Responses wanted for one prompt."""
+class RolloutRequest(NamedTuple):
+    """Which responses to sample for one prompt."""
 
     prompt: EncodedPrompt
     sample_indices: range
 
 
-class WantedRows(Sequence[Wanted]):
-    """What is wanted of many prompts; an item is made when it is asked for, so that a shard is held at a time.
+class RolloutRequests(Sequence[RolloutRequest]):
+    """Requests of many prompts; an item is made when it is asked for, so that a shard is held at a time.
 
     Args:
         prompts: to answer; a slice of them should be cheap.
-        samples: sample indices wanted of each.
+        samples: sample indices of each.
     """
 
     def __init__(self, prompts: Sequence[EncodedPrompt], samples: Sequence[range]) -> None:
@@ -43,13 +43,13 @@ class WantedRows(Sequence[Wanted]):
         return len(self._samples)
 
     @overload
-    def __getitem__(self, row: int) -> Wanted: ...
+    def __getitem__(self, row: int) -> RolloutRequest: ...
     @overload
-    def __getitem__(self, row: slice) -> WantedRows: ...
-    def __getitem__(self, row: int | slice) -> Wanted | WantedRows:
+    def __getitem__(self, row: slice) -> RolloutRequests: ...
+    def __getitem__(self, row: int | slice) -> RolloutRequest | RolloutRequests:
         if isinstance(row, slice):
-            return WantedRows(self._prompts[row], self._samples[row])
-        return Wanted(self._prompts[row], self._samples[row])
+            return RolloutRequests(self._prompts[row], self._samples[row])
+        return RolloutRequest(self._prompts[row], self._samples[row])
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,17 @@ class Collector:
         self,
         store: ShardStore,
         name: str,
-        wanted: Sequence[Wanted],
+        requests: Sequence[RolloutRequest],
         *,
         policy: PolicySource,
         iteration: int,
         phase: Phase,
     ) -> None:
-        """Sample ``wanted`` from ``policy`` into shards called ``name`` and score them.
+        """Answer ``requests`` with ``policy`` into shards called ``name`` and score them.
 
         Shards that are already there are not made again.
         """
-        shards = self._shards(wanted)
+        shards = self._shards(requests)
         self._generate(store, name, shards, policy=policy, iteration=iteration, phase=phase, greedy=False)
         self._score(store, name, shards, iteration=iteration, opponents=None, unfinished=self.unfinished)
         self._check_shared(store, name, shards)
@@ -115,7 +115,7 @@ class Collector:
         They are scored unless ``score`` is false. ``opponents``: by prompt id, what a comparative reward compares an
         answer with; itself where there is none.
         """
-        shards = self._shards(WantedRows(prompts, [range(1)] * len(prompts)))
+        shards = self._shards(RolloutRequests(prompts, [range(1)] * len(prompts)))
         self._generate(store, name, shards, policy=policy, iteration=iteration, phase=phase, greedy=True)
         if score:
             self._score(
@@ -129,15 +129,15 @@ class Collector:
         self._check_shared(store, name, shards)
         return list(store.read_all(name))
 
-    def _shards(self, wanted: Sequence[Wanted]) -> list[Sequence[Wanted]]:
+    def _shards(self, requests: Sequence[RolloutRequest]) -> list[Sequence[RolloutRequest]]:
         size = self.prompts_per_shard or prompts_per_shard(
-            len(wanted),
-            max((len(item.sample_indices) for item in wanted), default=1),
+            len(requests),
+            max((len(item.sample_indices) for item in requests), default=1),
             max_new_tokens=self.generator.max_new_tokens,
         )
-        return [wanted[start : start + size] for start in range(0, len(wanted), size)]
+        return [requests[start : start + size] for start in range(0, len(requests), size)]
 
-    def _mine(self, shards: list[Sequence[Wanted]]) -> list[int]:
+    def _mine(self, shards: list[Sequence[RolloutRequest]]) -> list[int]:
         return list(range(self.ranks.rank, len(shards), self.ranks.world_size))
 
     def notify(self, phase: Phase, iteration: int, done: int, total: int, tokens: int) -> None:
@@ -148,14 +148,16 @@ class Collector:
         self,
         store: ShardStore,
         name: str,
-        shards: list[Sequence[Wanted]],
+        shards: list[Sequence[RolloutRequest]],
         *,
         policy: PolicySource,
         iteration: int,
         phase: Phase,
         greedy: bool,
     ) -> None:
-        missing = [number for number in self._mine(shards) if not _present(store, name, number, shards)]
+        missing = [
+            number for number in self._mine(shards) if not _check_or_quarantine(store, name, number, shards)
+        ]
         total = sum(len(shards[number]) for number in missing)
         policy.sync_sampling_weights(self.ranks, needed=bool(missing))
         if missing:
@@ -199,7 +201,7 @@ class Collector:
             self.generator.unload()
         self.ranks.barrier(f"generated {name}")
 
-    def _request(self, item: Wanted, iteration: int, greedy: bool) -> SampleRequest:
+    def _request(self, item: RolloutRequest, iteration: int, greedy: bool) -> SampleRequest:
         if greedy:
             return SampleRequest(item.prompt.token_ids, ())
         prompt_id = item.prompt.prompt.id
@@ -210,7 +212,7 @@ class Collector:
         self,
         store: ShardStore,
         name: str,
-        shards: list[Sequence[Wanted]],
+        shards: list[Sequence[RolloutRequest]],
         *,
         iteration: int,
         opponents: Mapping[str, str] | None,
@@ -251,7 +253,7 @@ class Collector:
             watch.remember(responses, reasons)
         return watch
 
-    def _check_shared(self, store: ShardStore, name: str, shards: list[Sequence[Wanted]]) -> None:
+    def _check_shared(self, store: ShardStore, name: str, shards: list[Sequence[RolloutRequest]]) -> None:
         for number in range(len(shards)):
             if not store.path(name, number).exists():
                 raise UserError(
@@ -266,8 +268,10 @@ def _key(store: ShardStore, name: str, number: int) -> ShardKey:
     return key
 
 
-def _present(store: ShardStore, name: str, number: int, shards: list[Sequence[Wanted]]) -> bool:
-    """Whether a shard is stored; a damaged one is quarantined, since the policy that gave it is still here."""
+def _check_or_quarantine(
+    store: ShardStore, name: str, number: int, shards: list[Sequence[RolloutRequest]]
+) -> bool:
+    """Return whether a shard is stored and intact; quarantine a damaged one, which can be sampled again."""
     if not store.path(name, number).exists():
         return False
     try:

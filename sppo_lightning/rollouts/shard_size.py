@@ -19,7 +19,7 @@ def prompts_per_shard(prompts: int, samples: int, *, max_new_tokens: int) -> int
 
     Args:
         prompts: of the phase.
-        samples: most responses wanted of one of them.
+        samples: most responses of one of them.
         max_new_tokens: the longest response.
     """
     balanced = math.isqrt(prompts * samples)

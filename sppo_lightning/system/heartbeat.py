@@ -19,20 +19,20 @@ from sppo_lightning.types import first_line
 
 FRESH_S = 1.0  # a process's own rename, so long ago or less, makes a client of NFS read the folder anew
 ORPHANED = 143  # exit status of a process whose parent died: as if SIGTERM had ended it
-GOES_ON = "the same command goes on from what is stored"
+RESUMES = "the same command resumes from what is stored"
 SHARED = "trainer.default_root_dir must be a folder that all nodes share and may write to"
 
 
 class Heartbeat:
-    """One process's signs of life, given by a thread of its own, and what that thread sees of the others.
+    """One process's heartbeats, given by a thread of its own, and what that thread sees of the others.
 
     Args:
         folder: of one session; exists.
         rank: this process.
         others: ranks of the others.
-        parent: end this process (status 143) once this is no longer its parent's id; ``None``: let it go on.
-        patience_s: seconds without a sign of life after which a process counts as dead.
-        beat_s: seconds between two signs of life.
+        parent: end this process (status 143) once this is no longer its parent's id; ``None``: never.
+        patience_s: seconds without a heartbeat after which a process counts as dead.
+        beat_s: seconds between two heartbeats.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Heartbeat:
         self._parent = parent
         self._patience_s = patience_s
         self._beat_s = beat_s
-        self._signs: dict[int, str] = {}  # the last that was seen of each process
+        self._last_beats: dict[int, str] = {}  # the last that was seen of each process
         self._silence_s = dict.fromkeys(others, 0.0)
         self._beats = 0
         self._beaten_at = 0.0
@@ -61,18 +61,18 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Give the first sign of life, and go on until told to stop."""
+        """Write the first heartbeat, and more until stopped."""
         self._alive.touch()
         self._thread.start()
 
     def stop(self) -> None:
-        """End the signs of life."""
+        """End the heartbeats."""
         self._stopping.set()
         self._thread.join()
 
     @property
     def stopped(self) -> bool:
-        """Whether the signs of life have been ended."""
+        """Whether the heartbeats have been ended."""
         return self._stopping.is_set()
 
     def look(self) -> set[str]:
@@ -109,10 +109,10 @@ class Heartbeat:
         """Return which of ``others`` is gone, and why; empty: none; ``seen``: the names of the files in the folder."""
         for other in others:
             if f"left-{other}" in seen:
-                return f"process {other} has ended, while process {self._rank} has not: {GOES_ON}"
+                return f"process {other} has ended, while process {self._rank} has not: {RESUMES}"
             if self._silence_s[other] > self._patience_s:
-                if other in self._signs:
-                    return f"process {other} has given no sign of life for {self._patience_s:g} s: {GOES_ON}"
+                if other in self._last_beats:
+                    return f"process {other} has given no heartbeat for {self._patience_s:g} s: {RESUMES}"
                 return (
                     f"process {self._rank} has seen nothing of process {other} in {self._folder} for "
                     f"{self._patience_s:g} s: {SHARED}"
@@ -157,11 +157,11 @@ class Heartbeat:
             self.trouble = failure or self.loss(self._others, seen)
 
     def _listen(self, seen: set[str], elapsed_s: float) -> None:
-        signs = {int(name.split("-")[1]): name for name in seen if name.startswith("alive-")}
+        beats = {int(name.split("-")[1]): name for name in seen if name.startswith("alive-")}
         for other in self._others:
-            changed = other in signs and signs[other] != self._signs.get(other)
+            changed = other in beats and beats[other] != self._last_beats.get(other)
             self._silence_s[other] = 0.0 if changed else self._silence_s[other] + elapsed_s
-        self._signs |= signs
+        self._last_beats |= beats
 
     def _end_as_orphan(self) -> None:
         reason = "the process that started it is gone"
@@ -174,6 +174,6 @@ class Heartbeat:
 def unusable(folder: Path, error: OSError) -> str:
     """Return what to tell a user whose processes cannot meet in a folder."""
     if error.errno == errno.ENOENT:
-        return f"{folder} is gone, in which the processes of this run meet: {SHARED}; {GOES_ON}"
+        return f"{folder} is gone, in which the processes of this run meet: {SHARED}; {RESUMES}"
     reason = error.strerror or first_line(error)
     return f"the processes of this run cannot meet in {folder} ({reason}): {SHARED}"

@@ -22,7 +22,7 @@ _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # in the 
 
 
 def is_first_process(environment: Mapping[str, str]) -> bool:
-    """Whether this process leads its run; the others are started by it, or beside it by a launcher.
+    """Whether this process leads its run; the others are started by it, or next to it by a launcher.
 
     Args:
         environment: variables of the process, as launchers set them.
@@ -45,7 +45,7 @@ class RunLock(AbstractContextManager["RunLock"]):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor: int | None = None
-        # a forked child that outlives its parent would go on holding the lock
+        # a forked child that outlives its parent would keep holding the lock
         os.register_at_fork(after_in_child=self._forget)
 
     @property
@@ -54,7 +54,7 @@ class RunLock(AbstractContextManager["RunLock"]):
         return self._descriptor is not None
 
     def acquire(self) -> None:
-        """Take the lock; where the file system knows no locks, warn and go on without.
+        """Take the lock; where the file system knows no locks, warn and continue without.
 
         Raises:
             UserError: if another run holds it.

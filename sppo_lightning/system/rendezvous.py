@@ -4,7 +4,7 @@ Between two training phases one process may have an hour more to do than another
 a device busy until then. Files in the folder that all processes share do neither, and say who is late, failed or gone.
 
 A session is one start of the run. Its folder has a random name, so that no file of another start is ever taken for one
-of this; ``meet-<number>-<rank>`` holds what a process brings to a meeting.
+of this; ``gather-<number>-<rank>`` holds a process's value of an all-gather.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ class FileRanks(Ranks):
         folder: of this session alone.
         rank: this process.
         world_size: processes of the session.
-        parent: end this process (status 143) once this is no longer its parent's id; ``None``: let it go on. A worker
+        parent: end this process (status 143) once this is no longer its parent's id; ``None``: keep running. A worker
             whose starter was killed would otherwise sample on, on a device that the next start needs.
-        patience_s: seconds without a sign of life after which a process counts as dead.
+        patience_s: seconds without a heartbeat after which a process counts as dead.
         beat_s: seconds between two signs of life.
 
     Raises:
@@ -132,34 +132,34 @@ class FileRanks(Ranks):
         return cast(T, self._meet("same", value if self.rank == 0 else None)[0])
 
     def _meet(self, name: str, value: Any) -> list[Any]:
-        """Return what each process brought, in rank order, once all are there.
+        """Return the value of each process, in rank order, once all are there.
 
         Raises:
             UserError: if one of them failed, died, left, or came to another meeting; if the folder is unusable.
         """
         if not self._others:
             return [value]
-        brought = {self.rank: _sendable(value)}
+        values = {self.rank: _sendable(value)}
         with self._clear_errors():
             self._number += 1
-            self._write(f"meet-{self._number}-{self.rank}", {"name": name, "value": brought[self.rank]})
+            self._write(f"gather-{self._number}-{self.rank}", {"name": name, "value": values[self.rank]})
             pause, seen = FIRST_PAUSE_S, set[str]()
             while True:
                 before, seen = seen, self._heart.look()
                 for other in self._others:
-                    file = f"meet-{self._number}-{other}"
-                    if other not in brought and file in seen:
-                        brought[other] = self._read(file, name, other)
-                missing = [other for other in self._others if other not in brought]
+                    file = f"gather-{self._number}-{other}"
+                    if other not in values and file in seen:
+                        values[other] = self._read(file, name, other)
+                missing = [other for other in self._others if other not in values]
                 if not missing:
                     break  # whoever failed since then: what all came to, all have alike
-                # by the look before this one: what a process brought before it failed or left has been seen since
+                # by the look before this one: what a process wrote before it failed or left has been seen since
                 _raise(self._heart.failure(before) or self._heart.loss(missing, before))
                 time.sleep(pause)
                 pause = min(1.5 * pause, LONGEST_PAUSE_S)
-            # all came to this meeting, so that all have read what was brought to the last one
-            (self.folder / f"meet-{self._number - 1}-{self.rank}").unlink(missing_ok=True)
-        return [brought[rank] for rank in range(self.world_size)]
+            # all are here, so that all have read what was written for the last all-gather
+            (self.folder / f"gather-{self._number - 1}-{self.rank}").unlink(missing_ok=True)
+        return [values[rank] for rank in range(self.world_size)]
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         buffer = io.BytesIO()  # torch's own writer hides the reason why a file cannot be written
@@ -195,7 +195,7 @@ class FileRanks(Ranks):
         Never raises, since it is called where an error is being handled.
 
         Args:
-            message: why; its first line is told.
+            message: why; the others see its first line.
         """
         if self._others:
             with suppress(OSError):
@@ -251,7 +251,7 @@ def _new_session(sessions: Path, patience_s: float) -> str:
 def _remove_silent(sessions: Path, present: Path, patience_s: float) -> None:
     """Remove the sessions whose folders last changed more than ``patience_s`` before the present one's did.
 
-    A sign of life changes the folder. Both times come from the file system, not from two machines' clocks.
+    A heartbeat changes the folder. Both times come from the file system, not from two machines' clocks.
     """
     now = present.stat().st_mtime
     for folder in sessions.iterdir():

@@ -113,8 +113,8 @@ class StepSampler(Sampler[MicroBatch | None]):
         world_size: all processes.
         epoch: epoch inside the iteration.
         epochs: epochs of the iteration.
-        first_step: of this epoch, where a resumed run goes on. Where that leaves none, the only micro-batch is
-            ``None``: Lightning trains nothing on it, and goes on with what follows an epoch's last batch.
+        first_step: of this epoch, where a run is resumed. Where that leaves none, the only micro-batch is
+            ``None``: Lightning trains nothing on it, and continues with what follows an epoch's last batch.
         seed: the run's.
     """
 

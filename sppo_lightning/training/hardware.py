@@ -16,7 +16,7 @@ from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.rendezvous import FileRanks, open_session
 from sppo_lightning.types import UserError
 
-SPREAD = (
+SHARD_SIZES = (
     "strategy: {{class_path: lightning.pytorch.strategies.ModelParallelStrategy, init_args: "
     "{{data_parallel_size: {processes}, tensor_parallel_size: 1}}}}"
 )
@@ -80,7 +80,7 @@ def check_hardware(trainer: pl.Trainer) -> None:
     check_precision(trainer)
     if isinstance(trainer.strategy, ModelParallelStrategy):
         strategy = trainer.strategy
-        check_spread_sizes(
+        check_shard_sizes(
             strategy._data_parallel_size, strategy._tensor_parallel_size, processes=trainer.world_size
         )
         if not strategy._save_distributed_checkpoint:
@@ -106,11 +106,11 @@ def strategy_refusal(given: str, processes: int) -> str:
     """
     return (
         f"trainer.strategy={given} is not supported: use one device or ddp; for a model larger than a device FSDP2: "
-        f"{SPREAD.format(processes=processes)}"
+        f"{SHARD_SIZES.format(processes=processes)}"
     )
 
 
-def check_spread_sizes(data: int | str, tensor: int | str, *, processes: int) -> None:
+def check_shard_sizes(data: int | str, tensor: int | str, *, processes: int) -> None:
     """Refuse tensor parallelism, and sizes that are left to Lightning, which takes it inside a machine.
 
     Args:
@@ -124,8 +124,8 @@ def check_spread_sizes(data: int | str, tensor: int | str, *, processes: int) ->
     if (data, tensor) != (processes, 1):
         raise UserError(
             f"trainer.strategy=ModelParallelStrategy with data_parallel_size={data}, tensor_parallel_size={tensor} for "
-            f"{processes} processes: weights are spread over all of them and no product is split, but auto, the "
-            f"default, splits products inside each machine; say both sizes: {SPREAD.format(processes=processes)}"
+            f"{processes} processes: weights are sharded over all of them and no product is split, but auto, the "
+            f"default, splits products inside each machine; say both sizes: {SHARD_SIZES.format(processes=processes)}"
         )
 
 

@@ -44,7 +44,7 @@ def build_optimizer(
         clips_unscaled: what the function of that name says.
 
     Raises:
-        UserError: if the factory's optimizer is fused all the same, or cannot take weights spread over processes.
+        UserError: if the factory's optimizer is fused all the same, or cannot take sharded weights.
     """
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -54,10 +54,10 @@ def build_optimizer(
     optimizer = torch.optim.AdamW(groups, fused=not clips_unscaled) if factory is None else factory(groups)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    spread = any(isinstance(parameter, DTensor) for parameter in parameters)
-    if spread and type(optimizer).__module__.startswith("bitsandbytes."):
+    sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
+    if sharded and type(optimizer).__module__.startswith("bitsandbytes."):
         raise UserError(
-            f"model.optimizer {type(optimizer).__name__} does not know weights that are spread over processes: leave "
+            f"model.optimizer {type(optimizer).__name__} does not know sharded weights: leave "
             "it out, or use strategy ddp"
         )
     if clips_unscaled and optimizer.defaults.get("fused"):

@@ -226,7 +226,7 @@ def test_a_signal_in_a_step_waits_for_its_end(
     assert (found["global_step"], found["SelfPlayDataModule"]["pairs_consumed"]) == (2, 4)
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1] == (
-        f"sppo-lightning: stopped by {number.name}. What is finished is on disk: the same command goes on from there."
+        f"sppo-lightning: stopped by {number.name}. What is finished is on disk: the same command resumes from there."
     )
 
 

@@ -347,7 +347,7 @@ def test_a_cpu_gains_nothing_from_more_rows() -> None:
 
 # ---------------------------------------------------------------------- full memory
 
-FULL = r"^\d+ responses of up to \d+ tokens did not fit into memory at once: going on with half$"
+FULL = r"^\d+ responses of up to \d+ tokens did not fit into memory at once: halving the batch$"
 
 
 @pytest.mark.parametrize(
@@ -391,7 +391,7 @@ def test_a_full_memory_is_told_with_numbers() -> None:
     with memory(source.model, 110) as held, pytest.warns(UserWarning, match=FULL) as told:
         answer(generator, requests)
     assert [str(one.message) for one in told] == [
-        f"{rows} responses of up to 52 tokens did not fit into memory at once: going on with half"
+        f"{rows} responses of up to 52 tokens did not fit into memory at once: halving the batch"
         for rows in (8, 4)
     ]
     assert [rows for rows, width in held if width == 51] == [2, 2, 2, 2]

@@ -184,7 +184,7 @@ def test_stopped_and_gone_on_is_uninterrupted(crashes: Crashes, point: Point, by
     stopped = crashes.run("plain", at=place(whole.changes, point), by=by)
     assert stopped.status == 128 + by
     assert stopped.output.splitlines()[-1] == (
-        f"sppo-lightning: stopped by {by.name}. What is finished is on disk: the same command goes on from there."
+        f"sppo-lightning: stopped by {by.name}. What is finished is on disk: the same command resumes from there."
     )
     assert "Traceback" not in stopped.output
     assert crashes.saved_step() == len(stopped.steps)  # with the step that was under way

@@ -163,7 +163,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(
     process.send_signal(signal.SIGTERM)
     status, output = ended(process)
     assert status == 143, output[-3000:]
-    assert "the same command goes on from there" in output
+    assert "the same command resumes from there" in output
     assert 0 < len(losses(root)) < len(losses(whole))
     process = start(arguments(root))
     wait_for((root / "iterations/001/rollouts").exists, process)

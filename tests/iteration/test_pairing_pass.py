@@ -10,28 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.rules import iteration_rules
 
+from sppo_lightning.iteration.counters import ResponseCounters
 from sppo_lightning.iteration.pairing_pass import PairingPass
-from sppo_lightning.iteration.rules import IterationRules
-from sppo_lightning.iteration.tally import ResponseTally
 from sppo_lightning.pairing import BestRandom, Choice, Pairing, Responses, pair_responses
 from sppo_lightning.seeding import derive_seed
-from sppo_lightning.selection import AllPairs, AllPrompts, Easiest
 from sppo_lightning.store.shards import ShardStore
 from sppo_lightning.types import EncodedPrompt, Prompt, Rollout
 
-RULES = IterationRules(
-    iterations=1,
-    samples_per_prompt=5,
-    probe_samples=2,
-    pairs_per_step=1,
-    batch_size=1,
-    schedule=AllPrompts(),
-    selection=Easiest(0.5),
-    pairing=BestRandom(),
-    pair_selection=AllPairs(),
-    seed=3,
-)
+RULES = iteration_rules(samples_per_prompt=5, pairs_per_step=1, pairing=BestRandom(), seed=3)
 IDS = [f"p{number}" for number in range(40)]
 PROMPTS = {key: EncodedPrompt(Prompt(key, f"Q {key}", ()), (7, number)) for number, key in enumerate(IDS)}
 
@@ -69,10 +57,10 @@ def test_the_pass_finds_what_all_responses_in_memory_say(tmp_path: Path, pairing
     made = PairingPass(rules, PROMPTS, 1)
     pairs = made.pairs(store, IDS, selected)
 
-    tally, dropped, expected = ResponseTally(), Counter[str](), []
+    counters, dropped, expected = ResponseCounters(), Counter[str](), []
     choices = Counter[str]()
     for key, rows in groups.items():
-        tally.add(rows)
+        counters.add(rows)
         if key in selected:
             found, reason, dropped_choices = pair_responses(
                 rows, PROMPTS[key], pairing, samples_per_prompt=5, iteration=1, seed=3
@@ -86,8 +74,8 @@ def test_the_pass_finds_what_all_responses_in_memory_say(tmp_path: Path, pairing
     assert made.dropped_choices == choices
     assert choices
     assert len(made.rewards) + made.dropped.total() == len(selected)
-    assert made.tally.counts() == tally.counts()
-    assert made.tally.metrics() == tally.metrics()
+    assert made.counters.counts() == counters.counts()
+    assert made.counters.metrics() == counters.metrics()
     assert made.rewards == {
         pair.prompt_id: array("d", (row.reward for row in groups[pair.prompt_id] if row.usable))
         for pair in expected

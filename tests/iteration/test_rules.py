@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from support.rules import iteration_rules
 from torch import Tensor
 
 from sppo_lightning.difficulty import StatisticsTable
-from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.pairing import BestWorst, Pairing
-from sppo_lightning.selection import AllPairs, AllPrompts, Easiest, Selection
+from sppo_lightning.selection import Easiest, Selection
 from sppo_lightning.types import UserError
 
 
@@ -40,22 +39,6 @@ class Several(BestWorst):
     most_pairs = 3
 
 
-def rules(**changes: Any) -> IterationRules:
-    plain = IterationRules(
-        iterations=2,
-        samples_per_prompt=4,
-        probe_samples=2,
-        pairs_per_step=2,
-        batch_size=1,
-        schedule=AllPrompts(),
-        selection=Easiest(0.5),
-        pairing=BestWorst(),
-        pair_selection=AllPairs(),
-        seed=0,
-    )
-    return replace(plain, **changes)
-
-
 # --------------------------------------------------------------------- pairings
 
 
@@ -68,14 +51,14 @@ def test_a_pairing_defines_one_of_two_methods() -> None:
             f"data.pairing: {type(pairing).__name__} must define choose(rewards, generator), for one pair"
         )
         with pytest.raises(ValueError, match=re.escape(message)):
-            rules(pairing=pairing)
+            iteration_rules(pairing=pairing)
 
 
 def test_a_pairing_of_no_pairs_is_refused() -> None:
     pairing = Several()
     pairing.most_pairs = 0
     with pytest.raises(ValueError, match=r"data\.pairing: Several\.most_pairs=0 must be at least 1"):
-        rules(pairing=pairing)
+        iteration_rules(pairing=pairing)
 
 
 @pytest.mark.parametrize(
@@ -83,15 +66,15 @@ def test_a_pairing_of_no_pairs_is_refused() -> None:
 )
 def test_most_pairs_of_a_prompt(pairing: Pairing, samples: int, most: int) -> None:
     """Two responses are one pair, whatever the rule might choose of more."""
-    assert rules(pairing=pairing, samples_per_prompt=samples).most_pairs == most
+    assert iteration_rules(pairing=pairing, samples_per_prompt=samples).most_pairs == most
 
 
 def test_expected_pairs() -> None:
     """Half of 10 prompts, 3 pairs each, a fifth of which is kept."""
     ids = [f"p{number}" for number in range(10)]
-    assert rules().expected_pairs(ids, 0, each=1) == (10, 5)
-    assert rules().expected_pairs(ids, 0, each=3) == (10, 15)
-    assert rules(pair_selection=Easiest(0.2)).expected_pairs(ids, 0, each=3) == (10, 3)
+    assert iteration_rules().expected_pairs(ids, 0, each=1) == (10, 5)
+    assert iteration_rules().expected_pairs(ids, 0, each=3) == (10, 15)
+    assert iteration_rules(pair_selection=Easiest(0.2)).expected_pairs(ids, 0, each=3) == (10, 3)
 
 
 # ------------------------------------------------------------------- selections
@@ -101,17 +84,17 @@ def test_what_only_the_selection_of_prompts_has() -> None:
     class Reading(Counting):
         requires = ("history",)
 
-    rules(selection=Reading())
+    iteration_rules(selection=Reading())
     message = r"data\.pair_selection: Reading needs the column 'history', which is not there; this slot has difficulty"
     with pytest.raises(ValueError, match=message):
-        rules(pair_selection=Reading())
+        iteration_rules(pair_selection=Reading())
 
 
 # ----------------------------------------------------------------------- states
 
 
 def test_states_come_back_whatever_happens_to_the_rule_and_to_them() -> None:
-    found = rules(selection=Counting(), pair_selection=Counting())
+    found = iteration_rules(selection=Counting(), pair_selection=Counting())
     found.pair_selection.select(StatisticsTable((), {}), iteration=0, seed=0)
     states = found.state_dict()
     assert states == {
@@ -130,7 +113,7 @@ def test_states_come_back_whatever_happens_to_the_rule_and_to_them() -> None:
 
 
 def test_a_state_of_fewer_rules_leaves_the_others_as_they_are() -> None:
-    found = rules(selection=Counting({"asked": 7}))
+    found = iteration_rules(selection=Counting({"asked": 7}))
     found.load_state_dict({"schedule": {}})
     assert found.state_dict()["selection"] == {"asked": 7}
 
@@ -141,4 +124,4 @@ def test_a_state_that_json_cannot_hold_is_refused_at_the_start(state: Any) -> No
         r"^data\.selection: Counting\.state_dict\(\) returned something that JSON cannot hold \(.+\): return"
     )
     with pytest.raises(UserError, match=message):
-        rules(selection=Counting(state))
+        iteration_rules(selection=Counting(state))

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from support.rules import iteration_rules
 from torch import Tensor
 
 from sppo_lightning.difficulty import (
@@ -22,8 +23,7 @@ from sppo_lightning.difficulty import (
 from sppo_lightning.iteration.builder import IterationBuilder
 from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.iteration.state import IterationState
-from sppo_lightning.pairing import BestWorst
-from sppo_lightning.selection import AllPairs, AllPrompts, Curriculum, Easiest
+from sppo_lightning.selection import AllPairs, Curriculum, Easiest
 from sppo_lightning.store.iterations import IterationStore
 from sppo_lightning.store.pairs import PairTable
 from sppo_lightning.store.run_folder import RunFolder
@@ -39,21 +39,12 @@ MANIFEST = {
 }
 
 
-RULES = IterationRules(
-    iterations=3,
-    samples_per_prompt=2,
-    probe_samples=2,
-    pairs_per_step=2,
-    batch_size=1,
-    schedule=AllPrompts(),
-    selection=Easiest(1.0),
-    pairing=BestWorst(),
-    pair_selection=AllPairs(),
-    seed=0,
-)
-
-
+RULES = iteration_rules(iterations=3, samples_per_prompt=2, selection=Easiest(1.0))
 ALONE = FileRanks(Path(), rank=0, world_size=1)
+
+
+def state_of(folder: RunFolder, rules: IterationRules = RULES) -> IterationState:
+    return IterationState(folder, rules, epochs=2, ranks=ALONE)
 
 
 def rollout(prompt_id: str, index: int, reward: float) -> Rollout:
@@ -140,9 +131,9 @@ class Building:
 
 def test_an_iteration_is_made_once(tmp_path: Path) -> None:
     folder, build = RunFolder(tmp_path), Building()
-    for state in (IterationState(), IterationState()):  # the second: started again before a checkpoint was
+    for state in (state_of(folder), state_of(folder)):  # the second: started again before a checkpoint was
         assert (state.current, len(state.pairs)) == (-1, 0)
-        state.enter(0, folder=folder, policy_fingerprint="first", builder=build, global_step=0, ranks=ALONE)
+        state.enter(0, policy_fingerprint="first", builder=build, global_step=0)
         assert (state.current, state.pairs.prompt_ids) == (0, ["a"])
     assert len(build.asked) == 1
     assert build.asked[0]["previous"].prompt_ids == ()
@@ -151,75 +142,76 @@ def test_an_iteration_is_made_once(tmp_path: Path) -> None:
 
 def test_the_next_iteration_gets_what_is_known_and_due(tmp_path: Path) -> None:
     """Nothing was known of ``a``: its difficulty is the mean of 1 and 2. Then 0.25 * 1.5 + 0.75 * 1.5."""
-    folder, build, state = RunFolder(tmp_path), Building(), IterationState()
-    state.enter(0, folder=folder, policy_fingerprint="first", builder=build, global_step=0, ranks=ALONE)
+    folder, build = RunFolder(tmp_path), Building()
+    state = state_of(folder)
+    state.enter(0, policy_fingerprint="first", builder=build, global_step=0)
     state.due = Reestimation(("a",), 2, 0.25)
-    state.enter(1, folder=folder, policy_fingerprint="second", builder=build, global_step=0, ranks=ALONE)
+    state.enter(1, policy_fingerprint="second", builder=build, global_step=0)
     assert build.asked[1]["previous"]["difficulty"].tolist() == [1.5]
     assert [store.folder.name for store in build.asked[1]["earlier"]] == ["000"]
     assert build.asked[1]["reestimation"] == state.due
-    assert state.difficulty_after(1, folder=folder)["estimated_iteration"].tolist() == [1.0]
-    assert state.metrics(folder) == {"iteration/number": 1.0, "a": 1.5, "iteration/dropped/too_long": 2.0}
+    assert state.difficulty_after(1)["estimated_iteration"].tolist() == [1.0]
+    assert state.metrics() == {"iteration/number": 1.0, "a": 1.5, "iteration/dropped/too_long": 2.0}
 
 
 def test_another_policys_data_is_refused(tmp_path: Path) -> None:
     folder, build = RunFolder(tmp_path), Building()
-    IterationState().enter(
-        0, folder=folder, policy_fingerprint="first", builder=build, global_step=0, ranks=ALONE
-    )
-    state = IterationState()
+    state_of(folder).enter(0, policy_fingerprint="first", builder=build, global_step=0)
+    state = state_of(folder)
     with pytest.raises(
         UserError, match="was sampled from another policy than the one that enters iteration 0"
     ):
-        state.enter(0, folder=folder, policy_fingerprint="other", builder=build, global_step=0, ranks=ALONE)
+        state.enter(0, policy_fingerprint="other", builder=build, global_step=0)
     assert (state.current, len(build.asked)) == (-1, 1)
 
 
 def test_an_iteration_that_was_trained_on_is_read_again_not_made(tmp_path: Path) -> None:
-    folder, state = RunFolder(tmp_path), IterationState()
-    state.enter(
-        0, folder=folder, policy_fingerprint="first", builder=Building("ab"), global_step=0, ranks=ALONE
-    )
-    again = IterationState()
-    again.load_state_dict(state.state_dict(finished=0, pairs_per_step=2, global_step=1))
-    again.reopen(folder=folder)
+    folder = RunFolder(tmp_path)
+    state = state_of(folder)
+    state.enter(0, policy_fingerprint="first", builder=Building("ab"), global_step=0)
+    again = state_of(folder)
+    again.load_state_dict(state.state_dict(finished=0, global_step=1))
+    again.reopen()
     pairs = again.pairs
     assert pairs.prompt_ids == ["a", "b"]
-    again.reopen(folder=RunFolder(tmp_path / "gone"))
+    again.folder = RunFolder(tmp_path / "gone")
+    again.reopen()
     assert again.pairs is pairs
 
 
 def test_an_iteration_that_was_trained_on_and_is_gone(tmp_path: Path) -> None:
-    folder, state = RunFolder(tmp_path), IterationState()
-    state.enter(0, folder=folder, policy_fingerprint="first", builder=Building(), global_step=0, ranks=ALONE)
-    again = IterationState()
-    again.load_state_dict(state.state_dict(finished=0, pairs_per_step=2, global_step=1))
+    folder = RunFolder(tmp_path)
+    state = state_of(folder)
+    state.enter(0, policy_fingerprint="first", builder=Building(), global_step=0)
+    again = state_of(RunFolder(tmp_path / "gone"))
+    again.load_state_dict(state.state_dict(finished=0, global_step=1))
     with pytest.raises(
         UserError, match=r"iterations/000 is gone or incomplete although the checkpoint was trained on it"
     ):
-        again.reopen(folder=RunFolder(tmp_path / "gone"))
+        again.reopen()
 
 
 def test_an_iteration_that_was_trained_on_and_is_another_now(tmp_path: Path) -> None:
-    folder, state = RunFolder(tmp_path), IterationState()
-    state.enter(0, folder=folder, policy_fingerprint="first", builder=Building(), global_step=0, ranks=ALONE)
-    again = IterationState()
-    again.load_state_dict(state.state_dict(finished=0, pairs_per_step=2, global_step=1))
+    folder = RunFolder(tmp_path)
+    state = state_of(folder)
+    state.enter(0, policy_fingerprint="first", builder=Building(), global_step=0)
+    again = state_of(folder)
+    again.load_state_dict(state.state_dict(finished=0, global_step=1))
     Building().build(folder.iteration(0), policy_fingerprint="other")
     with pytest.raises(UserError, match=r"iterations/000 was made from other weights than the data that"):
-        again.reopen(folder=folder)
+        again.reopen()
 
 
 @pytest.mark.parametrize("due", [None, Reestimation(("b", "a"), 3, 0.5)])
 def test_a_checkpoint_keeps_the_state(tmp_path: Path, due: Reestimation | None) -> None:
     """The keys are those of checkpoints that were written before."""
-    state, again = IterationState(), IterationState()
+    state, again = (state_of(RunFolder(tmp_path)) for _ in range(2))
     state.current, state.due = 4, due
     state.known = estimate_difficulty(
         reward_statistics({"a": [1.0, 2.0], "b": [0.5]}), empty_difficulty_table(), iteration=3, smoothing=0.0
     )
     path = tmp_path / "state.pt"
-    torch.save(state.state_dict(finished=5, pairs_per_step=2, global_step=0), path)
+    torch.save(state.state_dict(finished=5, global_step=0), path)
     kept = torch.load(path, weights_only=True)
     before = {"iteration", "finished", "pairs_consumed", "made_from", "table", "reestimation"}
     assert set(kept) == before | {"rule_states"}
@@ -239,17 +231,10 @@ def trained(
 
     Five pairs, two a step, two epochs: three steps an epoch, of 2, 2 and 1 pairs.
     """
-    state, again = IterationState(), IterationState()
-    state.enter(
-        0,
-        folder=folder,
-        policy_fingerprint="first",
-        builder=Building("abcde"),
-        global_step=before,
-        ranks=ALONE,
-    )
-    again.load_state_dict(state.state_dict(finished=finished, pairs_per_step=2, global_step=before + steps))
-    return again, again.resume(folder=folder, rules=RULES, epochs=2, global_step=before + steps)
+    state, again = state_of(folder), state_of(folder)
+    state.enter(0, policy_fingerprint="first", builder=Building("abcde"), global_step=before)
+    again.load_state_dict(state.state_dict(finished=finished, global_step=before + steps))
+    return again, again.resume(before + steps)
 
 
 @pytest.mark.parametrize(
@@ -271,19 +256,15 @@ def test_a_checkpoint_tells_where_it_goes_on(
     state, goes_on_in = trained(folder, steps=steps, finished=finished)
     assert goes_on_in == epoch
     assert state.steps_taken(10 + steps) == steps
-    assert (
-        state.state_dict(finished=0, pairs_per_step=2, global_step=10 + steps)["pairs_consumed"] == consumed
-    )
-    assert state.resume(folder=folder, rules=RULES, epochs=2, global_step=10 + steps) is None
+    assert state.state_dict(finished=0, global_step=10 + steps)["pairs_consumed"] == consumed
+    assert state.resume(10 + steps) is None
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_on_in(tmp_path: Path) -> None:
-    state = IterationState()
-    assert state.resume(folder=RunFolder(tmp_path), rules=RULES, epochs=2, global_step=0) is None
-    state.load_state_dict(
-        state.state_dict(finished=0, pairs_per_step=2, global_step=0)
-    )  # before any data was made
-    assert state.resume(folder=RunFolder(tmp_path), rules=RULES, epochs=2, global_step=0) is None
+    state = state_of(RunFolder(tmp_path))
+    assert state.resume(0) is None
+    state.load_state_dict(state.state_dict(finished=0, global_step=0))  # before any data was made
+    assert state.resume(0) is None
 
 
 @pytest.mark.parametrize("steps", range(7))
@@ -294,14 +275,7 @@ def test_what_is_left_of_an_epoch_is_the_rest_of_its_order(tmp_path: Path, steps
     assert goes_on_in is not None
 
     def passes(of: IterationState, taken: int) -> list[MicroBatch]:
-        found = of.steps(
-            folder=folder,
-            rules=RULES,
-            ranks=ALONE,
-            epoch=goes_on_in,
-            epochs=2,
-            taken=taken,
-        )
+        found = of.steps(goes_on_in, global_step=10 + taken)
         return [micro for micro in found if micro is not None]
 
     left = [micro for micro in passes(whole, 3 * goes_on_in) if micro.slot.step >= steps]
@@ -312,42 +286,31 @@ def test_what_is_left_of_an_epoch_is_the_rest_of_its_order(tmp_path: Path, steps
 # -------------------------------------------------------------- what rules keep
 
 
-def in_order(state: IterationState, folder: RunFolder, rules: IterationRules, epoch: int) -> str:
+def in_order(state: IterationState, epoch: int) -> str:
     """The prompts of an epoch's pairs, in training order."""
-    steps = state.steps(
-        folder=folder, rules=rules, ranks=ALONE, epoch=epoch, epochs=2, taken=epoch * 3
-    )  # of two pairs
+    steps = state.steps(epoch, global_step=epoch * 3)  # of two pairs
     return "".join(state.pairs.prompt_ids[row] for row in steps.order)
 
 
-def enter(
-    state: IterationState, iteration: int, folder: RunFolder, rules: IterationRules, *, old: bool = False
-) -> None:
+def enter(state: IterationState, iteration: int, *, old: bool = False) -> None:
     state.enter(
-        iteration,
-        folder=folder,
-        policy_fingerprint="first",
-        builder=Building("abcde", rules, old=old),
-        global_step=0,
-        ranks=ALONE,
+        iteration, policy_fingerprint="first", builder=Building("abcde", state.rules, old=old), global_step=0
     )
 
 
 def saved(state: IterationState) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(
-        json.dumps(
-            {"rule_states": state.state_dict(finished=0, pairs_per_step=2, global_step=0)["rule_states"]}
-        )
+        json.dumps({"rule_states": state.state_dict(finished=0, global_step=0)["rule_states"]})
     )
     return found
 
 
-def resumed(state: IterationState, rules: IterationRules, folder: RunFolder) -> IterationState:
+def resumed(state: IterationState) -> IterationState:
     """Return the state of another process, of whose rules it is not known what they have seen."""
-    again = IterationState()
-    again.load_state_dict(state.state_dict(finished=0, pairs_per_step=2, global_step=0))
-    again.resume(folder=folder, rules=rules, epochs=2, global_step=0)
-    rules.load_state_dict({"selection": {"asked": 77}, "curriculum": {"asked": 77}})
+    again = state_of(state.folder, state.rules)
+    again.load_state_dict(state.state_dict(finished=0, global_step=0))
+    again.resume(0)
+    state.rules.load_state_dict({"selection": {"asked": 77}, "curriculum": {"asked": 77}})
     return again
 
 
@@ -355,11 +318,12 @@ ORDERS = [["bcdea", "cdeab"], ["deabc", "eabcd"]]  # of a curriculum that was as
 
 
 def test_a_curriculum_is_asked_once_for_each_epoch(tmp_path: Path) -> None:
-    folder, state, rules = RunFolder(tmp_path), IterationState(), keeping_rules()
+    folder, rules = RunFolder(tmp_path), keeping_rules()
+    state = state_of(folder, rules)
     for iteration in range(2):
-        enter(state, iteration, folder, rules)
+        enter(state, iteration)
         for epoch in (0, 0, 1, 1):  # Lightning asks for a finished epoch again
-            assert in_order(state, folder, rules, epoch) == ORDERS[iteration][epoch]
+            assert in_order(state, epoch) == ORDERS[iteration][epoch]
     assert isinstance(rules.curriculum, Turning)
     assert rules.curriculum.calls == 4
     states = [(folder.iteration(number).read_manifest() or {})["rule_states"] for number in range(2)]
@@ -370,47 +334,51 @@ def test_a_curriculum_is_asked_once_for_each_epoch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_a_resumed_epoch_has_the_same_order(tmp_path: Path, epoch: int) -> None:
-    folder, state, rules = RunFolder(tmp_path), IterationState(), keeping_rules()
-    enter(state, 0, folder, rules)
-    in_order(state, folder, rules, 0)
-    again = resumed(state, rules, folder)
-    assert in_order(again, folder, rules, epoch) == ORDERS[0][epoch]
+    folder, rules = RunFolder(tmp_path), keeping_rules()
+    state = state_of(folder, rules)
+    enter(state, 0)
+    in_order(state, 0)
+    again = resumed(state)
+    assert in_order(again, epoch) == ORDERS[0][epoch]
     assert saved(again) == saved(state)
 
 
 @pytest.mark.parametrize("stored", [False, True])
 def test_the_next_iteration_goes_on_from_what_the_checkpoint_holds(tmp_path: Path, stored: bool) -> None:
     """Whether its data was made before the run ended or is made after, also where part of it was made."""
-    folder, state, rules = RunFolder(tmp_path), IterationState(), keeping_rules()
-    enter(state, 0, folder, rules)
-    in_order(state, folder, rules, 0)
-    again = resumed(state, rules, folder)
+    folder, rules = RunFolder(tmp_path), keeping_rules()
+    state = state_of(folder, rules)
+    enter(state, 0)
+    in_order(state, 0)
+    again = resumed(state)
     if stored:
-        enter(state, 1, folder, rules)
+        enter(state, 1)
         rules.load_state_dict({"selection": {"asked": 99}, "curriculum": {"asked": 99}})
-    enter(again, 1, folder, rules)
-    assert [in_order(again, folder, rules, epoch) for epoch in range(2)] == ORDERS[1]
+    enter(again, 1)
+    assert [in_order(again, epoch) for epoch in range(2)] == ORDERS[1]
     assert saved(again)["rule_states"]["selection"] == {"asked": 2}
 
 
 def test_a_run_that_starts_in_the_same_process_starts_with_fresh_rules(tmp_path: Path) -> None:
     rules = keeping_rules()
     for name in ("one", "other"):
-        folder, state = RunFolder(tmp_path / name), IterationState()
-        enter(state, 0, folder, rules)
-        assert in_order(state, folder, rules, 0) == ORDERS[0][0]
+        folder = RunFolder(tmp_path / name)
+        state = state_of(folder, rules)
+        enter(state, 0)
+        assert in_order(state, 0) == ORDERS[0][0]
         assert saved(state)["rule_states"]["selection"] == {"asked": 1}
 
 
 def test_runs_of_before_rules_had_a_state_are_resumed(tmp_path: Path) -> None:
     """Neither their manifests nor their checkpoints say anything: rules start afresh."""
-    folder, state, rules = RunFolder(tmp_path), IterationState(), keeping_rules()
-    enter(state, 0, folder, rules, old=True)
-    kept = state.state_dict(finished=0, pairs_per_step=2, global_step=0)
+    folder, rules = RunFolder(tmp_path), keeping_rules()
+    state = state_of(folder, rules)
+    enter(state, 0, old=True)
+    kept = state.state_dict(finished=0, global_step=0)
     del kept["rule_states"]
-    again = IterationState()
+    again = state_of(folder, rules)
     again.load_state_dict(kept)
-    again.resume(folder=folder, rules=rules, epochs=2, global_step=0)
-    assert in_order(again, folder, rules, 0) == ORDERS[0][0]
-    enter(again, 1, folder, rules)
-    assert in_order(again, folder, rules, 0) == ORDERS[1][0]
+    again.resume(0)
+    assert in_order(again, 0) == ORDERS[0][0]
+    enter(again, 1)
+    assert in_order(again, 0) == ORDERS[1][0]

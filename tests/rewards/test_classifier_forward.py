@@ -432,7 +432,7 @@ def test_without_a_setting_the_budget_is_what_the_memory_holds(monkeypatch: pyte
     assert max(one.rows for one in seen) == 8192 // 20
 
 
-FULL = r"^\d+ conversations of up to \d+ tokens did not fit into memory at once: going on with half$"
+FULL = r"^\d+ conversations of up to \d+ tokens did not fit into memory at once: halving the batch$"
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -461,7 +461,7 @@ def test_a_full_memory_is_told_with_numbers() -> None:
     with passes(model, 100) as seen, pytest.warns(UserWarning, match=FULL) as told:
         scored(model, ids, range(12))
     assert [str(one.message) for one in told] == [
-        f"{rows} conversations of up to 30 tokens did not fit into memory at once: going on with half"
+        f"{rows} conversations of up to 30 tokens did not fit into memory at once: halving the batch"
         for rows in (12, 6)
     ]
     assert [one.rows for one in seen] == [12, 6, 3, 3, 3, 3]

@@ -35,7 +35,7 @@ from sppo_lightning.generation import (
     PromptResponses,
     SampleRequest,
 )
-from sppo_lightning.rollouts.collector import Wanted, WantedRows
+from sppo_lightning.rollouts.collector import RolloutRequest, RolloutRequests
 from sppo_lightning.seeding import derive_seed
 from sppo_lightning.store.shards import ShardStore, by_prompt, merged, write_rollouts
 from sppo_lightning.types import (
@@ -56,7 +56,7 @@ def store(tmp_path: Path) -> ShardStore:
 
 def collect(
     store: ShardStore,
-    wanted: Sequence[Wanted],
+    wanted: Sequence[RolloutRequest],
     iteration: int = 3,
     policy: PolicySource = UNSAMPLED,
     **settings: Any,
@@ -106,7 +106,7 @@ def test_seed_and_iteration_change_every_sample(tmp_path: Path, change: dict[str
 
 def test_a_real_engine_gives_the_same_rows_whatever_the_shards(tmp_path: Path) -> None:
     prompts = [
-        Wanted(EncodedPrompt(Prompt(f"p{n}", "", ()), tokens), range(2))
+        RolloutRequest(EncodedPrompt(Prompt(f"p{n}", "", ()), tokens), range(2))
         for n, tokens in enumerate(random_tokens(3, 20, 1, 8))
     ]
     found = []
@@ -269,14 +269,14 @@ def test_a_reward_of_nan_is_a_score(store: ShardStore) -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        [*wanted_of(3), Wanted(encoded(1, 9)[0], range(2))],
+        [*wanted_of(3), RolloutRequest(encoded(1, 9)[0], range(2))],
         wanted_of(4, range(3)),
         wanted_of(4)[::-1],
         wanted_of(3),
     ],
     ids=["another prompt", "more samples", "another order", "fewer prompts"],
 )
-def test_shards_of_other_prompts_are_refused(store: ShardStore, other: list[Wanted]) -> None:
+def test_shards_of_other_prompts_are_refused(store: ShardStore, other: list[RolloutRequest]) -> None:
     collect(store, wanted_of(4))
     before = files(store)
     message = (
@@ -484,7 +484,7 @@ def test_messages_reach_the_reward(store: ShardStore) -> None:
             seen.extend(prompts)
             return [1.0] * len(responses)
 
-    collect(store, [Wanted(prompt, range(2))], reward=Recorder())
+    collect(store, [RolloutRequest(prompt, range(2))], reward=Recorder())
     assert seen == [prompt.prompt] * 2
 
 
@@ -529,7 +529,7 @@ def test_prompts_of_one_shard_are_held_at_a_time(store: ShardStore) -> None:
     prompts = Made(range(20))
     rows = collect(
         store,
-        WantedRows(prompts, [range(2)] * 20),
+        RolloutRequests(prompts, [range(2)] * 20),
         generator=Sampling(),
         reward=Scoring(),
         prompts_per_shard=2,
@@ -547,7 +547,7 @@ def test_prompts_of_one_shard_are_held_at_a_time(store: ShardStore) -> None:
 
 def test_wanted_rows_are_those_of_a_list() -> None:
     samples = [range(2), range(1, 4), range(1)]
-    rows, plain = WantedRows(encoded(3), samples), list(map(Wanted, encoded(3), samples))
+    rows, plain = RolloutRequests(encoded(3), samples), list(map(RolloutRequest, encoded(3), samples))
     assert len(rows) == 3
     assert list(rows) == plain
     assert rows[-1] == plain[-1]

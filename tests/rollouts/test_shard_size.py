@@ -17,7 +17,7 @@ from support.fakes import UNSAMPLED
 
 from sppo_lightning.generation import Generator, PolicySource, PromptResponses, SampleRequest
 from sppo_lightning.rewards import FunctionReward
-from sppo_lightning.rollouts.collector import Collector, WantedRows
+from sppo_lightning.rollouts.collector import Collector, RolloutRequests
 from sppo_lightning.rollouts.shard_size import prompts_per_shard
 from sppo_lightning.store.shards import ShardStore, read_rollouts
 from sppo_lightning.types import EncodedPrompt, Prompt, Response, T, UserError
@@ -84,7 +84,7 @@ class Process:
 def test_the_number_of_processes_changes_no_border(tmp_path: Path) -> None:
     """2,100 responses: 128 a shard, which are 42 prompts of 3; a start with one process goes on with two."""
     prompts = [EncodedPrompt(Prompt(f"p{number}", "Q", ()), (7,)) for number in range(700)]
-    wanted = WantedRows(prompts, [range(1, 4) if number else range(2) for number in range(700)])
+    wanted = RolloutRequests(prompts, [range(1, 4) if number else range(2) for number in range(700)])
     store = ShardStore(tmp_path)
 
     def collect(*ranks: Process) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from support.rules import iteration_rules
 
 from sppo_lightning.difficulty import StatisticsTable, empty_difficulty_table
 from sppo_lightning.iteration.state import IterationState
@@ -14,6 +15,7 @@ from sppo_lightning.store.pairs import PairTable
 from sppo_lightning.store.pruning import prune
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.durable import read_checksummed
+from sppo_lightning.system.rendezvous import FileRanks
 from sppo_lightning.types import PreferencePair, Rollout, UserError
 
 
@@ -145,18 +147,18 @@ def test_the_manifest_is_on_disk_before_the_first_file_goes(
 
 def test_pruned_responses_that_are_asked_for_are_an_error(run: RunFolder) -> None:
     prune(run, 3, 1)
-    state = IterationState()
+    state = IterationState(run, iteration_rules(), epochs=1, ranks=FileRanks(run.root, rank=0, world_size=1))
     state.current = 2
-    assert state.difficulty_after(2, folder=run).prompt_ids == ("p0", "p1", "p2")
+    assert state.difficulty_after(2).prompt_ids == ("p0", "p1", "p2")
     state.current = 1
     message = (
         f"^{re.escape(str(run.iteration(1).shards.folder))} was deleted to save space, but this run resumes from "
         "there: continue from the run's own checkpoints/last.ckpt, or start anew with a larger data.keep_iterations$"
     )
     with pytest.raises(UserError, match=message):
-        state.difficulty_after(1, folder=run)
+        state.difficulty_after(1)
     with pytest.raises(UserError, match=message):
-        state.reopen(folder=run)
+        state.reopen()
     assert len(run.iteration(1).read_pairs()) == 1
 
 

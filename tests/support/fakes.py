@@ -17,7 +17,7 @@ from sppo_lightning.generation import (
     SampleRequest,
 )
 from sppo_lightning.rewards import Reward
-from sppo_lightning.rollouts.collector import Collector, Wanted
+from sppo_lightning.rollouts.collector import Collector, RolloutRequest
 from sppo_lightning.store.shards import ShardStore
 from sppo_lightning.types import (
     EncodedPrompt,
@@ -125,8 +125,8 @@ def encoded(count: int, start: int = 0) -> list[EncodedPrompt]:
     ]
 
 
-def wanted_of(count: int, samples: range = range(2)) -> list[Wanted]:
-    return [Wanted(prompt, samples) for prompt in encoded(count)]
+def wanted_of(count: int, samples: range = range(2)) -> list[RolloutRequest]:
+    return [RolloutRequest(prompt, samples) for prompt in encoded(count)]
 
 
 class Unsampled:

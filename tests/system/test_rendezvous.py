@@ -116,7 +116,7 @@ def exchange(ranks: FileRanks) -> dict[str, Any]:
     own[0, 0] = math.nan
     sides = ranks.gather([own, ranks.rank, KINDS])
     part = ranks.gather([torch.zeros(1_000_000, requires_grad=True)[3:5]])
-    written = max(path.stat().st_size for path in folder_files(ranks) if path.name.startswith("meet-"))
+    written = max(path.stat().st_size for path in folder_files(ranks) if path.name.startswith("gather-"))
     uneven = ranks.gather(list(range(ranks.rank)))
     values = [ranks.same(value if ranks.rank == 0 else "not mine") for value in KINDS]
     verdict = ranks.same(("refused", torch.tensor([ranks.rank + 0.5])))
@@ -203,7 +203,7 @@ def meet_often(ranks: FileRanks) -> tuple[int, float]:
 
 
 def test_files_do_not_pile_up(folder: Path) -> None:
-    """A sign of life and two meetings' files of each process, and what is being renamed."""
+    """A heartbeat and the files of two all-gathers of each process, and what is being renamed."""
     outcomes = together(meet_often, folder)
     assert [outcome.error for outcome in outcomes] == [None, None]
     assert max(outcome.value[0] for outcome in outcomes) <= 2 * 4
@@ -269,7 +269,7 @@ def test_a_killed_process_is_found_by_its_silence(folder: Path) -> None:
     outcome = ended(*begun[0])
     assert (
         outcome.error
-        == "process 1 has given no sign of life for 1 s: the same command goes on from what is stored"
+        == "process 1 has given no heartbeat for 1 s: the same command resumes from what is stored"
     )
     assert 1.0 < outcome.seconds < 4.0
     begun[1][0].join()
@@ -287,7 +287,7 @@ def check_until_it_raises(ranks: FileRanks) -> None:
 
 def test_a_process_at_work_finds_the_killed_one_too(folder: Path) -> None:
     begun = [started(check_until_it_raises, folder, rank, patience_s=0.5) for rank in range(2)]
-    assert "process 1 has given no sign of life" in str(ended(*begun[0]).error)
+    assert "process 1 has given no heartbeat" in str(ended(*begun[0]).error)
 
 
 def second_works(ranks: FileRanks) -> None:
@@ -333,7 +333,7 @@ def second_goes(ranks: FileRanks) -> None:
 def test_a_process_that_ended_is_not_waited_for(folder: Path) -> None:
     first, second = together(second_goes, folder)
     assert first.error == (
-        "process 1 has ended, while process 0 has not: the same command goes on from what is stored"
+        "process 1 has ended, while process 0 has not: the same command resumes from what is stored"
     )
     assert second.error is None
 
@@ -399,7 +399,7 @@ def test_sessions_of_earlier_starts_are_removed_once_they_are_silent(tmp_path: P
     old, young = tmp_path / "root" / SESSIONS / "old", tmp_path / "root" / SESSIONS / "young"
     for earlier, age in ((old, 100), (young, 20)):
         earlier.mkdir(parents=True)
-        (earlier / "meet-1-0").touch()
+        (earlier / "gather-1-0").touch()
         os.utime(earlier, (time.time() - age,) * 2)
     first, second = together(inner_session, tmp_path / "outer")
     assert first.error is second.error is None

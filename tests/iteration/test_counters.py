@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sppo_lightning.iteration.tally import ResponseTally
+from sppo_lightning.iteration.counters import ResponseCounters
 from sppo_lightning.types import Rollout
 
 REASONS = ["too_long_to_score", "failed_score", "server_error", "unfinished"]
@@ -31,11 +31,11 @@ def rollouts(draw: st.DrawFn) -> Rollout:
     )
 
 
-def tally_of(*groups: list[Rollout]) -> ResponseTally:
-    tally = ResponseTally()
+def tally_of(*groups: list[Rollout]) -> ResponseCounters:
+    counters = ResponseCounters()
     for rows in groups:
-        tally.add(rows)
-    return tally
+        counters.add(rows)
+    return counters
 
 
 @settings(max_examples=200, deadline=None)

@@ -10,7 +10,7 @@ from typing import Any
 from sppo_lightning.types import ScoredRollout
 
 
-class ResponseTally:
+class ResponseCounters:
     """Running counts and sums of an iteration's responses."""
 
     def __init__(self) -> None:
