@@ -1,4 +1,4 @@
-"""Whole runs with weights spread over two gloo processes (FSDP2 through Lightning's ModelParallelStrategy)."""
+"""Whole runs with weights sharded over two gloo processes (FSDP2 through Lightning's ModelParallelStrategy)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import csv
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.processes import run_command
 from support.runs import cli_arguments
 from support.same_run import rows
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -56,21 +55,18 @@ def arguments(tiny_policy: Path, counting_prompts: Path) -> Arguments:
     return build
 
 
-def spread(arguments: list[str], processes: int, *, killed_at: int | None = None) -> None:
-    """Run a command with its weights spread over processes."""
+def run_sharded(
+    arguments: list[str], processes: int, *, log: Path, killed_at: int | None = None, sharded: bool = True
+) -> None:
+    """Run a command with its weights sharded over processes."""
     strategy = {
         "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
         "init_args": {"data_parallel_size": processes, "tensor_parallel_size": 1},
     }
-    command = [sys.executable, "-m", "sppo_lightning", *arguments, f"--trainer.devices={processes}"]
-    command += [f"--trainer.strategy={json.dumps(strategy)}"]
-    folders = [Path(__file__).parents[2], Path(__file__).parents[1]]
-    path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    if killed_at is not None:
-        environment["KILLED_AT"] = str(killed_at)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == (0 if killed_at is None else STOP), done.stderr[-3000:]
+    more = [f"--trainer.devices={processes}", f"--trainer.strategy={json.dumps(strategy)}"] if sharded else []
+    environment = {} if killed_at is None else {"KILLED_AT": str(killed_at)}
+    status = run_command([*arguments, *more], processes, log=log, **environment)
+    assert status == (0 if killed_at is None else STOP), log.read_text()[-3000:]
 
 
 def metrics(run: Path) -> list[dict[str, str]]:
@@ -121,20 +117,20 @@ def test_two_processes_that_share_the_weights_make_the_run_of_one(
     arguments: Arguments, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     main(arguments(tmp_path / "whole", **settings))
-    spread(arguments(tmp_path / "spread", **settings), 2)
-    assert_same_run(tmp_path / "whole", tmp_path / "spread")
-    assert fingerprints(tmp_path / "whole") == fingerprints(tmp_path / "spread")
+    run_sharded(arguments(tmp_path / "sharded", **settings), 2, log=tmp_path / "log")
+    assert_same_run(tmp_path / "whole", tmp_path / "sharded")
+    assert fingerprints(tmp_path / "whole") == fingerprints(tmp_path / "sharded")
 
 
 @pytest.mark.parametrize("carry", [False, True])
-def test_a_killed_run_goes_on_with_as_many_processes_or_fewer(
+def test_a_killed_run_is_resumed_with_as_many_processes_or_fewer(
     arguments: Arguments, tmp_path: Path, carry: bool
 ) -> None:
     """From the end of the first iteration, with and without the optimizer's state."""
     settings = {"model__carry_optimizer": carry, **LORA}
     main(arguments(tmp_path / "whole", **settings))
     steps = len([row for row in metrics(tmp_path / "whole") if row["train/loss"]])
-    spread(arguments(tmp_path / "two", **settings), 2, killed_at=steps - 1)
+    run_sharded(arguments(tmp_path / "two", **settings), 2, log=tmp_path / "log", killed_at=steps - 1)
     checkpoint = tmp_path / "two/checkpoints/last.ckpt"
     held = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     assert any(".exp_avg" in name for name in held) is carry
@@ -142,18 +138,15 @@ def test_a_killed_run_goes_on_with_as_many_processes_or_fewer(
     assert torch.load(checkpoint / "meta.pt", weights_only=True)["global_step"] < steps
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     for name, processes in (("two", 2), ("one", 1)):
-        spread(arguments(tmp_path / name, **settings), processes)
+        run_sharded(arguments(tmp_path / name, **settings), processes, log=tmp_path / "log")
         assert_same_run(tmp_path / "whole", tmp_path / name)
 
 
-def test_a_whole_run_goes_on_with_its_weights_spread(arguments: Arguments, tmp_path: Path) -> None:
+def test_an_unsharded_run_is_resumed_with_sharded_weights(arguments: Arguments, tmp_path: Path) -> None:
     """A single file without an optimizer's state is taken over."""
     main(arguments(tmp_path / "whole"))
     steps = len([row for row in metrics(tmp_path / "whole") if row["train/loss"]])
-    command = [sys.executable, "-m", "sppo_lightning", *arguments(tmp_path / "spread")]
-    folders = [Path(__file__).parents[2], Path(__file__).parents[1]]
-    path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "KILLED_AT": str(steps - 1)}
-    assert subprocess.run(command, env=environment, capture_output=True, timeout=300).returncode == STOP
-    spread(arguments(tmp_path / "spread"), 2)
-    assert_same_run(tmp_path / "whole", tmp_path / "spread")
+    again = arguments(tmp_path / "sharded")
+    run_sharded(again, 1, log=tmp_path / "log", killed_at=steps - 1, sharded=False)
+    run_sharded(again, 2, log=tmp_path / "log")
+    assert_same_run(tmp_path / "whole", tmp_path / "sharded")

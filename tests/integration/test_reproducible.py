@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import lightning.pytorch as pl
 import pyarrow.parquet as pq
 import pytest
 import torch
+from support.processes import run_command
 from support.runs import cli_arguments
 
 from sppo_lightning.__main__ import main
@@ -199,12 +197,9 @@ def test_two_processes_make_the_same_rollouts_and_pairs(
     """Two gloo processes: same rollouts and pairs; weights equal up to the order of sums."""
     whole, root = tmp_path / "whole", tmp_path / "run"
     main(arguments(whole, **reward))
-    command = [sys.executable, "-m", "sppo_lightning"]
-    command += arguments(root, trainer__devices=2, trainer__strategy="ddp", **reward)
-    path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    log = tmp_path / "log"
+    status = run_command(arguments(root, trainer__devices=2, trainer__strategy="ddp", **reward), 2, log=log)
+    assert status == 0, log.read_text()[-3000:]
     assert files(whole, "iterations/000/rollouts/*.parquet") == files(
         root, "iterations/000/rollouts/*.parquet"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import resource
 import signal
@@ -19,12 +18,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support.processes import PROCESSES
 
 from sppo_lightning.system.rendezvous import FileRanks, open_session
 from sppo_lightning.types import UserError
 
-PROCESSES: Any = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["sppo_lightning.system.rendezvous"])  # torch is imported once
 BEAT_S = 0.1
 SESSIONS = ".rendezvous"
 KINDS: list[Any] = [
