@@ -21,6 +21,7 @@ from sppo_lightning.iteration.state import IterationState
 from sppo_lightning.pair_forward.layouts import PairLayout
 from sppo_lightning.pairing import BestWorst, Pairing
 from sppo_lightning.preflight import prepare_run, read_stage_prompts, shrink
+from sppo_lightning.prompts.reading import check_columns
 from sppo_lightning.prompts.sets import PromptSets
 from sppo_lightning.prompts.table import EncodedPrompts
 from sppo_lightning.resume.position import fit_position, restore_position
@@ -46,7 +47,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
     """Samples, scores, selects and pairs, once an iteration, inside ``train_dataloader``.
 
     Args:
-        prompts: training prompts: file(s), glob, folder or hub dataset; jsonl, json, csv or parquet.
+        prompts: training prompts: file(s), glob, folder, saved data set or data set of the hub, as
+            :func:`~sppo_lightning.prompts.reading.read_prompts` takes them.
         iterations: self-play iterations.
         samples_per_prompt: responses that a pair is chosen from, at least 2.
         generator: answers prompts.
@@ -63,6 +65,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         eval_prompts: held-out prompts, evaluated before the first and after each iteration.
         test_prompts: held-out prompts of ``test``.
         predict_prompts: prompts of ``predict``.
+        columns: the files' own names of ``prompt``, ``answer`` and ``id``, where they have others; for all prompts.
         max_prompt_tokens: longer prompts are dropped and counted, never truncated.
         prompts_per_shard: prompts of one rollout file, the unit of work and of recovery; ``None``: by the number of
             prompts and of their responses, see :func:`~sppo_lightning.rollouts.shard_size.prompts_per_shard`.
@@ -106,6 +109,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         eval_prompts: Sources | None = None,
         test_prompts: Sources | None = None,
         predict_prompts: Sources | None = None,
+        columns: dict[str, str] | None = None,
         max_prompt_tokens: int = 1024,
         prompts_per_shard: int | None = None,
         keep_iterations: int | None = None,
@@ -127,6 +131,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ValueError(f"data.{name}={value} must be at least 1")
+        check_columns(columns or {})
         if not 0 <= max_failed_share <= 1:
             raise ValueError(f"data.max_failed_share={max_failed_share} must lie in [0, 1]")
         self.unfinished = UnfinishedRule(unfinished, unfinished_penalty)
@@ -164,6 +169,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
             },
             max_prompt_tokens,
             system_prompt,
+            columns or {},
         )
         self.stop = StopSignal()
         self.ranks: FileRanks = FileRanks(

@@ -55,11 +55,20 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-class Message(TypedDict):
-    """One turn of a conversation."""
-
+class _Turn(TypedDict):
     role: str
     content: str
+
+
+class Message(_Turn, total=False):
+    """One turn of a conversation; what else a chat template may read stands in it where the file has it."""
+
+    tool_calls: Any
+    tool_call_id: str
+    name: str
+    reasoning_content: str
+    reasoning: str
+    thinking: str
 
 
 @dataclass(frozen=True)

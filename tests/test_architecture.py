@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # a line imports from the lines above it, and each name from itself; names on one line do not know each other
 LAYERS = """
-types seeding
+types
+seeding paths
 losses schedules difficulty
 selection pairing system prompts
 store policy

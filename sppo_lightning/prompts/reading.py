@@ -1,29 +1,43 @@
-"""Read prompts from files or a hub dataset, and turn them into token ids through one templating function."""
+"""Read prompts from files or data sets, in whatever shape people have them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from sppo_lightning.prompts.files import Record, records
+from sppo_lightning.prompts.files import Record, files_of, records
+from sppo_lightning.prompts.shapes import shape_of
 from sppo_lightning.prompts.table import PromptTable, user_text
 from sppo_lightning.types import Message, Prompt, UserError
 
+COLUMNS = ("prompt", "answer", "id")
+"""What ``data.columns`` can name."""
 
-def read_prompts(source: str | Sequence[str], *, key: str) -> PromptTable:
-    """Read prompts from files, globs, folders or hub datasets.
+LISTED = 8  # files that are named
 
-    A record with both ``prompt`` and ``messages`` (as preference sets have) is its ``prompt``; the messages are
-    kept as metadata. Records without an id that repeat a prompt count once.
+
+def read_prompts(
+    source: str | Sequence[str], *, key: str, columns: Mapping[str, str] = MappingProxyType({})
+) -> PromptTable:
+    """Read prompts from files, globs, folders, saved data sets or data sets of the hub.
+
+    A record's shape is recognised by its fields (:data:`~.shapes.SHAPES`) and said. Records without an id that repeat
+    a prompt count once; the first one's reference answer stays.
 
     Args:
-        source: one or several of: a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, a glob of them, a
-            folder of them, or the id of a hub dataset (``owner/name`` or ``owner/name:split``).
+        source: one or several of: a file (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.txt``, also compressed, or
+            ``.parquet``, ``.arrow``), a glob of them, a folder of them or what ``save_to_disk`` wrote (``folder`` or
+            ``folder:split``), or a data set of the hub (``owner/name``, ``owner/name:split`` or
+            ``owner/name:config:split``).
         key: config key to name in errors, e.g. ``data.prompts``.
+        columns: the source's own names of ``prompt``, ``answer`` and ``id``, where they have others.
 
     Raises:
         UserError: naming the file and line, if there is nothing to read or a record is no prompt.
@@ -31,28 +45,96 @@ def read_prompts(source: str | Sequence[str], *, key: str) -> PromptTable:
     sources = [source] if isinstance(source, str) else list(source)
     table = PromptTable()
     rows: dict[str, int] = {}  # by id
+    shapes: Counter[str] = Counter()
     repeated = 0
-    for record in _all_records(sources, key):
-        prompt = _parse(record)
+    for record in _all_records(sources, key, columns):
+        prompt, shape, own_answer = _parse(record)
+        shapes[shape] += 1
         row = rows.setdefault(prompt.id, len(table))
         if row == len(table):
             table.append(prompt)
             continue
         repeated += 1
         twin = table[row]
-        same = (twin.messages, twin.answer) == (prompt.messages, prompt.answer)
+        same = twin.messages == prompt.messages and (twin.answer == prompt.answer or not own_answer)
         if not same or (record[1].get("id") is not None and twin != prompt):
-            first = next(item for item in _all_records(sources, key) if _parse(item).id == prompt.id)
+            first = next(
+                item for item in _all_records(sources, key, columns) if _parse(item)[0].id == prompt.id
+            )
             raise UserError(_clash(record, first[0]))
     if not table:
         raise UserError(f"{key}={source!r} holds no prompts: add at least one record with a 'prompt' field")
-    if repeated:
-        rank_zero_info(f"{key}: {repeated} records repeat another prompt and count once")
+    _say_what_was_read(key, sources, shapes, len(table), repeated)
     return table
 
 
-def _all_records(sources: Sequence[str], key: str) -> Iterator[Record]:
-    return (record for source in sources for record in records(source, key=key))
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Refuse names of columns that stand for nothing.
+
+    Raises:
+        UserError: naming the key.
+    """
+    for name in columns:
+        if name not in COLUMNS:
+            raise UserError(f"data.columns.{name}: only {', '.join(COLUMNS)} can be named")
+
+
+def locate(source: str | Sequence[str], prompt_id: str, *, key: str, columns: Mapping[str, str]) -> str:
+    """Return where the first record of a prompt stands, e.g. ``prompts.jsonl:3``.
+
+    Args:
+        source: as for :func:`read_prompts`.
+        prompt_id: of the prompt.
+        key: as for :func:`read_prompts`.
+        columns: as for :func:`read_prompts`.
+    """
+    sources = [source] if isinstance(source, str) else list(source)
+    for record in _all_records(sources, key, columns):
+        if _parse(record)[0].id == prompt_id:
+            return record[0]
+    return key
+
+
+def _say_what_was_read(
+    key: str, sources: Sequence[str], shapes: Mapping[str, int], prompts: int, repeated: int
+) -> None:
+    if set(shapes) != {"prompt"}:
+        named = (
+            ", ".join(shapes)
+            if len(shapes) == 1
+            else ", ".join(f"{name} ({n})" for name, n in shapes.items())
+        )
+        rank_zero_info(f"{key}: {prompts} prompts, read as {named}")
+    if repeated:
+        rank_zero_info(f"{key}: {repeated} records repeat another prompt and count once")
+    for source in sources:
+        read, left_out = files_of(source, key=key)
+        if len(read) > 1 or left_out:
+            rest = f"; left out: {_names(left_out)}" if left_out else ""
+            rank_zero_info(f"{key}: read from {source}: {_names(read)}{rest}")
+
+
+def _names(files: Sequence[Path]) -> str:
+    more = f" and {len(files) - LISTED} more" if len(files) > LISTED else ""
+    return ", ".join(file.name for file in files[:LISTED]) + more
+
+
+def _all_records(sources: Sequence[str], key: str, columns: Mapping[str, str]) -> Iterator[Record]:
+    for source in sources:
+        for where, fields in records(source, key=key):
+            yield where, _renamed(fields, columns, where) if columns else fields
+
+
+def _renamed(fields: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Mapping[str, Any]:
+    """Return a record's fields under the names that shapes know."""
+    for name, column in columns.items():
+        if column not in fields and name == "prompt":
+            found = ", ".join(sorted(fields)) or "none"
+            raise UserError(f"{where}: data.columns.{name}={column!r} is not there; its fields are: {found}")
+    others = {
+        name: value for name, value in fields.items() if name not in columns and name not in columns.values()
+    }
+    return {**others, **{name: fields.get(column) for name, column in columns.items()}}
 
 
 def _clash(record: Record, first: str) -> str:
@@ -86,37 +168,47 @@ def check_disjoint(train: Iterable[Prompt], held_out: Sequence[Prompt], *, key: 
 
 def _spoken(prompt: Prompt) -> bytes:
     """Return a digest of what is said, without the white space around it, which makes no other prompt."""
-    turns = [[turn["role"], turn["content"].strip()] for turn in prompt.messages]
-    return hashlib.blake2b(json.dumps(turns).encode(), digest_size=16).digest()
+    turns = [[turn["role"], turn["content"].strip(), *_more(turn)] for turn in prompt.messages]
+    return hashlib.blake2b(json.dumps(turns, default=str).encode(), digest_size=16).digest()
 
 
-def _parse(record: Record) -> Prompt:
+def _parse(record: Record) -> tuple[Prompt, str, bool]:
+    """Return a record's prompt, the name of its shape, and whether the record names its answer itself."""
     where = record[0]
     fields = {name: value for name, value in record[1].items() if value is not None}
-    if "prompt" not in fields and "messages" not in fields:
-        found = ", ".join(sorted(fields)) or "none"
-        raise UserError(f"{where}: needs a 'prompt' (text) or 'messages' (list); its fields are: {found}")
-    if "prompt" not in fields:
-        turns = _parse_messages(fields["messages"], where)
-        text = user_text(turns)
-    else:
-        text = fields["prompt"]
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(
-                f"{where}: 'prompt' must be a text that is not empty, got {text!r}; a list of turns goes "
-                "into 'messages'"
-            )
-        turns = (Message(role="user", content=text),)
-    used = {"id", "answer", "prompt" if "prompt" in fields else "messages"}
-    for turn in turns:
-        _check_encodable(turn["content"], where)
-    return Prompt(
-        id=_parse_scalar("id", fields["id"], where) if "id" in fields else _content_id(turns),
-        text=text,
-        messages=turns,
-        answer=_parse_scalar("answer", fields["answer"], where) if "answer" in fields else None,
+    shape = shape_of(fields, where)
+    said = shape.read(fields, where)
+    _check_turns(said.turns, where)
+    own_answer = "answer" in fields and "answer" not in said.used
+    answer = _parse_scalar("answer", fields["answer"], where) if own_answer else _as_text(said.answer)
+    used = {"id", "answer", *said.used}
+    prompt = Prompt(
+        id=_parse_scalar("id", fields["id"], where) if "id" in fields else _content_id(said.turns),
+        text=user_text(said.turns) if said.text is None else said.text,
+        messages=said.turns,
+        answer=answer,
         metadata={name: value for name, value in fields.items() if name not in used},
     )
+    return prompt, shape.name, "answer" in fields
+
+
+def _check_turns(turns: Sequence[Message], where: str) -> None:
+    """Refuse a conversation that leaves the policy nothing to answer, or that is no text."""
+    if turns[-1]["role"] == "assistant":
+        raise UserError(
+            f"{where}: the last message is the assistant's, with nothing left to answer before it: end with the user's"
+        )
+    if not turns[-1]["content"].strip():
+        raise UserError(f"{where}: the last message is empty: there is nothing to answer")
+    for turn in turns:
+        _check_encodable(turn["content"], where)
+
+
+def _as_text(answer: object) -> str | None:
+    """Return a reference answer as text; ``None`` if it is none, such as a list of choices."""
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+        return None
+    return str(answer)
 
 
 def _parse_scalar(name: str, value: object, where: str) -> str:
@@ -134,27 +226,12 @@ def _check_encodable(text: str, where: str) -> None:
         ) from error
 
 
-def _parse_messages(messages: Any, where: str) -> tuple[Message, ...]:
-    shape = "'messages' must be a non-empty list of {'role': text, 'content': text}"
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: {shape}, got {messages!r}")
-    turns = []
-    for turn in messages:
-        if not isinstance(turn, dict) or not all(
-            isinstance(turn.get(name), str) for name in ("role", "content")
-        ):
-            raise UserError(f"{where}: {shape}, got {turn!r}")
-        turns.append(Message(role=turn["role"], content=turn["content"]))
-    if turns[-1]["role"] == "assistant":
-        raise UserError(
-            f"{where}: the last message is the assistant's, so that nothing is left to answer: end with the "
-            "user's"
-        )
-    if not turns[-1]["content"].strip():
-        raise UserError(f"{where}: the last message is empty: there is nothing to answer")
-    return tuple(turns)
-
-
 def _content_id(messages: Sequence[Message]) -> str:
-    text = json.dumps([[turn["role"], turn["content"]] for turn in messages], ensure_ascii=False)
+    said = [[turn["role"], turn["content"], *_more(turn)] for turn in messages]
+    text = json.dumps(said, ensure_ascii=False, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _more(turn: Message) -> list[dict[str, Any]]:
+    more = {name: value for name, value in turn.items() if name not in ("role", "content")}
+    return [more] if more else []

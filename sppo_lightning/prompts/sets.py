@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -25,6 +26,7 @@ class PromptSets:
         sources: file(s), folder or hub dataset of each key; ``None`` where the config names none.
         max_tokens: longer prompts are left out.
         system_prompt: opens the conversations that have no system message.
+        columns: the files' own names of ``prompt``, ``answer`` and ``id``.
     """
 
     def __init__(
@@ -32,10 +34,12 @@ class PromptSets:
         sources: Mapping[str, str | list[str] | None],
         max_tokens: int,
         system_prompt: str | None = None,
+        columns: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.sources = sources
         self.max_tokens = max_tokens
         self.system_prompt = system_prompt
+        self.columns = columns
         self._read: dict[str, PromptTable] = {}
         self._encoded: dict[str, EncodedPrompts] = {}
         self._too_long: dict[str, list[str]] = {}
@@ -54,7 +58,7 @@ class PromptSets:
         if source is None:
             raise UserError(f"data.{key} is not set: name a prompt file")
         if key not in self._read:
-            self._read[key] = read_prompts(source, key=f"data.{key}")
+            self._read[key] = read_prompts(source, key=f"data.{key}", columns=self.columns)
         return self._read[key]
 
     def keep_first(self, key: str, count: int) -> None:

@@ -214,14 +214,14 @@ def test_the_same_words_in_another_role_are_another_prompt() -> None:
         ("p.csv", b'prompt\n"a"b\n', r"p\.csv:2: broken CSV, ',' expected after '\"': check the quotes"),
         (
             "p.csv",
-            b"question\na\n",
-            r"p\.csv:2: needs a 'prompt' .* or 'messages' .*; its fields are: question",
+            b"query\na\n",
+            r"p\.csv:2: no prompt is recognised; its fields are: query\. .*ShareGPT.*data\.columns",
         ),
-        ("p.jsonl", b'{"question": "a"}', r"p\.jsonl:1: needs a 'prompt' .*; its fields are: question"),
-        ("p.json", b'{"prompt": "a"}', r"p\.json: expected a JSON list of prompt records"),
+        ("p.json", b'"prompt"', r"p\.json: expected a JSON list of prompt records"),
+        ("p.json", b'{"data":\n [1]}', r"p\.json:1: broken JSON, .*: each line must be one JSON object"),
         ("p.jsonl", b'["a"]', r"p\.jsonl:1: expected a JSON object with a 'prompt' field, got list"),
         ("p.jsonl", b'{"prompt": " "}', r"'prompt' must be a text that is not empty, got ' '"),
-        ("p.jsonl", b'{"prompt": ["a"]}', r"got \['a'\]; a list of turns goes into 'messages'"),
+        ("p.jsonl", b'{"prompt": ["a"]}', r"'prompt' must be a non-empty list of .*, got 'a'"),
         (
             "p.jsonl",
             b'{"prompt": "a", "id": true}',
@@ -234,14 +234,24 @@ def test_the_same_words_in_another_role_are_another_prompt() -> None:
         (
             "p.jsonl",
             b'{"messages": [{"role": "assistant", "content": "a"}]}',
-            r"the last message is the assistant's, .*: end with the user's",
+            r"the last message is the assistant's, with nothing .*: end with the user's",
         ),
         ("p.jsonl", b'{"messages": [{"role": "user", "content": ""}]}', r"the last message is empty"),
         ("p.jsonl", b"\n", r"data\.prompts='.*p\.jsonl' holds no prompts: add at least one record"),
         ("p.json", b"", r"data\.prompts='.*p\.json' holds no prompts"),
         ("p.csv", b"prompt,answer\n", r"data\.prompts='.*p\.csv' holds no prompts"),
         ("p.parquet", b"no parquet", r"p\.parquet: cannot be read as Parquet: "),
-        ("p.txt", b"a", r"data\.prompts: .*p\.txt is none of \.jsonl, \.json, \.csv, \.parquet"),
+        ("p.md", b"a", r"data\.prompts: .*p\.md is none of \.jsonl, \.ndjson, \.json, \.csv, .*\.gz"),
+        ("p.jsonl.gz", b"a", r"data\.prompts: .*p\.jsonl\.gz cannot be read \(Not a gzipped file"),
+        ("p.jsonl.zst", b"a", r"data\.prompts: .*p\.jsonl\.zst cannot be read"),
+        ("p.arrow", b"no arrow", r"p\.arrow: cannot be read as Arrow: "),
+        ("p.csv", b"prompt,prompt\na,b\n", r"p\.csv:1: two columns are called 'prompt': rename one"),
+        ("p.jsonl", b"[" * 100_000, r"p\.jsonl:1: JSON that is nested too deep"),
+        (
+            "p.jsonl",
+            b'{"prompt": ' + b"9" * 5000 + b"}",
+            r"p\.jsonl:1: Exceeds the limit .*write it as a text",
+        ),
     ],
 )
 def test_broken_files_name_the_place(name: str, content: bytes, wording: str, tmp_path: Path) -> None:
@@ -251,21 +261,15 @@ def test_broken_files_name_the_place(name: str, content: bytes, wording: str, tm
 
 
 def test_parquet_without_the_column(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.parquet", [{"question": "a"}])
-    with pytest.raises(UserError, match=r"p\.parquet:row 1: needs a 'prompt' .*; its fields are: question"):
+    path = write(tmp_path / "p.parquet", [{"query": "a"}])
+    with pytest.raises(UserError, match=r"p\.parquet:row 1: no prompt is recognised; its fields are: query"):
         read_prompts(str(path), key="data.prompts")
-
-
-def test_a_folder_in_the_place_of_a_file(tmp_path: Path) -> None:
-    (tmp_path / "p.jsonl").mkdir()
-    with pytest.raises(UserError, match=r"data\.prompts: .*p\.jsonl cannot be read \(Is a directory\)"):
-        read_prompts(str(tmp_path), key="data.prompts")
 
 
 def test_a_folder_without_prompt_files(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("a")
     with pytest.raises(
-        UserError, match=r"data\.prompts: folder .* has no \.jsonl, \.json, \.csv, \.parquet file"
+        UserError, match=r"data\.prompts: folder .* has no \.jsonl, \.ndjson, \.json, .*\.arrow file"
     ):
         read_prompts(str(tmp_path), key="data.prompts")
 
