@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from datetime import date
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -21,6 +22,7 @@ from sppo_lightning.iteration.state import IterationState
 from sppo_lightning.pair_forward.layouts import PairLayout
 from sppo_lightning.pairing import BestWorst, Pairing
 from sppo_lightning.preflight import prepare_run, read_stage_prompts, shrink
+from sppo_lightning.prompts.encoding import set_template_clock
 from sppo_lightning.prompts.reading import check_columns
 from sppo_lightning.prompts.sets import PromptSets
 from sppo_lightning.prompts.table import EncodedPrompts
@@ -189,6 +191,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
                 f"data.keep_iterations={self.keep_iterations} deletes what a checkpoint has finished, but "
                 "trainer.enable_checkpointing=false writes none: leave out one of them"
             )
+        day = self.module.policy_spec.config.template_date
+        set_template_clock(None if day is None else date.fromisoformat(day))
         disable_slurm_requeue(self.trainer)
         self.ranks = open_ranks(self.trainer, self.folder.root)
         if stage == "fit" and is_dev_run(self.trainer):
@@ -230,7 +234,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
         return module
 
     def _encoded(self, key: str) -> EncodedPrompts:
-        return self.prompt_sets.encode(key, self.module.policy_spec.tokenizer)
+        spec = self.module.policy_spec
+        return self.prompt_sets.encode(key, spec.tokenizer, spec.config.chat_template_kwargs)
 
     def _collector(self) -> Collector:
         return Collector(

@@ -76,7 +76,8 @@ def prepare_run(
         for key in keys:
             reward.check_prompts(sets.read(key))
     module.check()
-    encoded = partial(sets.encode, tokenizer=module.policy_spec.tokenizer)
+    spec = module.policy_spec
+    encoded = partial(sets.encode, tokenizer=spec.tokenizer, arguments=spec.config.chat_template_kwargs)
     longest: dict[str, int] = {}
     for key in keys:
         longest[key] = max(len(prompt.token_ids) for prompt in encoded(key))

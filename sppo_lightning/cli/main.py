@@ -8,6 +8,7 @@ import pkgutil
 import sys
 import warnings
 from contextlib import ExitStack
+from datetime import date
 from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -37,12 +38,14 @@ from sppo_lightning.cli.estimate import SelfPlayTrainer, plan_on_cpu, planned_sh
 from sppo_lightning.cli.parse_errors import check_config_files, explain
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.module import PreferenceModule
+from sppo_lightning.paths import expand_path
 from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
 from sppo_lightning.resume.checkpoints import check_checkpoint, verify_checkpoint
 from sppo_lightning.resume.metrics_csv import MetricsCSV
-from sppo_lightning.resume.run_config import check_writable, resume_path
+from sppo_lightning.resume.run_config import check_writable, recorded_setting, resume_path
 from sppo_lightning.store.run_folder import RunFolder, remove_leftovers
 from sppo_lightning.system.lock import RunLock, is_first_process
+from sppo_lightning.training.hardware import fast_precision
 from sppo_lightning.types import UserError
 
 # Trainer flags that the loop sets by itself: the value they must keep, and what to do instead
@@ -142,7 +145,10 @@ class SelfPlayCLI(LightningCLI):
             given = config.trainer.get(name)
             if given not in (value, None):
                 raise UserError(f"trainer.{name}={given} would break the self-play loop: {instead}")
-        self.folder = RunFolder(Path(config.trainer.default_root_dir))
+        root = expand_path(str(config.trainer.default_root_dir), key="trainer.default_root_dir")
+        config.trainer.default_root_dir = root
+        self.folder = RunFolder(Path(root))
+        self._freeze_defaults(config)
         self.run_config = yaml.safe_load(self._parser(self.subcommand).dump(config))
         for name in ("ckpt_path", "weights_only", "verbose", "return_predictions", "config"):
             self.run_config.pop(name, None)
@@ -167,6 +173,21 @@ class SelfPlayCLI(LightningCLI):
                     sections=SECTIONS,
                     given=None if given is None else Path(given),
                 )
+
+    def _freeze_defaults(self, config: Any) -> None:
+        """Fill in what follows from this machine and this day, or, in a folder that holds a run, from that run's."""
+        defaults = {
+            "trainer.precision": fast_precision(config.trainer.accelerator),
+            "model.policy.template_date": date.today().isoformat(),
+        }
+        for key, value in defaults.items():
+            if config[key] is None:
+                holds_run, recorded = recorded_setting(self.folder, key)
+                config[key] = recorded if holds_run else value
+                if key == "trainer.precision" and not holds_run and is_first_process(os.environ):
+                    print(
+                        f"{key}={value}: the fast one on this device, unless you set another", file=sys.stderr
+                    )
 
     def _hold_folder(self) -> None:
         """Keep other runs out of the run folder until this one has ended."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from datetime import date
+from typing import Any, ClassVar, Literal
 
 from sppo_lightning.types import UserError
 
@@ -73,6 +74,10 @@ class PolicyConfig:
         gradient_checkpointing: recompute activations in the backward pass.
         chat_template: a Jinja file to template conversations with, instead of the tokenizer's own template; ``plain``:
             prompts are plain text and go in as they are. A tokenizer without a template needs one of them.
+        chat_template_kwargs: further variables of the chat template, e.g. ``{enable_thinking: false}``.
+        template_date: the day, ``YYYY-MM-DD``, that chat templates print which print the date, so that a run that is
+            resumed on another day has the same prompts. ``None``: today; the command line fills in the day on which
+            the run starts.
         trust_remote_code: run code that comes with the model.
     """
 
@@ -87,9 +92,18 @@ class PolicyConfig:
     lora: LoRAConfig | None = None
     gradient_checkpointing: bool = False
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    template_date: str | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        if self.template_date is not None:
+            try:
+                date.fromisoformat(self.template_date)
+            except ValueError as error:
+                raise UserError(
+                    f"model.policy.template_date={self.template_date!r} is no day: write YYYY-MM-DD"
+                ) from error
         if self.quantization != "none" and self.lora is None:
             raise UserError(
                 f"model.policy.quantization={self.quantization} freezes the weights, so that there is nothing "

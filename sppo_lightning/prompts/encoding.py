@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date, datetime, time
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
+from jinja2.exceptions import SecurityError
 
 from sppo_lightning.prompts.ragged import RaggedColumn
 from sppo_lightning.prompts.table import EncodedPrompts, PromptTable
@@ -17,40 +22,142 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+DIRECTIVES = "aAbBcdeFDhHIjmMpSTRuUVwWxXyYCG"  # of strftime
+
+_clock: date | None = None
+
+
+def set_template_clock(day: date | None) -> None:
+    """Let chat templates that print the date print this one from now on, in all of this process.
+
+    Otherwise a run that goes on after midnight would ask other prompts than it began with.
+
+    Args:
+        day: ``None``: today.
+    """
+    global _clock
+    _clock = day
+
+
+def at_day(template: str, day: date) -> str:
+    """Return a chat template whose ``strftime_now`` prints one day, at midnight.
+
+    transformers takes no function as a template's variable, so that the day is written into the template, as a macro of
+    that name; the line break after it is one that Jinja leaves out.
+
+    Args:
+        template: Jinja.
+        day: to print.
+    """
+    midnight = datetime.combine(day, time())
+    written = {f"%{flag}{letter}" for flag in ("", "-") for letter in DIRECTIVES}
+    filters = "".join(f"|replace({code!r}, {midnight.strftime(code)!r})" for code in sorted(written))
+    return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{template}"
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | None) -> str:
+    """Return the template that a conversation gets, with the clock that was set."""
+    template: str = tokenizer.get_chat_template(None, list(tools) if tools else None)
+    return at_day(template, _clock) if _clock is not None and "strftime_now" in template else template
+
+
 PLAIN = "plain"  # said in place of a chat template
 
 
+REASONING = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)  # three names of one field; transformers fills in the others
+
+
 def template_token_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool,
+    tools: Sequence[Any] | None = None,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[int]:
     """Turn a conversation into token ids: the only place where a chat template is applied.
 
     A tokenizer without a chat template takes a single user message as plain text. At most one BOS opens the
     sequence, whether the template or the tokenizer adds it, and the tokenizer appends no EOS.
 
+    Args:
+        tokenizer: with the template.
+        messages: the conversation.
+        add_generation_prompt: whether the opening of the assistant's turn follows.
+        tools: JSON schemas of functions, for the template.
+        arguments: further variables of the template, e.g. ``enable_thinking``.
+
     Raises:
-        UserError: if there are several messages and no chat template, or the template refuses them.
+        UserError: if there is more than one plain message and no chat template, if the template refuses the messages,
+            if it takes no notice of something that they hold, or if it fails.
     """
     if tokenizer.chat_template is None:
-        if len(messages) > 1 or messages[0]["role"] != "user":
+        if len(messages) > 1 or messages[0]["role"] != "user" or len(messages[0]) > 2:
             raise UserError(
                 "the tokenizer has no chat template, so that prompts must be plain text: use 'prompt' instead "
                 "of 'messages', or an instruct model"
             )
         return _plain_token_ids(tokenizer, messages[0]["content"])
+    _check_is_used(tokenizer, messages, tools)
     try:
         encoded = tokenizer.apply_chat_template(
-            [{"role": message["role"], "content": message["content"]} for message in messages],
+            [dict(message) for message in messages],
+            tools=list(tools) if tools else None,
             add_generation_prompt=add_generation_prompt,
             tokenize=True,
             return_dict=True,
+            chat_template=_template(tokenizer, tools),
+            **arguments,
         )
-    except TemplateError as error:
+    except (TemplateSyntaxError, UndefinedError, SecurityError) as error:
+        raise _broken_template(error) from error
+    except TemplateError as error:  # raise_exception of the template
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(
             f"the model's chat template refuses the roles {roles} ({first_line(error)}): change the messages"
         ) from error
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        MemoryError,
+    ) as error:
+        raise _broken_template(error) from error
     return single_bos(tokenizer, cast("Mapping[str, list[int]]", encoded)["input_ids"])
+
+
+def _broken_template(error: Exception) -> UserError:
+    return UserError(
+        f"the model's chat template fails ({type(error).__name__}: {first_line(error)}): name another one with "
+        "model.policy.chat_template"
+    )
+
+
+def _check_is_used(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Any] | None
+) -> None:
+    """Refuse what the template would drop without a word, so that the model would be asked something else."""
+    held = {
+        name for message in messages for name in message if name not in ("role", "content", "tool_call_id")
+    }
+    held -= {"name"} if all(message["role"] == "tool" for message in messages if "name" in message) else set()
+    held |= {"tools"} if tools else set()
+    if not held:
+        return
+    template = _template(tokenizer, tools)
+    for name in sorted(held):
+        if not any(known in template for known in (REASONING if name in REASONING else (name,))):
+            raise UserError(
+                f"the model's chat template takes no notice of {name!r}, so that the model would be asked something "
+                "else: leave these records out, remove the field, or use a model whose template knows it"
+            )
 
 
 def choose_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None, *, key: str) -> None:
@@ -96,6 +203,42 @@ def single_bos(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> 
     return list(token_ids[start:])
 
 
+class PromptError(UserError):
+    """A prompt that the tokenizer cannot take.
+
+    Args:
+        prompt_id: which one.
+        reason: why.
+    """
+
+    def __init__(self, prompt_id: str, reason: str) -> None:
+        super().__init__(f"prompt {prompt_id!r}: {reason}")
+        self.prompt_id = prompt_id
+        self.reason = reason
+
+
+def _accepts(encode: Callable[[Sequence[Message]], list[int]], messages: Sequence[Message]) -> bool:
+    try:
+        encode(messages)
+    except UserError:
+        return False
+    return True
+
+
+def tools_of(prompt: Prompt) -> list[Any] | None:
+    """Return the functions that a prompt's record offers in its field ``tools``: a list of schemas, or that as JSON."""
+    tools = prompt.metadata.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            return None
+    if not isinstance(tools, list) or not tools:
+        return None
+    known = all(isinstance(tool, dict) and ("function" in tool or "name" in tool) for tool in tools)
+    return tools if known else None
+
+
 class EncodingResult(NamedTuple):
     """The prompts that fit, and the ids of those that do not."""
 
@@ -109,6 +252,7 @@ def encode_prompts(
     *,
     max_tokens: int,
     system_prompt: str | None = None,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
 ) -> EncodingResult:
     """Template and tokenise prompts; those over ``max_tokens`` are dropped whole, never truncated.
 
@@ -117,9 +261,11 @@ def encode_prompts(
         prompts: what to encode.
         max_tokens: longest prompt, in tokens, everything that the template adds included.
         system_prompt: opens the conversations that have no system message of their own.
+        arguments: further variables of the chat template.
 
     Raises:
-        UserError: naming the prompt, if the tokenizer cannot take it.
+        PromptError: naming the prompt, if the tokenizer cannot take it.
+        UserError: if the template has no place for ``system_prompt``.
     """
     if system_prompt is not None and tokenizer.chat_template is None:
         raise UserError(
@@ -134,10 +280,22 @@ def encode_prompts(
     for row, prompt in enumerate(table):
         own = prompt.messages[0]["role"] == "system"
         messages = prompt.messages if own else (*opening, *prompt.messages)
+        encode = partial(
+            template_token_ids,
+            tokenizer,
+            add_generation_prompt=True,
+            tools=tools_of(prompt),
+            arguments=arguments,
+        )
         try:
-            ids = template_token_ids(tokenizer, messages, add_generation_prompt=True)
+            ids = encode(messages)
         except UserError as error:
-            raise UserError(f"prompt {prompt.id!r}: {error}") from error
+            if messages is not prompt.messages and _accepts(encode, prompt.messages):
+                raise UserError(
+                    "the model's chat template has no place for data.system_prompt: leave it out, or put its text into "
+                    "the prompts"
+                ) from error
+            raise PromptError(prompt.id, str(error)) from error
         fits = len(ids) <= max_tokens
         token_ids.append(ids if fits else ())
         if fits:

@@ -179,9 +179,9 @@ def _parse(record: Record) -> tuple[Prompt, str, bool]:
     shape = shape_of(fields, where)
     said = shape.read(fields, where)
     _check_turns(said.turns, where)
-    own_answer = "answer" in fields and "answer" not in said.used
+    own_answer = "answer" in fields and not said.takes_answer
     answer = _parse_scalar("answer", fields["answer"], where) if own_answer else _as_text(said.answer)
-    used = {"id", "answer", *said.used}
+    used = {"id", *said.used, *(["answer"] if own_answer else [])}
     prompt = Prompt(
         id=_parse_scalar("id", fields["id"], where) if "id" in fields else _content_id(said.turns),
         text=user_text(said.turns) if said.text is None else said.text,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from sppo_lightning.prompts.encoding import encode_prompts
-from sppo_lightning.prompts.reading import read_prompts
+from sppo_lightning.prompts.encoding import PromptError, encode_prompts
+from sppo_lightning.prompts.reading import locate, read_prompts
 from sppo_lightning.prompts.table import EncodedPrompts, PromptTable
 from sppo_lightning.types import UserError
 
@@ -65,17 +65,37 @@ class PromptSets:
         """Leave out all but the first ``count`` prompts of ``key``."""
         self._read[key] = self.read(key)[:count]
 
-    def encode(self, key: str, tokenizer: PreTrainedTokenizerBase) -> EncodedPrompts:
+    def encode(
+        self,
+        key: str,
+        tokenizer: PreTrainedTokenizerBase,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> EncodedPrompts:
         """Return the prompts of ``key`` that fit, encoded; say which do not.
 
+        Args:
+            key: of the config.
+            tokenizer: the policy's.
+            arguments: further variables of its chat template.
+
         Raises:
-            UserError: if none fits.
+            UserError: if none fits, or naming the file and line of one that the tokenizer cannot take.
         """
         if key not in self._encoded:
             prompts = self.read(key)
-            kept, too_long = encode_prompts(
-                tokenizer, prompts, max_tokens=self.max_tokens, system_prompt=self.system_prompt
-            )
+            try:
+                kept, too_long = encode_prompts(
+                    tokenizer,
+                    prompts,
+                    max_tokens=self.max_tokens,
+                    system_prompt=self.system_prompt,
+                    arguments=arguments or {},
+                )
+            except PromptError as error:
+                source = self.sources[key]
+                assert source is not None
+                place = locate(source, error.prompt_id, key=f"data.{key}", columns=self.columns)
+                raise UserError(f"{place}: {error}") from error
             if too_long:
                 more = " …" if len(too_long) > LISTED else ""
                 rank_zero_info(

@@ -42,6 +42,7 @@ class Conversation(NamedTuple):
     answer: Any = None  # reference answer that comes with the shape, e.g. the last turn of a chat
     text: str | None = None  # for people; None: what the user says
     used: frozenset[str] = frozenset()  # fields that are in the turns or the answer
+    takes_answer: bool = False  # whether a field called answer was looked at
 
 
 class Shape(NamedTuple):
@@ -242,7 +243,7 @@ def _read_alpaca(fields: Fields, where: str) -> Conversation:
 
 
 def _read_first_turn(fields: Fields, where: str) -> Conversation:
-    first = fields["turns"][0]
+    first = next(iter(fields["turns"]), None)
     text = first.get("content") if isinstance(first, dict) else first
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{where}: the first of 'turns' must be a text that is not empty, got {_short(text)}")
@@ -265,7 +266,7 @@ def _reader_of(prompt: str, answers: Sequence[str]) -> Callable[[Fields, str], C
                 used.add(name)
                 answer = value
                 break
-        return Conversation(_user(text), answer, text=text, used=frozenset(used))
+        return Conversation(_user(text), answer, text=text, used=frozenset(used), takes_answer=True)
 
     return read
 

@@ -42,6 +42,24 @@ def check_writable(folder: RunFolder) -> None:
         ) from error
 
 
+def recorded_setting(folder: RunFolder, key: str) -> tuple[bool, Any]:
+    """Return whether a folder holds a run, and a setting of that run's config; ``None`` where it has none.
+
+    Args:
+        folder: of the run.
+        key: dotted.
+    """
+    if not folder.config.exists():
+        return False, None
+    try:
+        value = yaml.safe_load(folder.config.read_bytes())
+        for name in key.split("."):
+            value = value[name]
+    except (yaml.YAMLError, KeyError, TypeError):  # a damaged file is named when the configs are compared
+        return True, None
+    return True, value
+
+
 def resume_path(
     folder: RunFolder,
     mode: ResumeMode,

@@ -1,0 +1,367 @@
+"""Prompts to token ids: chat templates, what they take and refuse, the system prompt, the date."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.models import CHAT_TEMPLATE, byte_tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from sppo_lightning.prompts.encoding import (
+    at_day,
+    encode_prompts,
+    set_template_clock,
+    single_bos,
+    template_token_ids,
+)
+from sppo_lightning.prompts.sets import PromptSets
+from sppo_lightning.prompts.table import PromptTable
+from sppo_lightning.types import Message, Prompt, UserError
+
+BOS, EOS = 0, 1
+
+
+def user(text: str) -> Message:
+    return Message(role="user", content=text)
+
+
+def prompt(text: str, *, id: str = "p") -> Prompt:
+    return Prompt(id=id, text=text, messages=(user(text),))
+
+
+# ----------------------------------------------------------------- templates
+
+
+def adding(tokenizer: PreTrainedTokenizerFast, *, template: str) -> PreTrainedTokenizerFast:
+    """Let the tokenizer add special tokens by itself, e.g. ``<bos> $A``."""
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[("<bos>", BOS), ("<eos>", EOS)]
+    )
+    return tokenizer
+
+
+def test_one_bos_where_template_and_tokenizer_add_one() -> None:
+    tokenizer = adding(byte_tokenizer(), template="<bos> $A")
+    assert tokenizer("x")["input_ids"][0] == BOS  # it does add one
+    ids = template_token_ids(tokenizer, [user("Hi")], add_generation_prompt=True)
+    assert ids[0] == BOS
+    assert ids.count(BOS) == 1
+    assert tokenizer.decode(ids) == "<bos><user>Hi<assistant>"
+
+
+def test_one_bos_where_the_text_and_the_tokenizer_bring_one() -> None:
+    """Without a chat template a prompt may have been written with its BOS."""
+    tokenizer = adding(byte_tokenizer(chat_template=None), template="<bos> $A")
+    assert tokenizer("<bos>Hi")["input_ids"][:2] == [BOS, BOS]  # it does add a second one
+    ids = template_token_ids(tokenizer, [user("<bos>Hi")], add_generation_prompt=True)
+    assert tokenizer.decode(ids) == "<bos>Hi"
+
+
+def test_no_bos_is_invented() -> None:
+    tokenizer = byte_tokenizer(chat_template=None)
+    assert tokenizer.decode(template_token_ids(tokenizer, [user("Hi")], add_generation_prompt=True)) == "Hi"
+
+
+def test_a_bos_that_opens_every_turn_is_kept() -> None:
+    """ChatML of a model whose BOS is its turn marker; the tokenizer adds another one in front."""
+    chatml = (
+        "{% for message in messages %}<bos>{{ message['role'] }}\n{{ message['content'] }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}<bos>assistant\n{% endif %}"
+    )
+    tokenizer = adding(byte_tokenizer(chat_template=chatml), template="<bos> $A")
+    messages = [Message(role="system", content="S"), user("Hi")]
+    ids = template_token_ids(tokenizer, messages, add_generation_prompt=True)
+    assert tokenizer.decode(ids) == "<bos>system\nS<eos><bos>user\nHi<eos><bos>assistant\n"
+    assert single_bos(tokenizer, [BOS, *ids]) == ids
+
+
+def test_single_bos_cuts_the_opening_run_only() -> None:
+    tokenizer = byte_tokenizer()
+    assert single_bos(tokenizer, [BOS, BOS, BOS, 7, BOS, BOS]) == [BOS, 7, BOS, BOS]
+    assert single_bos(tokenizer, [7, BOS, BOS]) == [7, BOS, BOS]
+    assert single_bos(tokenizer, [BOS]) == [BOS]
+    assert single_bos(tokenizer, []) == []
+
+
+def test_an_end_token_that_the_tokenizer_appends_is_taken_off() -> None:
+    tokenizer = adding(byte_tokenizer(chat_template=None), template="<bos> $A <eos>")
+    assert tokenizer("Hi")["input_ids"][-1] == EOS  # it does append one
+    assert (
+        tokenizer.decode(template_token_ids(tokenizer, [user("Hi")], add_generation_prompt=True)) == "<bos>Hi"
+    )
+    plain = byte_tokenizer(chat_template=None)
+    ids = template_token_ids(plain, [user("Hi<eos>")], add_generation_prompt=True)
+    assert ids[-1] == EOS  # the prompt's own
+
+
+def test_messages_need_a_chat_template() -> None:
+    tokenizer = byte_tokenizer(chat_template=None)
+    item = Prompt("p7", "Hi", (Message(role="system", content="S"), user("Hi")))
+    with pytest.raises(UserError) as error:
+        encode_prompts(tokenizer, [item], max_tokens=100)
+    assert str(error.value) == (
+        "prompt 'p7': the tokenizer has no chat template, so that prompts must be plain text: use 'prompt' "
+        "instead of 'messages', or an instruct model"
+    )
+
+
+def test_a_template_that_refuses_a_role() -> None:
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    item = Prompt("p7", "Hi", (Message(role="system", content="S"), user("Hi")))
+    with pytest.raises(UserError, match=r"prompt 'p7': .* refuses the roles system, user \(no system role\)"):
+        encode_prompts(byte_tokenizer(chat_template=template), [item], max_tokens=100)
+
+
+def test_overlong_prompts_are_dropped_whole_and_listed() -> None:
+    """``<bos><user>…<assistant>`` is 18 tokens around the text: 20 tokens take a text of two."""
+    tokenizer = byte_tokenizer()
+    items = [prompt("ab", id="fits"), prompt("abc", id="long"), prompt("a" * 50, id="longer")]
+    kept, too_long = encode_prompts(tokenizer, items, max_tokens=20)
+    assert [(item.prompt.id, len(item.token_ids)) for item in kept] == [("fits", 20)]
+    assert tokenizer.decode(kept[0].token_ids) == "<bos><user>ab<assistant>"
+    assert too_long == ["long", "longer"]
+
+
+def test_a_prompt_that_is_left_out_shifts_no_others() -> None:
+    items = [
+        prompt("a" * 50, id="long"),
+        prompt("ab", id="p1"),
+        prompt("a" * 60, id="longer"),
+        prompt("cd", id="p2"),
+    ]
+    for given in (items, PromptTable(items)):
+        kept, too_long = encode_prompts(byte_tokenizer(), given, max_tokens=20)
+        assert [item.prompt for item in kept] == [items[1], items[3]]
+        assert [byte_tokenizer().decode(item.token_ids)[-13:-11] for item in kept] == ["ab", "cd"]
+        assert list(kept.by_id()) == kept.ids == ["p1", "p2"]
+        assert too_long == ["long", "longer"]
+
+
+# -------------------------------------------------------------- system prompts
+
+
+def encoded(*items: Prompt, **settings: Any) -> list[str]:
+    """The conversations as the policy sees them."""
+    tokenizer = byte_tokenizer()
+    kept, _ = encode_prompts(tokenizer, items, **{"max_tokens": 100, **settings})
+    return [tokenizer.decode(item.token_ids) for item in kept]
+
+
+def test_a_system_prompt_opens_the_conversations_that_have_none() -> None:
+    own = Message(role="system", content="Be kind.")
+    turns = (user("Hi"), Message(role="assistant", content="Yes?"), user("Go"))
+    items = [prompt("Hi"), Prompt("q", "Hi", (own, user("Hi"))), Prompt("r", "Hi", turns)]
+    assert encoded(*items, system_prompt="Be brief.") == [
+        "<bos><system>Be brief.<user>Hi<assistant>",
+        "<bos><system>Be kind.<user>Hi<assistant>",
+        "<bos><system>Be brief.<user>Hi<assistant>Yes?<eos><user>Go<assistant>",
+    ]
+    assert encoded(*items)[0] == "<bos><user>Hi<assistant>"
+
+
+def test_a_system_message_later_on_is_no_opening() -> None:
+    turns = (user("Hi"), Message(role="system", content="Be kind."), user("Go"))
+    assert encoded(Prompt("q", "Hi", turns), system_prompt="Be brief.") == [
+        "<bos><system>Be brief.<user>Hi<system>Be kind.<user>Go<assistant>"
+    ]
+
+
+def test_the_system_prompt_is_no_part_of_the_prompt_itself() -> None:
+    """A reward reads the messages that the file holds."""
+    item = prompt("Hi")
+    (kept,), _ = encode_prompts(byte_tokenizer(), [item], max_tokens=100, system_prompt="Be brief.")
+    assert kept.prompt == item
+    assert item.messages == (user("Hi"),)
+
+
+def test_the_system_prompt_counts_towards_the_longest_prompt() -> None:
+    """``<bos><user>ab<assistant>`` is 20 tokens, ``<system>S`` another nine."""
+    item = prompt("ab", id="p7")
+    for limit, too_long in ((29, []), (28, ["p7"])):
+        found = encode_prompts(byte_tokenizer(), [item], max_tokens=limit, system_prompt="S")
+        assert found.too_long == too_long
+    assert encode_prompts(byte_tokenizer(), [item], max_tokens=20).too_long == []
+
+
+def test_an_empty_system_prompt_is_one() -> None:
+    assert encoded(prompt("Hi"), system_prompt="") == ["<bos><system><user>Hi<assistant>"]
+
+
+def test_a_system_prompt_needs_a_chat_template() -> None:
+    """Told once for the setting, not for a prompt; and also where there are none."""
+    for items in ([prompt("Hi")], []):
+        with pytest.raises(UserError) as error:
+            encode_prompts(
+                byte_tokenizer(chat_template=None), items, max_tokens=100, system_prompt="Be brief."
+            )
+        assert str(error.value) == (
+            "data.system_prompt is set, but the policy's tokenizer has no chat template to put it into: leave it "
+            "out, or use an instruct model"
+        )
+
+
+def test_a_template_that_refuses_the_system_prompt() -> None:
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    with pytest.raises(
+        UserError, match=r"^the model's chat template has no place for data\.system_prompt: leave"
+    ):
+        encode_prompts(
+            byte_tokenizer(chat_template=template), [prompt("Hi", id="p7")], max_tokens=100, system_prompt="S"
+        )
+
+
+# ------------------------------------------------------- what else a turn holds
+
+TOOLS = [
+    {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+]
+TOOL_TEMPLATE = (
+    "{% for tool in tools or [] %}<tool>{{ tool['function']['name'] }}{% endfor %}{% for message in messages %}"
+    "<{{ message['role'] }}>{% if message['reasoning_content'] %}({{ message['reasoning_content'] }}){% endif %}"
+    "{% for call in message['tool_calls'] or [] %}[{{ call['function']['name'] }}]{% endfor %}{{ message['content'] }}"
+    "{% endfor %}{% if enable_thinking %}<think>{% endif %}"
+)
+
+
+def read_and_encode(record: dict[str, Any], folder: Path, template: str | None, **settings: Any) -> str:
+    """What the policy sees of a record, all the way from its file."""
+    path = folder / "p.jsonl"
+    path.write_text(json.dumps({"prompt": "first"}) + "\n" + json.dumps(record) + "\n")
+    sets = PromptSets({"prompts": str(path)}, 200)
+    tokenizer = byte_tokenizer(chat_template=template)
+    return tokenizer.decode(sets.encode("prompts", tokenizer, **settings)[1].token_ids)
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+CALLED = [
+    {"role": "user", "content": "Add"},
+    CALL,
+    {"role": "tool", "content": "3", "tool_call_id": "x", "name": "add"},
+]
+
+
+def test_tool_calls_and_tools_reach_the_template(tmp_path: Path) -> None:
+    for tools in (TOOLS, json.dumps(TOOLS)):
+        record = {"messages": CALLED, "tools": tools}
+        assert read_and_encode(record, tmp_path, TOOL_TEMPLATE) == "<tool>add<user>Add<assistant>[add]<tool>3"
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_reaches_the_template_under_each_of_its_names(tmp_path: Path, name: str) -> None:
+    turns = [user("Add"), {"role": "assistant", "content": "3", name: "1 + 2"}, user("And?")]
+    seen = read_and_encode({"messages": turns}, tmp_path, TOOL_TEMPLATE)
+    assert seen == "<user>Add<assistant>(1 + 2)3<user>And?"
+
+
+def test_arguments_reach_the_template(tmp_path: Path) -> None:
+    for value, end in ((True, "<think>"), (False, "")):
+        seen = read_and_encode(
+            {"prompt": "Hi"}, tmp_path, TOOL_TEMPLATE, arguments={"enable_thinking": value}
+        )
+        assert seen == "<user>Hi" + end
+
+
+@pytest.mark.parametrize(
+    ("record", "name"),
+    [
+        ({"messages": CALLED}, "tool_calls"),
+        ({"messages": [{"role": "user", "content": "Hi", "name": "Eve"}]}, "name"),
+        (
+            {"messages": [user("a"), {"role": "assistant", "content": "b", "thinking": "c"}, user("d")]},
+            "thinking",
+        ),
+        ({"prompt": "Hi", "tools": TOOLS}, "tools"),
+    ],
+)
+def test_what_the_template_would_drop_is_refused_by_file_and_line(
+    record: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        UserError, match=rf"p\.jsonl:2: prompt '\w+': the model's chat template takes no notice of '{name}'"
+    ):
+        read_and_encode(record, tmp_path, CHAT_TEMPLATE)
+
+
+def test_empty_fields_of_a_turn_are_none(tmp_path: Path) -> None:
+    turn = {"role": "user", "content": "Hi", "tool_calls": None, "name": "", "thinking": [], "weight": 1}
+    assert (
+        read_and_encode({"messages": [turn], "tools": []}, tmp_path, CHAT_TEMPLATE)
+        == "<bos><user>Hi<assistant>"
+    )
+
+
+def test_prompts_that_differ_in_their_tool_calls_are_two() -> None:
+    """Their ids come from all that the policy sees."""
+    table = PromptTable(
+        [Prompt("a", "Add", (user("Add"), Message(role="assistant", content="", tool_calls=[1])))]
+    )
+    assert table[0].messages[1] == {"role": "assistant", "content": "", "tool_calls": [1]}
+
+
+# --------------------------------------------------------------- broken templates
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for message in messages %}",
+        "{{ messages[0].nothing.at_all }}",
+        "{{ messages + 1 }}",
+        "{{ 'a' * messages }}",
+        "{% for i in range(1000000) %}{% endfor %}",
+        "{{ 1 / 0 }}",
+        "{{ messages[7]['role'] }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    ],
+)
+def test_a_template_that_fails_is_not_the_prompts_fault(template: str) -> None:
+    with pytest.raises(
+        UserError, match=r"prompt 'p7': the model's chat template fails \(\w+: .*name another one with"
+    ):
+        encode_prompts(byte_tokenizer(chat_template=template), [prompt("Hi", id="p7")], max_tokens=100)
+
+
+# ------------------------------------------------------------------------ the date
+
+
+def test_a_template_that_prints_the_date_prints_the_runs() -> None:
+    template = "{{ strftime_now('%d %b %Y') }}|{{ messages[0]['content'] }}"
+    tokenizer = byte_tokenizer(chat_template=template)
+
+    def seen() -> str:
+        return tokenizer.decode(template_token_ids(tokenizer, [user("Hi")], add_generation_prompt=True))
+
+    try:
+        set_template_clock(date(2024, 2, 29))
+        assert seen() == "29 Feb 2024|Hi"
+    finally:
+        set_template_clock(None)
+    assert seen() == f"{date.today():%d %b %Y}|Hi"
+
+
+@pytest.mark.parametrize(
+    "template", ["\n  {% if true %}\n x{% endif %}", "  a", "\n\n{{ 1 }}\n", "{% set a = 1 %}\n b"]
+)
+def test_the_date_changes_no_white_space(template: str) -> None:
+    day = date(2024, 2, 29)
+    ends = [
+        ("", ""),
+        (
+            "{{ '29 February' }}",
+            "{% macro m() %}{{ strftime_now('%-d %B') }}{% endmacro %}{{ m() if strftime_now is defined }}",
+        ),
+    ]
+    for plain, dated in ends:
+        texts = (template + plain, at_day(template + dated, day))
+        seen = [
+            byte_tokenizer(chat_template=text).apply_chat_template(
+                [{"role": "user", "content": "Hi"}], tokenize=False
+            )
+            for text in texts
+        ]
+        assert seen[1] == seen[0]
