@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any, ClassVar, Literal
 
+from sppo_lightning.paths import expand_path
 from sppo_lightning.types import UserError
 
 KEY = "model.policy.lora"
@@ -38,6 +39,7 @@ class LoRAConfig:
         if not 0 <= self.dropout < 1:
             raise UserError(f"{KEY}.dropout={self.dropout} must lie in [0, 1)")
         if self.adapter is not None:
+            self.adapter = expand_path(self.adapter, key=f"{KEY}.adapter")
             fresh = LoRAConfig(rank=1, alpha=1.0)
             own = {"rank": None, "alpha": None, "target_modules": fresh.target_modules, "rslora": False}
             for name, default in {**own, "dora": False}.items():
@@ -97,6 +99,9 @@ class PolicyConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        self.pretrained = expand_path(self.pretrained, key="model.policy.pretrained")
+        if self.chat_template is not None:
+            self.chat_template = expand_path(self.chat_template, key="model.policy.chat_template")
         if self.template_date is not None:
             try:
                 date.fromisoformat(self.template_date)

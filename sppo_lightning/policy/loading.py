@@ -23,6 +23,7 @@ from sppo_lightning.policy.pretrained import (
     quantization_options,
 )
 from sppo_lightning.policy.quantized_layers import make_batch_invariant
+from sppo_lightning.policy.weights import read_model
 from sppo_lightning.types import UserError, first_line
 
 if TYPE_CHECKING:
@@ -54,13 +55,7 @@ def load_base_model(
         options["quantization_config"] = quantization_options(
             config.quantization, compute_dtype, double=config.double_quantization
         )
-    try:
-        model: PreTrainedModel = loader.from_pretrained(location, **options)
-    except OSError as error:
-        raise UserError(
-            f"{KEY}={config.pretrained!r} has no weights that can be read ({first_line(error)}): "
-            "put the model's safetensors files into the folder"
-        ) from error
+    model = read_model(loader, location, given=f"{KEY}={config.pretrained!r}", **options)
     if "gguf_file" in extra:
         forget_gguf(model)
     if non_text_modules(model):

@@ -42,7 +42,8 @@ def load_model_config(
         raise UserError(f"{key}={pretrained!r}: no such model; give a model folder, a hub id or a .gguf file")
     if path.is_dir() and (path / "adapter_config.json").exists():
         raise UserError(
-            f"{key}={pretrained!r} is an adapter: give its base model here, and the run's checkpoint with --ckpt_path"
+            f"{key}={pretrained!r} is an adapter: give its base model here, and the adapter with "
+            "model.policy.lora.adapter"
         )
     if path.is_dir() and not (path / "config.json").exists():
         raise UserError(f"{key}={pretrained!r}: the folder has no config.json, so it holds no model")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -10,7 +10,9 @@ from torch import nn
 from sppo_lightning.policy import loading, pretrained
 from sppo_lightning.policy.anatomy import unwrapped
 from sppo_lightning.policy.config import PolicyConfig
+from sppo_lightning.policy.pretrained import hub_location
 from sppo_lightning.prompts.encoding import choose_chat_template
+from sppo_lightning.types import UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -51,6 +53,7 @@ class PolicySpec:
         model_config = pretrained.load_model_config(
             config.pretrained, key=key, trust_remote_code=config.trust_remote_code, expect="causal-lm"
         )
+        self._check_stored_quantization(model_config)
         tokenizer = pretrained.load_tokenizer(
             config.pretrained, key=key, trust_remote_code=config.trust_remote_code
         )
@@ -58,6 +61,23 @@ class PolicySpec:
         model = loading.meta_model(config, model_config, compute_dtype=compute_dtype)
         pretrained.check_vocabulary(tokenizer, unwrapped(model), key=key)
         self._tokenizer, self._model_config = tokenizer, model_config
+
+    def _check_stored_quantization(self, model_config: PretrainedConfig) -> None:
+        """Refuse weights that are stored quantised where they cannot be trained, or would be quantised again."""
+        stored: Any = getattr(model_config, "quantization_config", None)
+        if stored is None or hub_location(self.config.pretrained)[1]:
+            return
+        settings = stored if isinstance(stored, dict) else stored.to_dict()
+        method = settings.get("quant_method")
+        kind = getattr(method, "value", method)
+        given = f"{loading.KEY}={self.config.pretrained!r} is stored quantised ({kind})"
+        if self.config.lora is None:
+            raise UserError(f"{given}, and quantised weights cannot be trained: set model.policy.lora too")
+        if self.config.quantization != "none":
+            raise UserError(
+                f"{given}, so that model.policy.quantization={self.config.quantization} would do nothing: leave it "
+                "out, or give the model's unquantised files"
+            )
 
     @property
     def model_config(self) -> PretrainedConfig:

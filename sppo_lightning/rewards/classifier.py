@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
+from sppo_lightning.paths import expand_path
 from sppo_lightning.policy.footprint import loaded_footprint
 from sppo_lightning.policy.pretrained import (
     DTYPES,
@@ -17,11 +18,12 @@ from sppo_lightning.policy.pretrained import (
     load_tokenizer,
     quantization_options,
 )
+from sppo_lightning.policy.weights import read_model
 from sppo_lightning.prompts.encoding import template_token_ids
 from sppo_lightning.rewards.classifier_forward import ACTIVATIONS, ClassifierForward
 from sppo_lightning.rewards.protocol import Reward, RewardMemory, Scores
 from sppo_lightning.system.device_memory import release
-from sppo_lightning.types import Message, Prompt, UserError, first_line
+from sppo_lightning.types import Message, Prompt, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,7 +65,7 @@ class SequenceClassificationReward(Reward):
         for name, value in {"batch_tokens": batch_tokens, "max_tokens": max_tokens}.items():
             if value is not None and value < 1:
                 raise ValueError(f"SequenceClassificationReward.{name}={value} must be at least 1")
-        self.pretrained = pretrained
+        self.pretrained = expand_path(pretrained, key=KEY)
         self.batch_tokens = batch_tokens
         self.max_tokens = max_tokens
         self.dtype = dtype
@@ -162,15 +164,8 @@ class SequenceClassificationReward(Reward):
         if self.quantization != "none":
             options["quantization_config"] = quantization_options(self.quantization, dtype)
             options["device_map"] = {"": str(device)}
-        try:
-            model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-                self.pretrained, **options
-            )
-        except OSError as error:
-            raise UserError(
-                f"{KEY}={self.pretrained!r} has no weights that can be read ({first_line(error)}): put the model's "
-                "safetensors files into the folder"
-            ) from error
+        given = f"{KEY}={self.pretrained!r}"
+        model = read_model(AutoModelForSequenceClassification, self.pretrained, given=given, **options)
         model.eval()
         return model
 
