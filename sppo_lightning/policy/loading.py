@@ -24,6 +24,7 @@ from sppo_lightning.policy.pretrained import (
 )
 from sppo_lightning.policy.quantized_layers import make_batch_invariant
 from sppo_lightning.policy.weights import read_model
+from sppo_lightning.prompts.encoding import turn_end
 from sppo_lightning.types import UserError, first_line
 
 if TYPE_CHECKING:
@@ -179,15 +180,24 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 def end_token_ids(
     model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, generation: Any
 ) -> set[int]:
-    """Return every token id that ends a response: the generation config's, else the model's, else the tokenizer's."""
+    """Return every token id that ends a response.
+
+    The generation config, the model's config, the tokenizer and its chat template each may know one that the others do
+    not: all of them count. A response that ran through its end would be cut by its length only.
+    """
+    found: set[int] = set()
     for value in (
         getattr(generation, "eos_token_id", None),
         getattr(model_config, "eos_token_id", None),
         tokenizer.eos_token_id,
+        turn_end(tokenizer),
     ):
-        if value is not None:
-            return set(value) if isinstance(value, list) else {value}
-    raise UserError("the policy names no end-of-sequence token: set eos_token_id in its generation config")
+        found |= set() if value is None else set(value) if isinstance(value, list) else {value}
+    if not found:
+        raise UserError(
+            "the policy names no end-of-sequence token: set eos_token_id in its generation config"
+        )
+    return found
 
 
 def sampling_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -195,6 +195,29 @@ def _plain_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
     return ids
 
 
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the special token that a chat template puts after what the assistant says; ``None`` if there is none.
+
+    Args:
+        tokenizer: with the template.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    said = (Message(role="user", content="Is it?"), Message(role="assistant", content="Yes"))
+    try:
+        token_ids = template_token_ids(tokenizer, said, add_generation_prompt=False)
+    except UserError:
+        return None
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    end = None
+    for token_id in reversed(token_ids):
+        if token_id in special:
+            end = token_id
+        elif tokenizer.decode([token_id]).strip():
+            break
+    return end
+
+
 def single_bos(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[int]:
     """Return ``token_ids`` with a run of opening BOS tokens cut down to one."""
     start = 0

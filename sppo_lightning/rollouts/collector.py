@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import NamedTuple, overload
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from sppo_lightning.generation import Generator, PolicySource, SampleRequest
 from sppo_lightning.rewards import Reward
@@ -17,6 +18,9 @@ from sppo_lightning.seeding import derive_seed
 from sppo_lightning.store.shards import ShardKey, ShardStore
 from sppo_lightning.system.durable import quarantine
 from sppo_lightning.types import EncodedPrompt, Phase, PhaseProgress, Ranks, Rollout, UserError
+
+CUT_SHARE = 0.8
+"""Share of a run's first responses, cut by the length limit, from which on it is said."""
 
 
 class RolloutRequest(NamedTuple):
@@ -197,9 +201,23 @@ class Collector:
                 responses = [row for group in rows for row in group]
                 # before they are stored, so that they can be asked for again once the cause is mended
                 watch.add(ScoredRows(responses, None))
+                if phase == "probing" and iteration == 0 and number == missing[0]:
+                    self._look_at_lengths(responses, policy)
                 store.write(name, number, responses)
             self.generator.unload()
         self.ranks.barrier(f"generated {name}")
+
+    def _look_at_lengths(self, responses: Sequence[Rollout], policy: PolicySource) -> None:
+        """Say it, once a run, if hardly a response has ended by itself."""
+        answered = [row for row in responses if row.finish_reason != "failed"]
+        cut = sum(row.finish_reason == "length" for row in answered)
+        if answered and cut >= CUT_SHARE * len(answered):
+            ends = ", ".join(map(repr, policy.tokenizer.convert_ids_to_tokens(sorted(policy.end_token_ids))))
+            rank_zero_info(
+                f"{cut} of the first {len(answered)} responses were cut by the length limit "
+                f"(data.generator.init_args.max_new_tokens={self.generator.max_new_tokens}). Raise it if answers need "
+                f"more; if they should have ended, see whether the model ends its turns by one of {ends}."
+            )
 
     def _request(self, item: RolloutRequest, iteration: int, greedy: bool) -> SampleRequest:
         if greedy:

@@ -35,6 +35,7 @@ from sppo_lightning.policy.pretrained import (
     model_class,
     stored_dtype,
 )
+from sppo_lightning.prompts.encoding import turn_end
 from sppo_lightning.types import Message, UserError
 
 KEY = "model.policy.pretrained"
@@ -168,27 +169,50 @@ def test_hub_location() -> None:
 @pytest.mark.parametrize(
     ("generation", "model", "expected"),
     [
-        ([3, 4], 5, {3, 4}),
-        (3, [5, 6], {3}),
-        (None, [5, 6], {5, 6}),
-        (None, 5, {5}),
-        (0, 5, {0}),
+        ([3, 4], 5, {1, 3, 4, 5}),
+        (3, [5, 6], {1, 3, 5, 6}),
+        (None, [5, 6], {1, 5, 6}),
+        (0, 0, {0, 1}),  # configs that are wrong, and a tokenizer that knows
         (None, None, {1}),
     ],
 )
-def test_end_tokens_come_from_the_generation_config_first(
-    generation: Any, model: Any, expected: set[int]
-) -> None:
+def test_end_tokens_are_all_that_any_file_names(generation: Any, model: Any, expected: set[int]) -> None:
     config = tiny_config(eos_token_id=model)
     assert end_token_ids(config, byte_tokenizer(), GenerationConfig(eos_token_id=generation)) == expected
 
 
 def test_end_tokens_without_a_generation_config() -> None:
-    assert end_token_ids(tiny_config(eos_token_id=7), byte_tokenizer(), None) == {7}
+    assert end_token_ids(tiny_config(eos_token_id=7), byte_tokenizer(), None) == {1, 7}
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        ("<pad>", 2),  # a turn's end that no file names
+        ("<pad>\n", 2),
+        ("<pad>\n<bos>", 2),
+        ("\n<pad>", 2),
+        ("", None),
+        ("</s>", None),  # a text, no special token
+        ("<pad>Next", None),
+    ],
+)
+def test_the_template_knows_how_a_turn_ends(end: str, expected: int | None) -> None:
+    template = (
+        "{% for message in messages %}<bos>{{ message['role'] }}\n{{ message['content'] }}"
+        + end
+        + "{% endfor %}"
+    )
+    tokenizer = byte_tokenizer(chat_template=template)
+    assert turn_end(tokenizer) == expected
+    found = end_token_ids(tiny_config(eos_token_id=None), tokenizer, None)
+    assert found == ({1} if expected is None else {1, expected})
+    assert turn_end(byte_tokenizer(chat_template=None)) is None
+    assert turn_end(byte_tokenizer(chat_template="{{ raise_exception('no') }}")) is None
 
 
 def test_no_end_token_at_all() -> None:
-    tokenizer: Any = SimpleNamespace(eos_token_id=None)
+    tokenizer: Any = SimpleNamespace(eos_token_id=None, chat_template=None)
     with pytest.raises(
         UserError, match=r"^the policy names no end-of-sequence token: set eos_token_id in its gen"
     ):

@@ -355,6 +355,35 @@ def test_a_rank_takes_over_what_another_left(tmp_path: Path, store: ShardStore) 
     assert [request.token_ids[0] for request in generator.asked] == [2, 3, 6, 7]
 
 
+# ----------------------------------------------------------------------- lengths
+
+
+@pytest.mark.parametrize(
+    ("reason", "iteration", "said"), [("length", 0, True), ("length", 1, False), ("stop", 0, False)]
+)
+def test_responses_that_never_end_are_said_once(
+    reason: Any, iteration: int, said: bool, store: ShardStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model whose end of a turn nobody names runs on to the limit, and scores badly for it."""
+
+    class Cut(Echo):
+        def generate(self, requests: Sequence[SampleRequest]) -> Iterator[PromptResponses]:
+            for answer in super().generate(requests):
+                rows = [replace(response, finish_reason=reason) for response in answer.responses]
+                yield answer._replace(responses=rows)
+
+    found: list[str] = []
+    monkeypatch.setattr("sppo_lightning.rollouts.collector.rank_zero_info", found.append)
+    policy = Source(tiny_model())
+    collect(store, wanted_of(4, 3), iteration, policy, generator=Cut(), prompts_per_shard=2)
+    assert len(found) == said
+    if said:
+        assert found[0].startswith(
+            "6 of the first 6 responses were cut by the length limit (data.generator.init_args.max"
+        )
+        assert found[0].endswith("see whether the model ends its turns by one of '<eos>'.")
+
+
 # ------------------------------------------------------------------------ greedy
 
 
