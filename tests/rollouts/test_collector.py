@@ -375,11 +375,11 @@ def test_responses_that_never_end_are_said_once(
     found: list[str] = []
     monkeypatch.setattr("sppo_lightning.rollouts.collector.rank_zero_info", found.append)
     policy = Source(tiny_model())
-    collect(store, wanted_of(4, 3), iteration, policy, generator=Cut(), prompts_per_shard=2)
+    collect(store, wanted_of(4, range(3)), iteration, policy, generator=Cut(), prompts_per_shard=2)
     assert len(found) == said
     if said:
         assert found[0].startswith(
-            "6 of the first 6 responses were cut by the length limit (data.generator.init_args.max"
+            "6 of the first 6 responses were cut by the length limit (data.generator.init"
         )
         assert found[0].endswith("see whether the model ends its turns by one of '<eos>'.")
 
