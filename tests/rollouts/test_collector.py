@@ -367,6 +367,8 @@ def test_responses_that_never_end_are_said_once(
     """A model whose end of a turn nobody names runs on to the limit, and scores badly for it."""
 
     class Cut(Echo):
+        max_new_tokens = 8
+
         def generate(self, requests: Sequence[SampleRequest]) -> Iterator[PromptResponses]:
             for answer in super().generate(requests):
                 rows = [replace(response, finish_reason=reason) for response in answer.responses]
