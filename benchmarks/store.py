@@ -133,7 +133,9 @@ class Steps:
         from sppo_lightning.iteration.builder import difficulty_after
 
         rewards = self.store.shards.rewards()
-        return difficulty_after(rewards, empty_difficulty_table(), iteration=0, smoothing=0.0)
+        return difficulty_after(
+            rewards, empty_difficulty_table(), iteration=0, smoothing=0.0, at_random=False
+        )
 
     def select(self) -> Callable[[], Any]:
         """Select 30 %, write and read the difficulties."""

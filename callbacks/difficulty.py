@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 
 from sppo_lightning.callbacks.base import SelfPlayCallback
 from sppo_lightning.datamodule import SelfPlayDataModule, self_play_data
@@ -24,8 +25,9 @@ class DifficultyReestimation(SelfPlayCallback):
     Args:
         every_n_iterations: self-play iterations between two re-estimations.
         prompts: ``all`` prompts with an estimate, or those ``selected`` in the iteration that ends.
-        share: random share of them, in (0, 1].
-        samples: responses for each; ``None``: ``data.probe_samples``.
+        share: random share of them, in (0, 1]. With ``all``, the estimates of the other prompts move with the mean
+            change of those, so that fresh and earlier ones can be ranked together.
+        samples: responses for each; ``None``: ``data.probe_samples``, which prompts without an estimate get always.
         smoothing: weight of the old estimate, in [0, 1); 0 replaces it.
     """
 
@@ -58,12 +60,30 @@ class DifficultyReestimation(SelfPlayCallback):
         if stage != "fit":
             return
         datamodule = self_play_data(trainer)
+        self._say_if_useless(datamodule)
         wanted = datamodule.rules.samples_per_prompt
         if datamodule.reward.comparative and self.samples is not None and self.samples < wanted:
             raise UserError(
                 f"DifficultyReestimation.samples={self.samples}: data.reward {type(datamodule.reward).__name__} "
                 f"compares a prompt's responses with each other, so that all {wanted} have to be there at once"
             )
+
+    def _say_if_useless(self, data: SelfPlayDataModule) -> None:
+        """Say it if no prompt is a candidate twice, so that there is never an estimate to make again."""
+        rules, ids = data.rules, data.prompt_sets.read("prompts").ids
+        schedule = type(rules.schedule).__name__
+        seen: set[str] = set()
+        for iteration in range(rules.iterations):
+            candidates = rules.schedule.candidates(
+                ids, iteration=iteration, iterations=rules.iterations, seed=rules.seed
+            )
+            if not seen.isdisjoint(candidates):
+                return
+            seen.update(candidates)
+        rank_zero_info(
+            f"DifficultyReestimation has nothing to do: data.schedule {schedule} gives each prompt to one iteration, "
+            "so that no difficulty is ever estimated again."
+        )
 
     def on_iteration_end(self, trainer: pl.Trainer, data: SelfPlayDataModule, iteration: int) -> None:
         """Hand the decision to the data module."""
@@ -80,4 +100,4 @@ class DifficultyReestimation(SelfPlayCallback):
         pool = [prompt_id for prompt_id in known if self.prompts == "all" or prompt_id in selected]
         keys = random_keys(pool, rules.seed, iteration, "reestimation").tolist()
         due = tuple(prompt_id for prompt_id, key in zip(pool, keys, strict=True) if key < self.share)
-        return Reestimation(due, samples, self.smoothing)
+        return Reestimation(due, samples, self.smoothing, at_random=self.prompts == "all" and self.share < 1)

@@ -60,7 +60,11 @@ class RunSummary(SelfPlayCallback):
             f"  {folder.policy}        the trained policy, a Hugging Face folder",
             f"  {folder.metrics}   every metric; curves: "
             f"tensorboard --logdir {shlex.quote(str(folder.root))}",
-            f"  {folder.samples}    held-out answers before and after",
+            *(
+                [f"  {folder.samples}    held-out answers before and after"]
+                if folder.samples.exists()
+                else []
+            ),
             f"  {folder.iterations}    every response, reward, difficulty and pair, as Parquet",
             "What to do next",
             f"  answer prompts of your own:  sppo-lightning predict --config {folder.config} "

@@ -12,6 +12,7 @@ from sppo_lightning.callbacks.base import SelfPlayCallback
 from sppo_lightning.policy.sharding import local
 from sppo_lightning.training.batching import PairBatch
 
+FIRST_FACTORS = ("lora_A.default.weight", "lora_embedding_A.default")
 SAMPLE = 1 << 20  # weights that are compared
 
 
@@ -27,8 +28,12 @@ class WeightUpdateCheck(SelfPlayCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Copy some of the largest trained matrix, of a run that begins."""
         if trainer.global_step == 0:
-            trained = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
-            largest = max(trained, key=lambda parameter: local(parameter.detach()).numel())
+            trained = {name: item for name, item in pl_module.named_parameters() if item.requires_grad}
+            # the first factor of a fresh adapter has no gradient at first: the second one is 0
+            moving = {
+                name: item for name, item in trained.items() if not name.endswith(FIRST_FACTORS)
+            } or trained
+            largest = max(moving.values(), key=lambda parameter: local(parameter.detach()).numel())
             self._before = (largest, _sample(largest))
 
     def on_train_batch_end(

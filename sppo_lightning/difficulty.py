@@ -203,6 +203,27 @@ def estimate_difficulty(
     )
 
 
+def moved_with_policy(previous: StatisticsTable, newer: StatisticsTable) -> StatisticsTable:
+    """Return earlier estimates, moved by the mean change of the prompts that were estimated again.
+
+    The policy has changed since. Where only some prompts are estimated again, the others' estimates would be compared
+    with theirs as they are, and the rank of a prompt would tell how long ago it was estimated. Meant for a random share
+    of all prompts: the mean change of others is not that of all.
+
+    Args:
+        previous: estimates so far.
+        newer: estimates of this iteration; prompts that ``previous`` lacks tell nothing.
+    """
+    known = set(previous.prompt_ids)
+    again = [prompt_id for prompt_id in newer.prompt_ids if prompt_id in known]
+    if not again:
+        return previous
+    change = (newer.rows(again)["difficulty"] - previous.rows(again)["difficulty"]).mean()
+    return StatisticsTable(
+        previous.prompt_ids, {**previous.columns, "difficulty": previous["difficulty"] + change}
+    )
+
+
 @dataclass(frozen=True)
 class Reestimation:
     """Which prompts to probe again at the start of the next iteration, and how to merge the estimates."""
@@ -210,3 +231,4 @@ class Reestimation:
     prompt_ids: tuple[str, ...]
     samples: int  # responses for each prompt
     smoothing: float  # weight of the old estimate, in [0, 1)
+    at_random: bool = False  # whether they are a random share of all prompts that have an estimate

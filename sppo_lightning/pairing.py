@@ -146,7 +146,7 @@ def pair_responses(
     iteration: int,
     seed: int,
 ) -> Outcome:
-    """Pair the first ``samples_per_prompt`` responses to a prompt.
+    """Pair the first ``samples_per_prompt`` usable responses to a prompt.
 
     Without two usable responses the prompt is dropped for the reason that most of the others have (most often
     ``non_finite_reward``); if all rewards are equal, as ``tied_rewards`` or ``identical_responses``; if the rule
@@ -155,7 +155,7 @@ def pair_responses(
     without any other choice is dropped for the reason that most of them have.
 
     Args:
-        rows: scored responses; those with the lowest ``sample_index`` take part.
+        rows: scored responses; of the usable ones those with the lowest ``sample_index`` take part.
         prompt: what they answer.
         pairing: the rule.
         samples_per_prompt: responses that take part.
@@ -165,10 +165,10 @@ def pair_responses(
     Raises:
         UserError: if the rule chooses a response that is not there, or more pairs than its ``most_pairs``.
     """
-    taken = sorted(rows, key=lambda row: row.sample_index)[:samples_per_prompt]
-    scored = [row for row in taken if row.usable]
+    usable = sorted((row for row in rows if row.usable), key=lambda row: row.sample_index)
+    scored = usable[:samples_per_prompt]
     if len(scored) < 2:
-        return Outcome([], main_drop_reason(taken), Counter())
+        return Outcome([], main_drop_reason(rows), Counter())
     rewards = torch.tensor([row.reward for row in scored], dtype=torch.float64)
     if bool(rewards.max() == rewards.min()):
         identical = len({row.response for row in scored}) == 1

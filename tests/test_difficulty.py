@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from sppo_lightning.difficulty import (
     DIFFICULTY_COLUMNS,
@@ -16,6 +17,7 @@ from sppo_lightning.difficulty import (
     StatisticsTable,
     empty_difficulty_table,
     estimate_difficulty,
+    moved_with_policy,
     reward_statistics,
 )
 from sppo_lightning.types import UserError
@@ -174,3 +176,27 @@ def test_only_one_table_has_responses_and_history(name: str) -> None:
         UserError, match=r"^only the table of data\.selection has responses and history: name what"
     ):
         getattr(table(a=1), name)
+
+
+def test_earlier_estimates_move_with_the_policy() -> None:
+    """a and b rose by 1 and 3, so that c, which was not estimated again, is taken to have risen by 2."""
+    previous, newer = table(a=1, b=2, c=5), table(a=2, b=5, d=100)
+    assert as_dict(moved_with_policy(previous, newer)) == {"a": 3, "b": 4, "c": 7}
+    assert as_dict(moved_with_policy(previous, table(d=100))) == {"a": 1, "b": 2, "c": 5}
+
+
+def test_a_random_share_is_ranked_as_if_all_had_been_estimated() -> None:
+    """A policy that gains much between two estimates: without moving, ``Easiest`` would take the fresh ones."""
+    generator = torch.Generator().manual_seed(0)
+    true = torch.rand(400, generator=generator, dtype=torch.float64)
+    ids = tuple(f"p{number}" for number in range(400))
+    again = torch.rand(400, generator=generator) < 0.3
+
+    def estimates(rows: Tensor, gain: float) -> StatisticsTable:
+        return table(**{ids[row]: float(true[row]) + gain for row in rows.nonzero().flatten().tolist()})
+
+    previous, newer = estimates(torch.ones(400, dtype=torch.bool), 0.0), estimates(again, 1.0)
+    for moved, fresh_among_selected in ((True, 0.3), (False, 1.0)):
+        merged = (moved_with_policy(previous, newer) if moved else previous).updated(newer).rows(ids)
+        easiest = merged["difficulty"].argsort(descending=True)[:100]
+        assert float(again[easiest].double().mean()) == pytest.approx(fresh_among_selected, abs=0.1)

@@ -154,7 +154,7 @@ def test_in_is_out_plus_dropped_and_pairs_are_sound(
     assert set(result.dropped) <= {"non_finite_reward", "tied_rewards", "identical_responses"}
     assert all(result.dropped.values())
     for pair in result.pairs:
-        taken = groups[pair.prompt_id][:samples]
+        taken = [row for row in groups[pair.prompt_id] if row.usable][:samples]
         finite = [row.reward for row in taken if row.reward is not None and math.isfinite(row.reward)]
         assert pair.chosen_reward == max(finite) > pair.rejected_reward
         assert (pair.chosen_token_ids, pair.chosen, pair.chosen_reward) in [
@@ -410,3 +410,10 @@ def test_pair_statistics_of_nothing() -> None:
     found = pair_statistics([], PairTable.collect([]).statistics(), {}, {})
     assert len(found) == 0
     assert set(found.columns) == set(PAIR_COLUMNS)
+
+
+def test_an_unusable_response_takes_nobodys_place() -> None:
+    """Best of three usable ones, although two of the first three failed."""
+    rewards = [float("nan"), 1.0, float("nan"), 3.0, 2.0]
+    (pair,) = paired({"p": rollouts(rewards, "p", "abcde")}, BestWorst(), samples=3).pairs
+    assert (pair.chosen_reward, pair.rejected_reward) == (3.0, 1.0)

@@ -18,6 +18,7 @@ from sppo_lightning.difficulty import (
     Reestimation,
     StatisticsTable,
     estimate_difficulty,
+    moved_with_policy,
     reward_statistics,
 )
 from sppo_lightning.generation import PolicySource
@@ -103,21 +104,20 @@ class IterationBuilder:
         )
         dropped["not_scheduled"] = len(self.prompts) - len(candidates)
 
-        due = self._due(candidates, previous, reestimation)
-        samples = reestimation.samples if reestimation else rules.probe_samples
-        self._collect(store, "probe", dict.fromkeys(due, range(samples)), iteration, "probing")
+        probed = self._due(candidates, previous, reestimation)
+        self._collect(store, "probe", probed, iteration, "probing")
         ranked, selected = self._select(
             store,
             candidates,
             previous,
             earlier,
             iteration=iteration,
-            smoothing=manifest["smoothing"],
+            reestimation=reestimation,
             dropped=dropped,
         )
-        missing = self._missing(selected, set(due), samples)
+        missing = self._missing(selected, probed)
         self._collect(store, "topup", missing, iteration, "generating")
-        made = PairingPass(rules, self.prompts, iteration)
+        made = PairingPass(rules, self.prompts, iteration, probed=probed)
         pairs = made.pairs(store.shards, candidates, set(selected))
         dropped += made.dropped
         reference = None
@@ -142,7 +142,7 @@ class IterationBuilder:
         dropped_choices = made.dropped_choices + Counter(pair_not_selected=keep.count(False))
 
         counts = {"prompts": len(self.prompts) + len(self.too_long), "pairs": len(pairs)}
-        counts |= {"probed": len(due), "selected": len(selected), "paired_prompts": paired}
+        counts |= {"probed": len(probed), "selected": len(selected), "paired_prompts": paired}
         dropped += Counter()  # forget the reasons that dropped nothing
         assert counts["prompts"] == paired + dropped.total()
         if len(pairs) < rules.pairs_per_step:
@@ -191,8 +191,10 @@ class IterationBuilder:
             "pairing": identity(rules.pairing),
             "pair_selection": identity(rules.pair_selection),
             "samples_per_prompt": rules.samples_per_prompt,
-            "probe_samples": reestimation.samples if reestimation else rules.probe_samples,
+            "probe_samples": rules.probe_samples,
+            "reestimation_samples": reestimation.samples if reestimation else None,
             "smoothing": reestimation.smoothing if reestimation else 0.0,
+            "reestimated_at_random": reestimation is not None and reestimation.at_random,
             "too_long": list(self.too_long),
         }
 
@@ -204,20 +206,25 @@ class IterationBuilder:
             store.shards, name, requests, policy=self.policy, iteration=iteration, phase=phase
         )
 
-    def _missing(self, selected: Sequence[str], probed: set[str], samples: int) -> dict[str, range]:
-        """Return the sample indices that the selected prompts lack; ``samples``: how many the probed ones have."""
+    def _missing(self, selected: Sequence[str], probed: Mapping[str, range]) -> dict[str, range]:
+        """Return the sample indices that the selected prompts lack, which have those of ``probed``."""
         every = range(self.rules.samples_per_prompt)
-        others = every[samples:]
-        missing = {prompt_id: others if prompt_id in probed else every for prompt_id in selected}
+        missing = {prompt_id: every[len(probed.get(prompt_id, ())) :] for prompt_id in selected}
         return {prompt_id: indices for prompt_id, indices in missing.items() if indices}
 
     def _due(
         self, candidates: Sequence[str], previous: StatisticsTable, reestimation: Reestimation | None
-    ) -> list[str]:
-        """Return the candidates whose difficulty is unknown, or due."""
+    ) -> dict[str, range]:
+        """Return the candidates whose difficulty is unknown, or due, each with the indices of its probe's samples."""
         known = set(previous.prompt_ids)
         again = set(reestimation.prompt_ids) if reestimation else set()
-        return [prompt_id for prompt_id in candidates if prompt_id not in known or prompt_id in again]
+        first = range(self.rules.probe_samples)
+        later = range(reestimation.samples) if reestimation else first
+        return {
+            prompt_id: later if prompt_id in known else first
+            for prompt_id in candidates
+            if prompt_id not in known or prompt_id in again
+        }
 
     def _select(
         self,
@@ -227,7 +234,7 @@ class IterationBuilder:
         earlier: Sequence[IterationStore],
         *,
         iteration: int,
-        smoothing: float,
+        reestimation: Reestimation | None,
         dropped: Counter[str],
     ) -> tuple[StatisticsTable, list[str]]:
         """Write the difficulties after the probe; return those of the candidates, and the ids of the selected ones.
@@ -235,7 +242,11 @@ class IterationBuilder:
         ``dropped`` gets the reasons of the others.
         """
         table = difficulty_after(
-            store.shards.rewards("probe"), previous, iteration=iteration, smoothing=smoothing
+            store.shards.rewards("probe"),
+            previous,
+            iteration=iteration,
+            smoothing=reestimation.smoothing if reestimation else 0.0,
+            at_random=reestimation is not None and reestimation.at_random,
         )
         known = set(table.prompt_ids)
         dropped.update(self._drop_reasons(store, [key for key in candidates if key not in known]))
@@ -268,11 +279,22 @@ def difficulty_after(
     *,
     iteration: int,
     smoothing: float,
+    at_random: bool,
 ) -> StatisticsTable:
-    """Return ``previous`` with the prompts that have usable ``rewards`` estimated anew."""
-    return previous.updated(
-        estimate_difficulty(reward_statistics(rewards), previous, iteration=iteration, smoothing=smoothing)
+    """Return ``previous`` with the prompts that have usable ``rewards`` estimated anew.
+
+    Args:
+        rewards: of this iteration, by prompt id.
+        previous: estimates so far.
+        iteration: self-play iteration.
+        smoothing: weight of an earlier estimate, in [0, 1).
+        at_random: whether those that are estimated again are a random share; see
+            :func:`~sppo_lightning.difficulty.moved_with_policy`.
+    """
+    newer = estimate_difficulty(
+        reward_statistics(rewards), previous, iteration=iteration, smoothing=smoothing
     )
+    return (moved_with_policy(previous, newer) if at_random else previous).updated(newer)
 
 
 def _reasons(dropped: Counter[str]) -> str:

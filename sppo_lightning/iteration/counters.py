@@ -22,13 +22,20 @@ class ResponseCounters:
         self._usable = 0
         self._scored_prompts = 0
         self._prompt_means = 0.0
-        self._parts: defaultdict[str, float] = defaultdict(float)
-        self._part_counts: Counter[str] = Counter()
+        self._part_means: defaultdict[str, float] = defaultdict(float)
+        self._part_prompts: Counter[str] = Counter()
 
-    def add(self, rows: Sequence[ScoredRollout]) -> None:
-        """Count all responses to one prompt."""
+    def add(self, rows: Sequence[ScoredRollout], *, probed: range | None = None) -> None:
+        """Count all responses to one prompt.
+
+        Args:
+            rows: the responses.
+            probed: sample indices whose rewards count in the means; ``None``: all. The others are there because these
+                were good.
+        """
         self._sampled += len(rows)
         rewards: list[float] = []
+        parts: defaultdict[str, list[float]] = defaultdict(list)
         for row in rows:
             if row.finish_reason != "failed":
                 self._answered += 1
@@ -37,15 +44,19 @@ class ResponseCounters:
             if not row.usable:
                 self._dropped[row.drop_reason or "non_finite_reward"] += 1
                 continue
+            self._usable += 1
+            if probed is not None and row.sample_index not in probed:
+                continue
             rewards.append(row.reward or 0.0)
             for name, value in row.reward_parts.items():
                 if math.isfinite(value):
-                    self._parts[name] += value
-                    self._part_counts[name] += 1
+                    parts[name].append(value)
         if rewards:
-            self._usable += len(rewards)
             self._scored_prompts += 1
             self._prompt_means += sum(rewards) / len(rewards)
+        for name, values in parts.items():
+            self._part_prompts[name] += 1
+            self._part_means[name] += sum(values) / len(values)
 
     def counts(self) -> dict[str, Any]:
         """Return how many responses were sampled, are usable, and were dropped by reason."""
@@ -53,16 +64,16 @@ class ResponseCounters:
         return {"sampled": self._sampled, "usable": self._usable, "dropped": dict(self._dropped)}
 
     def metrics(self) -> dict[str, float]:
-        """Return what the loggers get; lengths in tokens, rewards averaged over prompts."""
+        """Return what the loggers get; lengths in tokens, rewards and their parts averaged over prompts."""
         parts = {
-            f"iteration/reward/parts/{name}": total / self._part_counts[name]
-            for name, total in self._parts.items()
+            f"iteration/reward/parts/{name}": total / self._part_prompts[name]
+            for name, total in self._part_means.items()
         }
         reasons = {
             f"iteration/responses_dropped/{name}": float(count) for name, count in self._dropped.items()
         }
         return {
-            "iteration/reward/mean": self._prompt_means / self._scored_prompts,
+            "iteration/reward/mean": self._prompt_means / max(self._scored_prompts, 1),
             "iteration/response_length/mean": self._tokens / self._answered,
             "iteration/response_unfinished/share": self._cut / self._answered,
             **parts,

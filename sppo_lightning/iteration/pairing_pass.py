@@ -23,6 +23,7 @@ class PairingPass:
         rules: the scientific settings.
         prompts: encoded prompts by id.
         iteration: self-play iteration.
+        probed: indices of the samples that were taken of all candidates, by prompt id; others were topped up.
         counters: counts of all responses.
         rewards: usable rewards of the prompts that have a pair, by prompt id.
         dropped: why the other selected prompts have none.
@@ -32,6 +33,7 @@ class PairingPass:
     rules: IterationRules
     prompts: Mapping[str, EncodedPrompt]
     iteration: int
+    probed: Mapping[str, range] = field(default_factory=dict)
     counters: ResponseCounters = field(default_factory=ResponseCounters)
     rewards: dict[str, array[float]] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -52,7 +54,7 @@ class PairingPass:
     ) -> Iterator[PreferencePair]:
         sources = (by_prompt(shards.stream(name)) for name in ("probe", "topup"))
         for prompt_id, rows in merged(candidates, *sources):
-            self.counters.add(rows)
+            self.counters.add(rows, probed=self.probed.get(prompt_id))
             if prompt_id not in selected:
                 continue
             outcome = pair_responses(

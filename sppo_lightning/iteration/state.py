@@ -208,10 +208,11 @@ class IterationState:
         manifest = store.read_manifest()
         assert manifest is not None
         return difficulty_after(
-            store.kept_shards().rewards(),
+            store.kept_shards().difficulty_rewards(),
             self.known,
             iteration=iteration,
             smoothing=float(manifest["smoothing"]),
+            at_random=bool(manifest.get("reestimated_at_random")),
         )
 
     def metrics(self) -> dict[str, float]:
@@ -246,7 +247,12 @@ class IterationState:
             "table": self.known.state(),
             "reestimation": None
             if due is None
-            else {"prompt_ids": list(due.prompt_ids), "samples": due.samples, "smoothing": due.smoothing},
+            else {
+                "prompt_ids": list(due.prompt_ids),
+                "samples": due.samples,
+                "smoothing": due.smoothing,
+                "at_random": due.at_random,
+            },
             "rule_states": self._rule_states,
         }
 
@@ -260,7 +266,9 @@ class IterationState:
         self._provenance = state["made_from"]
         self.known = StatisticsTable.from_state(state["table"])
         due = state["reestimation"]
-        self.due = due and Reestimation(tuple(due["prompt_ids"]), due["samples"], due["smoothing"])
+        self.due = due and Reestimation(
+            tuple(due["prompt_ids"]), due["samples"], due["smoothing"], due.get("at_random", False)
+        )
 
 
 def _provenance(store: IterationStore) -> dict[str, str | None]:

@@ -46,6 +46,11 @@ class RolloutRequests(Sequence[RolloutRequest]):
     def __len__(self) -> int:
         return len(self._samples)
 
+    @property
+    def responses(self) -> int:
+        """Responses that are asked for."""
+        return sum(map(len, self._samples))
+
     @overload
     def __getitem__(self, row: int) -> RolloutRequest: ...
     @overload
@@ -166,9 +171,11 @@ class Collector:
         policy.sync_sampling_weights(self.ranks, needed=bool(missing))
         if missing:
             done = tokens = 0
-            watch = FailureWatch(self.max_failed_share, total)
+            requested = sum(_responses(shards[number]) for number in missing)
+            watch = FailureWatch(self.max_failed_share, requested)
             self.notify(phase, iteration, done, total, tokens)
             self.generator.load(policy)
+            failing: list[int] = []  # shards written here that hold failures
             for number in missing:
                 shard = list(shards[number])
                 rows: list[list[Rollout]] = [[] for _ in shard]
@@ -199,8 +206,14 @@ class Collector:
                         "without a response: it must answer every request"
                     )
                 responses = [row for group in rows for row in group]
-                # before they are stored, so that they can be asked for again once the cause is mended
-                watch.add(ScoredRows(responses, None))
+                try:
+                    watch.add(ScoredRows(responses, None))
+                except UserError:  # not stored, so that they are asked for again once the cause is mended
+                    for earlier in failing:
+                        store.path(name, earlier).unlink()
+                    raise
+                if any(row.drop_reason is not None for row in responses):
+                    failing.append(number)
                 if phase == "probing" and iteration == 0 and number == missing[0]:
                     self._look_at_lengths(responses, policy)
                 store.write(name, number, responses)
@@ -278,6 +291,13 @@ class Collector:
                     f"{store.path(name, number)} was written by another process and is not here: "
                     "trainer.default_root_dir must be a folder that all nodes share"
                 )
+
+
+def _responses(shard: Sequence[RolloutRequest]) -> int:
+    """Return how many responses a shard will hold; a prompt is not made for that."""
+    if isinstance(shard, RolloutRequests):
+        return shard.responses
+    return sum(len(item.sample_indices) for item in shard)
 
 
 def _key(store: ShardStore, name: str, number: int) -> ShardKey:

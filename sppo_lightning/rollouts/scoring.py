@@ -123,11 +123,11 @@ def _every_second(scores: CheckedScores) -> CheckedScores:
 
 
 class FailureWatch:
-    """Raises once too many of a phase's responses are of no use.
+    """Raises once too many of a phase's responses are of no use, or none at all is of any use.
 
     Args:
-        share: largest share that may fail, in [0, 1].
-        total: responses of the phase, or as many as are certain.
+        share: largest share of the phase that may fail, in [0, 1].
+        total: responses of the phase.
     """
 
     def __init__(self, share: float, total: int) -> None:
@@ -146,14 +146,16 @@ class FailureWatch:
         """Count some responses.
 
         Raises:
-            UserError: with the reasons and the first error, if too many failed so far.
+            UserError: with the reasons and the first error, if too many failed already, whatever the others do, or if
+                all did so far.
         """
         self.remember(
             len(scored.rows), [row.drop_reason for row in scored.rows if row.drop_reason is not None]
         )
         self._error = self._error or scored.error
         failed = self._reasons.total() - self._reasons[CHOSEN]
-        if failed > self.share * max(self._seen, min(FEW, self.total)):
+        nothing_works = self.share < 1 and failed == self._seen >= min(FEW, self.total)
+        if failed > self.share * self.total or nothing_works:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self._reasons.most_common())
             first = f"; the first error: {self._error}" if self._error else ""
             raise UserError(

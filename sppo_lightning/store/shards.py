@@ -51,6 +51,9 @@ _KEY_SCHEMA = pa.schema(
 _STORED_SCHEMA = pa.schema([ROLLOUT_SCHEMA.field(name) for name in STORED_COLUMNS])
 
 
+_ID_SCHEMA = pa.schema([ROLLOUT_SCHEMA.field("prompt_id")])
+
+
 _REWARD_SCHEMA = pa.schema([ROLLOUT_SCHEMA.field(name) for name in ("prompt_id", "reward", "drop_reason")])
 
 
@@ -130,6 +133,17 @@ class ShardStore:
             ):
                 found.setdefault(prompt_id, array("d")).append(reward)
         return found
+
+    def difficulty_rewards(self) -> dict[str, array[float]]:
+        """Return the rewards that difficulties come from: the probe's, or all of a prompt that was not probed.
+
+        Not the top-up's of a probed prompt: only selected ones have them, and they were selected by their probe.
+        """
+        probed: set[str] = set()
+        for path in self._paths("probe"):
+            probed.update(read_table(path, _ID_SCHEMA)["prompt_id"].to_pylist())
+        later = {name: rewards for name, rewards in self.rewards("topup").items() if name not in probed}
+        return {**self.rewards("probe"), **later}
 
     def measured(self, name: str, prompt_ids: Sequence[str]) -> ProbeResponses:
         """Return what can be measured of the usable responses to ``prompt_ids``, packed, in that order."""

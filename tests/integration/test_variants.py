@@ -143,7 +143,7 @@ def test_disjoint_splits_schedule_every_prompt_once(
 def test_smoothing_mixes_old_and_new_estimates(
     tiny_policy: Path, write_prompts: WritePrompts, tmp_path: Path
 ) -> None:
-    """difficulty(1) = 0.25 * (mean of all rollouts of iteration 0) + 0.75 * (mean of the new probe)."""
+    """difficulty(1) = 0.25 * (mean of iteration 0's probe) + 0.75 * (mean of the new probe)."""
     root = fit(
         tiny_policy,
         write_prompts(),
@@ -151,7 +151,7 @@ def test_smoothing_mixes_old_and_new_estimates(
         trainer__callbacks=callback(smoothing=0.25, samples=3),
     )
     first: dict[str, list[float]] = {}
-    for shard in sorted((root / "iterations/000/rollouts").glob("*.parquet")):
+    for shard in sorted((root / "iterations/000/rollouts").glob("probe-*.parquet")):
         for row in read(shard):
             first.setdefault(row["prompt_id"], []).append(row["reward"])
     for row in read(root / "iterations/001/difficulty.parquet"):
@@ -163,12 +163,52 @@ def test_smoothing_mixes_old_and_new_estimates(
 def test_without_reestimation_later_rollouts_still_count(
     tiny_policy: Path, write_prompts: WritePrompts, tmp_path: Path
 ) -> None:
-    root = fit(tiny_policy, write_prompts(), tmp_path / "run")
+    """Those of prompts that were not probed in the same iteration: a probe decides who is sampled further."""
+    root = fit(tiny_policy, write_prompts(), tmp_path / "run", data__iterations=3)
     assert not list((root / "iterations/001/rollouts").glob("probe-*.parquet"))
-    before = {row["prompt_id"]: row for row in read(root / "iterations/000/difficulty.parquet")}
     for row in read(root / "iterations/001/difficulty.parquet"):
-        assert row["estimated_iteration"] == 0
-        assert row["samples"] == (3 if before[row["prompt_id"]]["selected"] else 2)
+        assert (row["estimated_iteration"], row["samples"]) == (0, 2)
+    before = {row["prompt_id"]: row for row in read(root / "iterations/001/difficulty.parquet")}
+    for row in read(root / "iterations/002/difficulty.parquet"):
+        again = before[row["prompt_id"]]["selected"]
+        assert (row["estimated_iteration"], row["samples"]) == ((1, 3) if again else (0, 2))
+
+
+def test_prompts_without_an_estimate_are_probed_as_ever(
+    tiny_policy: Path, write_prompts: WritePrompts, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``samples`` of the callback is for estimates that are made again; here there is none, which is said."""
+    root = fit(
+        tiny_policy,
+        write_prompts(count=22),
+        tmp_path / "run",
+        data__schedule="sppo_lightning.selection.DisjointSplits",
+        trainer__callbacks=callback(samples=1),
+    )
+    rows = [
+        row for shard in (root / "iterations/001/rollouts").glob("probe-*.parquet") for row in read(shard)
+    ]
+    assert len(rows) == 2 * len({row["prompt_id"] for row in rows}) > 0
+    said = [record.getMessage() for record in caplog.records]
+    assert any(
+        "DifficultyReestimation has nothing to do: data.schedule DisjointSplits" in text for text in said
+    )
+
+
+def test_a_random_share_leaves_no_prompt_behind(
+    tiny_policy: Path, write_prompts: WritePrompts, tmp_path: Path
+) -> None:
+    """Estimates that are not made again move by the mean change of those that are."""
+    root = fit(tiny_policy, write_prompts(), tmp_path / "run", trainer__callbacks=callback(share=0.5))
+    before = {row["prompt_id"]: row["difficulty"] for row in read(root / "iterations/000/difficulty.parquet")}
+    after = read(root / "iterations/001/difficulty.parquet")
+    fresh = [row for row in after if row["estimated_iteration"] == 1]
+    stale = [row for row in after if row["estimated_iteration"] == 0]
+    assert fresh
+    assert stale
+    change = sum(row["difficulty"] - before[row["prompt_id"]] for row in fresh) / len(fresh)
+    for row in stale:
+        assert row["difficulty"] - before[row["prompt_id"]] == pytest.approx(change)
 
 
 def test_a_probe_larger_than_the_pairs_samples_tops_nothing_up(

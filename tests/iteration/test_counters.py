@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -31,7 +32,7 @@ def rollouts(draw: st.DrawFn) -> Rollout:
     )
 
 
-def tally_of(*groups: list[Rollout]) -> ResponseCounters:
+def counters_of(*groups: list[Rollout]) -> ResponseCounters:
     counters = ResponseCounters()
     for rows in groups:
         counters.add(rows)
@@ -42,7 +43,7 @@ def tally_of(*groups: list[Rollout]) -> ResponseCounters:
 @given(st.lists(st.lists(rollouts(), max_size=4), max_size=4))
 def test_in_is_out_and_dropped(groups: list[list[Rollout]]) -> None:
     rows = [row for group in groups for row in group]
-    counts = tally_of(*groups).counts()
+    counts = counters_of(*groups).counts()
     assert counts["sampled"] == len(rows) == counts["usable"] + sum(counts["dropped"].values())
     assert counts["usable"] == sum(row.usable for row in rows)
     named = Counter(row.drop_reason for row in rows if row.drop_reason is not None)
@@ -54,7 +55,7 @@ def test_parts_without_a_number_are_left_out() -> None:
     """Of ``a`` 1 and 3 count; ``b`` is never a number."""
     parts = [{"a": 1.0, "b": math.nan}, {"a": math.inf}, {"a": 3.0}]
     rows = [Rollout("p", n, "", "", (5,), "stop", 1.0, part) for n, part in enumerate(parts)]
-    found = {name: value for name, value in tally_of(rows).metrics().items() if "/parts/" in name}
+    found = {name: value for name, value in counters_of(rows).metrics().items() if "/parts/" in name}
     assert found == {"iteration/reward/parts/a": 2.0}
 
 
@@ -63,7 +64,9 @@ def test_parts_without_a_number_are_left_out() -> None:
 def test_the_order_of_prompts_changes_nothing(groups: list[list[Rollout]], random: object) -> None:
     answered = [[row] for group in groups for row in group if row.usable and row.finish_reason != "failed"]
     if answered:
-        assert tally_of(*answered).metrics() == pytest.approx(tally_of(*answered[::-1]).metrics(), rel=1e-6)
+        assert counters_of(*answered).metrics() == pytest.approx(
+            counters_of(*answered[::-1]).metrics(), rel=1e-6
+        )
 
 
 def row(tokens: int, reward: float | None, **fields: object) -> Rollout:
@@ -87,7 +90,7 @@ GROUPS = [
 
 
 def test_counts_by_hand() -> None:
-    assert tally_of(*GROUPS).counts() == {
+    assert counters_of(*GROUPS).counts() == {
         "sampled": 7,
         "usable": 3,
         "dropped": {"server_error": 1, "non_finite_reward": 1, "unfinished": 1, "failed_score": 1},
@@ -96,12 +99,12 @@ def test_counts_by_hand() -> None:
 
 def test_metrics_by_hand() -> None:
     """Of prompts with usable responses the means are 2 and 6; six responses of 4, 10, 2, 8, 6 and 6 tokens came
-    back, two of them cut; the usable ones have styles of 1, 2 and 6, and one has a penalty."""
-    assert tally_of(*GROUPS).metrics() == {
+    back, two of them cut; the usable ones have styles of 1 and 2, and 6, and one has a penalty."""
+    assert counters_of(*GROUPS).metrics() == {
         "iteration/reward/mean": 4.0,
         "iteration/response_length/mean": 6.0,
         "iteration/response_unfinished/share": pytest.approx(1 / 3),
-        "iteration/reward/parts/style": 3.0,
+        "iteration/reward/parts/style": 3.75,  # the mean of two prompts' means, as of the reward
         "iteration/reward/parts/unfinished_penalty": -0.5,
         "iteration/responses_dropped/server_error": 1.0,
         "iteration/responses_dropped/non_finite_reward": 1.0,
@@ -110,8 +113,22 @@ def test_metrics_by_hand() -> None:
     }
 
 
+def test_samples_that_only_selected_prompts_have_count_in_no_mean() -> None:
+    """They are there because the first ones were good, which would move the mean towards the selection."""
+    counters = ResponseCounters()
+    rows = [
+        replace(row(3, reward, reward_parts={"style": reward}), sample_index=index)
+        for index, reward in enumerate((4.0, 1.0))
+    ]
+    counters.add(rows, probed=range(1))
+    counters.add(rows[:1], probed=range(1))
+    found = counters.metrics()
+    assert (found["iteration/reward/mean"], found["iteration/reward/parts/style"]) == (4.0, 4.0)
+    assert counters.counts() == {"sampled": 3, "usable": 3, "dropped": {}}
+
+
 def test_nothing_dropped_is_nothing_logged() -> None:
-    found = tally_of([row(3, 1.5)]).metrics()
+    found = counters_of([row(3, 1.5)]).metrics()
     assert found == {
         "iteration/reward/mean": 1.5,
         "iteration/response_length/mean": 3.0,
@@ -120,4 +137,4 @@ def test_nothing_dropped_is_nothing_logged() -> None:
 
 
 def test_nothing_added_is_nothing_counted() -> None:
-    assert tally_of().counts() == {"sampled": 0, "usable": 0, "dropped": {}}
+    assert counters_of().counts() == {"sampled": 0, "usable": 0, "dropped": {}}
