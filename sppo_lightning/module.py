@@ -223,7 +223,7 @@ class PreferenceModule(SelfPlayModule):
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the micro-batch's share of the step's mean loss, scaled for Lightning's accumulation."""
         assert self.policy is not None
-        if batch_idx == 0 and batch.slot.step == 0 and self.loss.needs_reference:
+        if batch.slot.step == 0 and self.loss.needs_reference:
             self.reference.check_start(self.policy, batch, iteration_is_first=self.trainer.current_epoch == 0)
         tokens = self.pair_forward.logps_by_token(self.policy, batch.rows)
         policy = summed(tokens)

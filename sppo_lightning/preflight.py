@@ -234,6 +234,31 @@ def check_context(longest: int, generator: Generator, model_config: Any, *, key:
             f"data.{key}: the longest prompt has {longest} tokens, with {new} new ones more than the policy's "
             f"context of {context}: lower data.max_prompt_tokens or the generator's max_new_tokens"
         )
+    switch = rope_switch(model_config)
+    if switch is not None and longest + new > switch:
+        raise UserError(
+            f"data.{key}: the longest prompt has {longest} tokens, with {new} new ones more than the {switch} at which "
+            "the policy's LongRoPE changes its factors, for all that share a batch with such a sequence: their samples "
+            "and log-probs would depend on it; lower data.max_prompt_tokens or the generator's max_new_tokens"
+        )
+
+
+def rope_switch(model_config: Any) -> int | None:
+    """Return the positions past which LongRoPE (arXiv 2402.13753) takes other factors; ``None``: it never does.
+
+    Phi-3-128k, Phi-3.5 and Phi-4-mini have it. transformers takes one set of factors for a whole batch, by the longest
+    sequence in it.
+
+    Args:
+        model_config: a model's own settings.
+    """
+    text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    given = getattr(text, "rope_parameters", None) or {}
+    for rope in (given, *given.values()):
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+            switch = rope.get("original_max_position_embeddings")
+            return switch or getattr(text, "original_max_position_embeddings", None)
+    return None
 
 
 def workload_of(

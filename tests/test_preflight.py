@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
+from support.models import tiny_config
 from support.rules import iteration_rules
+from transformers import Phi3Config, Phi3ForCausalLM
 
+from sppo_lightning.generation import HFGenerator
 from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.pairing import BestWorst
-from sppo_lightning.preflight import check_sizes, check_win_probabilities
+from sppo_lightning.preflight import check_context, check_sizes, check_win_probabilities, rope_switch
 from sppo_lightning.rewards import FunctionJudge, FunctionReward, PairwiseReward
 from sppo_lightning.selection import AllPairs
 from sppo_lightning.types import UserError
@@ -66,3 +70,45 @@ def test_a_rule_that_reads_win_probabilities_needs_a_reward_that_gives_them() ->
         check_win_probabilities(FunctionReward(score), wanting)
     check_win_probabilities(FunctionReward(score), rules())
     check_win_probabilities(PairwiseReward(FunctionJudge(lambda prompt, first, second: 0.5)), wanting)
+
+
+# --------------------------------------------------------------------- LongRoPE
+
+
+def phi(original: int) -> Phi3Config:
+    return Phi3Config(
+        hidden_size=32,
+        num_attention_heads=4,
+        max_position_embeddings=4096,
+        original_max_position_embeddings=original,
+        rope_scaling={"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
+        pad_token_id=0,
+    )
+
+
+def test_a_batch_is_not_let_over_the_switch_of_longrope() -> None:
+    generator = HFGenerator(max_new_tokens=8, temperature=1.0)
+    assert rope_switch(phi(64)) == 64
+    check_context(56, generator, phi(64), key="prompts")
+    with pytest.raises(
+        UserError, match=r"^data\.prompts: the longest prompt has 57 tokens, with 8 new ones more than the 64"
+    ):
+        check_context(57, generator, phi(64), key="prompts")
+    assert rope_switch(tiny_config()) is None
+
+
+def test_one_long_neighbour_does_change_the_log_probs_of_such_a_model() -> None:
+    """Why it is refused."""
+    torch.manual_seed(0)
+    config = phi(8)
+    config.update(
+        {"num_hidden_layers": 1, "intermediate_size": 32, "vocab_size": 64, "num_key_value_heads": 4}
+    )
+    model = Phi3ForCausalLM(config).eval()
+    short, long = torch.arange(8)[None], torch.arange(12)[None]
+    with torch.no_grad():
+        alone = model(short).logits
+        padded = torch.cat([short, torch.zeros(1, 4, dtype=torch.long)], 1)
+        mask = torch.tensor([[1] * 8 + [0] * 4, [1] * 12])
+        together = model(torch.cat([padded, long]), attention_mask=mask).logits[:1, :8]
+    assert not torch.allclose(alone, together, atol=1e-3)

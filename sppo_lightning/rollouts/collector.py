@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple, overload
@@ -216,7 +218,7 @@ class Collector:
                     failing.append(number)
                 if phase == "probing" and iteration == 0 and number == missing[0]:
                     self._look_at_lengths(responses, policy)
-                store.write(name, number, responses)
+                store.write(name, number, responses, prompts=_prompt_digests(shard))
             self.generator.unload()
         self.ranks.barrier(f"generated {name}")
 
@@ -261,10 +263,16 @@ class Collector:
                 self.ranks.check()
                 rows = store.read(name, number)
                 assert rows is not None
-                prompts = {item.prompt.prompt.id: item.prompt.prompt for item in shards[number]}
+                shard = list(shards[number])
+                prompts = {item.prompt.prompt.id: item.prompt.prompt for item in shard}
                 scored = score_rows(self.reward, rows, prompts, opponents=opponents)
                 watch.add(scored)
-                store.write(name, number, [unfinished.apply(row) for row in scored.rows])
+                store.write(
+                    name,
+                    number,
+                    [unfinished.apply(row) for row in scored.rows],
+                    prompts=_prompt_digests(shard),
+                )
                 done += len(shards[number])
                 tokens += sum(len(row.token_ids) for row in rows)
                 self.notify("scoring", iteration, done, total, tokens)
@@ -318,10 +326,29 @@ def _check_or_quarantine(
         quarantine(store.path(name, number))
         return False
     key = _key(store, name, number)
-    expected = [(item.prompt.prompt.id, index) for item in shards[number] for index in item.sample_indices]
+    shard = list(shards[number])
+    expected = [(item.prompt.prompt.id, index) for item in shard for index in item.sample_indices]
     if key.rows != expected:
         raise UserError(
             f"{store.path(name, number)} holds responses to other prompts than this config asks for: the prompt "
             "file changed since; use a new trainer.default_root_dir"
         )
+    now = _prompt_digests(shard)
+    changed = next(
+        (key for key, digest in store.prompt_digests(name, number).items() if now[key] != digest), None
+    )
+    if changed is not None:
+        raise UserError(
+            f"{store.path(name, number)} holds responses to prompt {changed!r} when it had other token ids: its text, "
+            "data.system_prompt or the chat template (with model.policy.template_date, where it prints the date) has "
+            "changed since; put it back, or use a new trainer.default_root_dir"
+        )
     return True
+
+
+def _prompt_digests(shard: Iterable[RolloutRequest]) -> dict[str, str]:
+    """Return a digest of each prompt's token ids, by prompt id."""
+    return {
+        item.prompt.prompt.id: hashlib.blake2b(array("q", item.prompt.token_ids), digest_size=8).hexdigest()
+        for item in shard
+    }

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 
 from sppo_lightning.difficulty import ProbeResponses
@@ -43,6 +46,9 @@ ROLLOUT_SCHEMA = pa.schema(
 )
 
 
+PROMPT_DIGESTS = b"prompt_digests"  # in a shard's metadata
+
+
 _KEY_SCHEMA = pa.schema(
     [ROLLOUT_SCHEMA.field(name) for name in ("prompt_id", "sample_index", "reward", "drop_reason")]
 )
@@ -72,9 +78,29 @@ class ShardStore:
         """Return where shard ``number`` of ``name`` lies."""
         return self.folder / f"{name}-{number:05d}.parquet"
 
-    def write(self, name: str, number: int, rows: Sequence[Rollout]) -> None:
-        """Write a shard, replacing the one that is there."""
-        write_rollouts(self.path(name, number), rows)
+    def write(
+        self,
+        name: str,
+        number: int,
+        rows: Sequence[Rollout],
+        *,
+        prompts: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Write a shard, replacing the one that is there.
+
+        Args:
+            name: of the shards, ``probe`` or ``topup``.
+            number: of the shard.
+            rows: the responses.
+            prompts: digest of each prompt's token ids, by prompt id.
+        """
+        write_rollouts(self.path(name, number), rows, prompts)
+
+    def prompt_digests(self, name: str, number: int) -> dict[str, str]:
+        """Return the digests that a shard was written with; none of a shard of an older version."""
+        metadata = pq.read_schema(self.path(name, number)).metadata or {}
+        found: dict[str, str] = json.loads(metadata.get(PROMPT_DIGESTS, b"{}"))
+        return found
 
     def read(self, name: str, number: int) -> list[Rollout] | None:
         """Return a shard's rows, or ``None`` if it has not been written."""
@@ -178,10 +204,15 @@ class ShardKey(NamedTuple):
     drop_reasons: list[str]  # of the rows that were dropped
 
 
-def write_rollouts(path: Path, rows: Sequence[Rollout]) -> None:
-    """Write a rollout file."""
+def write_rollouts(
+    path: Path, rows: Sequence[Rollout], prompts: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Write a rollout file; ``prompts``: digest of each prompt's token ids, by prompt id."""
     fields = [{**vars(row), "reward_parts": list(row.reward_parts.items())} for row in rows]
-    write_table(path, pa.Table.from_pylist(fields, ROLLOUT_SCHEMA))
+    table = pa.Table.from_pylist(fields, ROLLOUT_SCHEMA)
+    if prompts:
+        table = table.replace_schema_metadata({PROMPT_DIGESTS: json.dumps(dict(prompts))})
+    write_table(path, table)
 
 
 def read_rollouts(path: Path) -> list[Rollout]:

@@ -113,7 +113,7 @@ class FrozenReference:
         """Raise if the policy's log-probs differ from the reference's although the two are the same.
 
         Args:
-            policy: before the iteration's first step.
+            policy: before the iteration's first step is taken.
             batch: with the reference's log-probs.
             iteration_is_first: whether this is the run's first iteration.
         """

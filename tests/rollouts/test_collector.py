@@ -288,6 +288,22 @@ def test_shards_of_other_prompts_are_refused(store: ShardStore, other: list[Roll
     assert files(store) == before
 
 
+def test_a_prompt_with_other_token_ids_is_another_prompt(store: ShardStore) -> None:
+    """Its file was edited, or its template prints another date: yesterday's answers are no answers to it."""
+    wanted = wanted_of(4)
+    collect(store, wanted)
+    changed = [*wanted[:3], wanted[3]._replace(prompt=replace(wanted[3].prompt, token_ids=(7, 7)))]
+    with pytest.raises(
+        UserError, match=r"probe-00001\.parquet holds responses to prompt 'p3' when it had other token"
+    ):
+        collect(store, changed)
+    collect(store, wanted)
+    write_rollouts(
+        store.path("probe", 1), store.read("probe", 1) or []
+    )  # as before shards knew of their prompts
+    collect(store, changed)
+
+
 def test_shards_of_another_name_are_others(store: ShardStore) -> None:
     collect(store, wanted_of(4))
     collector().collect(
