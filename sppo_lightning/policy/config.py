@@ -25,6 +25,8 @@ class LoRAConfig:
         dora: train the magnitude of each output as well (arXiv 2402.09353); vLLM serves no such adapters.
         adapter: start from this LoRA adapter, a folder in PEFT's layout or a hub id. It says its own rank, alpha,
             target modules and kind, so that only ``dropout`` may be set too.
+        ignore_adapter_base: take ``pretrained`` as the adapter's base although the adapter names another one (a folder
+            that has moved, a quantised copy); layers and shapes are compared all the same.
     """
 
     rank: int | None = None
@@ -34,6 +36,7 @@ class LoRAConfig:
     rslora: bool = False
     dora: bool = False
     adapter: str | None = None
+    ignore_adapter_base: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
@@ -48,6 +51,8 @@ class LoRAConfig:
                         f"{KEY}.{name}={getattr(self, name)} and {KEY}.adapter do not go together: the adapter says "
                         "its own; leave one of them out"
                     )
+        elif self.ignore_adapter_base:
+            raise UserError(f"{KEY}.ignore_adapter_base is for {KEY}.adapter: leave it out")
         elif self.rank is None or self.alpha is None:
             missing = "rank" if self.rank is None else "alpha"
             raise UserError(

@@ -156,10 +156,10 @@ def _read_config(lora: LoRAConfig, pretrained: str) -> LoraConfig:
             "train a fresh adapter on the result"
         )
     base = config.base_model_name_or_path
-    if base and not _same_model(str(base), pretrained):
+    if base and not lora.ignore_adapter_base and not _same_model(str(base), pretrained):
         raise UserError(
             f"{given} was made for {base}, but model.policy.pretrained={pretrained!r}: give the adapter's own base; if "
-            "they are the same model, correct base_model_name_or_path in its adapter_config.json"
+            f"they are the same model, set {KEY}.ignore_adapter_base=true"
         )
     config.base_model_name_or_path = None
     config.inference_mode = False

@@ -27,7 +27,7 @@ def hub_location(pretrained: str) -> tuple[str, dict[str, str]]:
 
 
 def load_model_config(
-    pretrained: str, *, key: str, trust_remote_code: bool, expect: Literal["causal-lm", "reward"]
+    pretrained: str, *, key: str, trust_remote_code: bool, expect: Literal["causal-lm", "reward", "any"]
 ) -> PretrainedConfig:
     """Read a model's configuration, without its weights.
 
@@ -40,7 +40,7 @@ def load_model_config(
     looks_local = path.is_absolute() or pretrained.startswith((".", "~")) or path.suffix == ".gguf"
     if not path.exists() and (looks_local or pretrained.count("/") > 1):
         raise UserError(f"{key}={pretrained!r}: no such model; give a model folder, a hub id or a .gguf file")
-    if path.is_dir() and (path / "adapter_config.json").exists():
+    if path.is_dir() and (path / "adapter_config.json").exists() and not (path / "config.json").exists():
         raise UserError(
             f"{key}={pretrained!r} is an adapter: give its base model here, and the adapter with "
             "model.policy.lora.adapter"

@@ -21,13 +21,16 @@ PREFIXES = ("module.", "_orig_mod.", "model.module.", "base_model.model.", "v_he
 """What wrappers of a model put in front of its weights' names."""
 
 
-def read_model(loader: Any, location: str, *, given: str, **options: Any) -> PreTrainedModel:
+def read_model(
+    loader: Any, location: str, *, given: str, later: tuple[str, ...] = (), **options: Any
+) -> PreTrainedModel:
     """Load a model, and refuse one whose files lack weights, or hold other shapes or numbers that are not finite.
 
     Args:
         loader: transformers' class to load by.
         location: folder or hub id.
         given: key and value of the config, e.g. ``model.policy.pretrained='folder'``, for errors.
+        later: how names begin that something else will give: they may be missing.
         options: of ``from_pretrained``.
 
     Raises:
@@ -49,7 +52,10 @@ def read_model(loader: Any, location: str, *, given: str, **options: Any) -> Pre
             f"{given}: its weights cannot be read ({first_line(error)}): fetch its files again"
         ) from error
     missing = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    missing = [name for name in missing if not name.startswith(later)] if later else missing
     unexpected = sorted(info["unexpected_keys"])
+    if later:  # the head of a language model, in the place of which another one comes
+        unexpected = [name for name in unexpected if not name.startswith("lm_head.")]
     if missing:
         raise UserError(f"{given} lacks {_names(missing)}, which would be random{_hint(missing, unexpected)}")
     if unexpected:

@@ -1,10 +1,11 @@
-"""A reward model: any sequence-classification model with one logit."""
+"""A reward model: any sequence-classification model, or an adapter that makes one of a language model."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -20,6 +21,7 @@ from sppo_lightning.policy.pretrained import (
 )
 from sppo_lightning.policy.weights import read_model
 from sppo_lightning.prompts.encoding import template_token_ids
+from sppo_lightning.rewards.adapter import RewardAdapter, reward_adapter
 from sppo_lightning.rewards.classifier_forward import ACTIVATIONS, ClassifierForward
 from sppo_lightning.rewards.protocol import Reward, RewardMemory, Scores
 from sppo_lightning.system.device_memory import release
@@ -29,18 +31,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 KEY = "data.reward.init_args.pretrained"
+BASE_KEY = "data.reward.init_args.base"
+LABEL_KEY = "data.reward.init_args.label"
 QUANTIZATION_KEY = "data.reward.init_args.quantization"
 
 
 class SequenceClassificationReward(Reward):
-    """Scores with the logit of a ``…ForSequenceClassification`` model.
+    """Scores with the logit of a ``…ForSequenceClassification`` model, or of a LoRA adapter that was trained as one.
 
     The conversation goes through the model's own chat template; a model without one gets the text pair
     (prompt, response). A response whose conversation exceeds ``max_tokens`` is dropped as ``too_long_to_score``: a
     truncated answer has no honest score. A causal model reads a prompt once for all its responses.
 
     Args:
-        pretrained: a HF folder or hub id.
+        pretrained: a HF folder or hub id; or a folder with a LoRA adapter for sequence classification (PEFT,
+            ``SEQ_CLS``), which is merged into its base.
         batch_tokens: most tokens of a batch, padding included; ``None``: what the memory holds.
         max_tokens: longest conversation, in the reward model's tokens; ``None``: what the model and its
             tokenizer allow.
@@ -50,6 +55,8 @@ class SequenceClassificationReward(Reward):
         between_phases: where the model waits while it is not needed: in ``host`` memory, or nowhere (``free``: it is
             read again each time).
         trust_remote_code: run code that comes with the model.
+        label: which logit is the reward, from 0; needed where the model has several.
+        base: of an adapter, instead of the one that it names.
     """
 
     def __init__(
@@ -61,6 +68,8 @@ class SequenceClassificationReward(Reward):
         quantization: Literal["none", "nf4", "int8"] = "none",
         between_phases: Literal["host", "free"] = "host",
         trust_remote_code: bool = False,
+        label: int | None = None,
+        base: str | None = None,
     ) -> None:
         for name, value in {"batch_tokens": batch_tokens, "max_tokens": max_tokens}.items():
             if value is not None and value < 1:
@@ -72,6 +81,9 @@ class SequenceClassificationReward(Reward):
         self.quantization = quantization
         self.between_phases = between_phases
         self.trust_remote_code = trust_remote_code
+        self.label = label
+        self.base = None if base is None else expand_path(base, key=BASE_KEY)
+        self._adapter: RewardAdapter | None = None
         self._model: PreTrainedModel | None = None
         self._forward: ClassifierForward | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -80,16 +92,35 @@ class SequenceClassificationReward(Reward):
         """Read the model's configuration and require a single logit, and what its quantisation needs."""
         config = self._config()
         check_quantization(self.quantization, None, key=QUANTIZATION_KEY)
-        if config.num_labels != 1:
+        labels = int(config.num_labels)
+        if self.label is None and labels != 1:
             raise UserError(
-                f"{KEY}={self.pretrained!r} has {config.num_labels} logits; a reward model has one"
+                f"{KEY}={self.pretrained!r} has {labels} logits, and a reward is one: say which with {LABEL_KEY}, "
+                f"from 0 to {labels - 1}"
             )
-        self._tokenizer = load_tokenizer(self.pretrained, key=KEY, trust_remote_code=self.trust_remote_code)
+        if self.label is not None and not 0 <= self.label < labels:
+            raise UserError(f"{LABEL_KEY}={self.label}: the model has the logits 0 to {labels - 1}")
+        if self._adapter is not None and self.quantization != "none":
+            raise UserError(
+                f"{KEY}={self.pretrained!r} is an adapter, which is not merged into quantised weights: leave out "
+                f"{QUANTIZATION_KEY}, or give a whole reward model"
+            )
+        self._tokenizer = self._load_tokenizer()
 
     def _config(self) -> Any:
-        return load_model_config(
-            self.pretrained, key=KEY, trust_remote_code=self.trust_remote_code, expect="reward"
-        )
+        self._adapter = reward_adapter(self.pretrained, self.base, key=KEY)
+        location, key = (self.pretrained, KEY) if self._adapter is None else (self._adapter.base, BASE_KEY)
+        expect: Literal["reward", "any"] = "reward" if self._adapter is None else "any"
+        config = load_model_config(location, key=key, trust_remote_code=self.trust_remote_code, expect=expect)
+        if self._adapter is not None:
+            self._adapter.configure(config)
+        return config
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer of the model's folder; an adapter without one takes its base's."""
+        own = Path(self.pretrained, "tokenizer_config.json").exists() or self._adapter is None
+        location = self.pretrained if own or self._adapter is None else self._adapter.base
+        return load_tokenizer(location, key=KEY, trust_remote_code=self.trust_remote_code)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Require conversations that the reward model can read; each sequence of roles is tried once."""
@@ -146,12 +177,13 @@ class SequenceClassificationReward(Reward):
 
     def load(self, device: torch.device) -> None:
         """Bring the model onto ``device``; read it first, if it does not wait in host memory."""
-        self._tokenizer = load_tokenizer(self.pretrained, key=KEY, trust_remote_code=self.trust_remote_code)
+        self._config()
+        self._tokenizer = self._load_tokenizer()
         if self._model is None:
             self._model = self._read(device)
         _move(self._model, device)
         if self._forward is None:
-            self._forward = ClassifierForward(self._model, self.batch_tokens)
+            self._forward = ClassifierForward(self._model, self.batch_tokens, self.label or 0)
 
     def _dtype(self, device: torch.device) -> torch.dtype:
         return DTYPES.get(self.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -165,7 +197,10 @@ class SequenceClassificationReward(Reward):
             options["quantization_config"] = quantization_options(self.quantization, dtype)
             options["device_map"] = {"": str(device)}
         given = f"{KEY}={self.pretrained!r}"
-        model = read_model(AutoModelForSequenceClassification, self.pretrained, given=given, **options)
+        if self._adapter is not None:
+            model = self._adapter.read(given=given, **options)
+        else:
+            model = read_model(AutoModelForSequenceClassification, self.pretrained, given=given, **options)
         model.eval()
         return model
 

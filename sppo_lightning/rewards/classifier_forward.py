@@ -46,15 +46,17 @@ class Group:
 
 
 class ClassifierForward:
-    """Scores conversations with the single logit of a sequence-classification model.
+    """Scores conversations with a logit of a sequence-classification model.
 
     Args:
         model: the model, in eval mode.
         batch_tokens: most tokens of a batch, padding included; ``None``: what the memory holds.
+        label: which logit is the score.
     """
 
-    def __init__(self, model: Any, batch_tokens: int | None) -> None:
+    def __init__(self, model: Any, batch_tokens: int | None, label: int = 0) -> None:
         self.model = model
+        self.label = label
         self._has_padding = model.config.get_text_config().pad_token_id is not None
         self._padding: int | None = model.config.get_text_config().pad_token_id
         device = model.device.type
@@ -167,7 +169,7 @@ class ClassifierForward:
             for name in rows[0]
         }
         logits: Tensor = self.model(**batch).logits
-        return logits[:, 0]
+        return logits[:, self.label]
 
     def _shared_logits(self, groups: Sequence[Group], ids: Sequence[tuple[int, ...]]) -> Tensor:
         """Return the logits of conversations whose common beginning is read once, ``[N]``."""
@@ -202,7 +204,7 @@ class ClassifierForward:
             past_key_values=cache,
             use_cache=True,
         ).logits
-        return logits[:, 0]
+        return logits[:, self.label]
 
     def _may_share(self, ids: Sequence[tuple[int, ...]]) -> bool:
         """Whether a beginning that is read once gives the scores that whole conversations give; checked once."""

@@ -12,6 +12,11 @@ _LEFT_OUT = {
     *("batch_size", "batch_tokens", "between_phases", "gpu_memory_utilization"),
     *("base_url", "api_key_env", "max_concurrency", "timeout", "max_retries"),
 }
+_NEWER = {
+    "label": None,
+    "base": None,
+    "conversational": False,
+}  # arguments that came later, and their defaults
 
 
 def legacy_description(component: object) -> dict[str, Any]:
@@ -21,7 +26,8 @@ def legacy_description(component: object) -> dict[str, Any]:
     module here.
     """
     public = {name: value for name, value in vars(component).items() if not name.startswith("_")}
-    settings = {name: _plain(value) for name, value in public.items() if name not in _LEFT_OUT}
+    old = {name: value for name, value in public.items() if name not in _NEWER or value != _NEWER[name]}
+    settings = {name: _plain(value) for name, value in old.items() if name not in _LEFT_OUT}
     return {"class_path": _path(component), "init_args": settings}
 
 

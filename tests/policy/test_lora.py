@@ -169,7 +169,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "other base": (
         lambda folder: changed_config(folder, base_model_name_or_path="other/model"),
         r"was made for other/model, but model\.policy\.pretrained='.*': give the adapter's own base; if they are the "
-        r"same model, correct base_model_name_or_path in its adapter_config\.json",
+        r"same model, set model\.policy\.lora\.ignore_adapter_base=true",
     ),
     "other shapes": (
         other_shapes,

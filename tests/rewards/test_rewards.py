@@ -515,7 +515,10 @@ def test_a_llama_takes_as_many_tokens_as_it_has_positions(tmp_path: Path) -> Non
 def test_a_reward_model_has_one_logit(tmp_path: Path, tiny_policy: Path) -> None:
     LlamaForSequenceClassification(tiny_config(num_labels=2)).save_pretrained(tmp_path)
     key = r"^data\.reward\.init_args\.pretrained='.*'"
-    with pytest.raises(UserError, match=f"{key} has 2 logits; a reward model has one$"):
+    with pytest.raises(
+        UserError,
+        match=rf"{key} has 2 logits, and a reward is one: say which with data\.reward\.init_args\.label, from 0 to 1$",
+    ):
         SequenceClassificationReward(str(tmp_path)).check()
     with pytest.raises(UserError, match=f"{key} is a LlamaForCausalLM, not a sequence-classification model"):
         SequenceClassificationReward(str(tiny_policy)).check()
