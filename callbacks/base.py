@@ -9,13 +9,16 @@ from sppo_lightning.types import PhaseProgress
 
 
 class SelfPlayCallback(pl.Callback):
-    """A callback of the self-play loop; a subclass overrides one of the two hooks, or any of Lightning's.
+    """A callback of the self-play loop; a subclass overrides one of the three hooks, or any of Lightning's.
 
     One that overrides ``on_train_epoch_end`` calls ``super().on_train_epoch_end(...)``.
     """
 
     def on_phase_progress(self, trainer: pl.Trainer, progress: PhaseProgress) -> None:
         """Called when a phase starts (``done == 0``), advances and ends (``done == total``), on every process."""
+
+    def on_sampling_progress(self, trainer: pl.Trainer, progress: PhaseProgress) -> None:
+        """Called several times a second while a batch is sampled: ``progress.under_way`` and tokens grow."""
 
     def on_iteration_end(self, trainer: pl.Trainer, data: SelfPlayDataModule, iteration: int) -> None:
         """Called once an iteration is trained and evaluated, before the next one samples, on every process.

@@ -29,7 +29,7 @@ class SelfPlayProgress(SelfPlayCallback, ProgressBar):
         super().__init__()
         self._enabled = True
         self._bar: Any = None
-        self._shown = 0
+        self._shown: float = 0
 
     def disable(self) -> None:
         """Stay silent (all ranks but the first)."""
@@ -57,6 +57,10 @@ class SelfPlayProgress(SelfPlayCallback, ProgressBar):
         self._advance(progress.done, progress.tokens)
         if progress.done == progress.total:
             self._close()
+
+    def on_sampling_progress(self, trainer: pl.Trainer, progress: PhaseProgress) -> None:
+        """Move the bar inside of a batch."""
+        self._advance(round(progress.done + progress.under_way, 1), progress.tokens)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the bar of a training epoch."""
@@ -111,16 +115,17 @@ class SelfPlayProgress(SelfPlayCallback, ProgressBar):
                 ncols=None if live else 110,
                 mininterval=0.2 if live else SECONDS_BETWEEN_LINES,
                 leave=True,
+                smoothing=0,  # the time left by the mean speed so far: batches are few and unlike each other
             )
             self._shown = 0
 
-    def _advance(self, done: int, tokens: int) -> None:
+    def _advance(self, done: float, tokens: int) -> None:
         if self._bar is not None:
-            done = min(done, self._bar.total)
+            done = min(max(done, self._shown), self._bar.total)
             elapsed = max(self._bar.format_dict["elapsed"], 1e-3)
             self._bar.set_postfix_str(f"{tokens / elapsed:,.0f} tokens/s", refresh=False)
-            self._bar.update(done - self._shown)
-            self._shown = done
+            self._bar.n = self._shown = int(done) if done == int(done) else done
+            self._bar.update(0)
 
     def _close(self) -> None:
         if self._bar is not None:

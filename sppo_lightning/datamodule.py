@@ -39,7 +39,7 @@ from sppo_lightning.system.rendezvous import FileRanks
 from sppo_lightning.system.signals import StopSignal
 from sppo_lightning.training.batching import PairBatch, PairDataset
 from sppo_lightning.training.hardware import disable_slurm_requeue, is_dev_run, open_ranks
-from sppo_lightning.training.protocol import PhaseObserver, SelfPlayModule
+from sppo_lightning.training.protocol import PhaseObserver, SamplingObserver, SelfPlayModule
 from sppo_lightning.types import PhaseProgress, ResumeMode, UserError, first_line
 
 Sources = str | list[str]
@@ -254,7 +254,9 @@ class SelfPlayDataModule(pl.LightningDataModule):
         """Tell the Trainer's callbacks how far a phase has come."""
         assert self.trainer is not None
         for callback in cast(Any, self.trainer).callbacks:
-            if isinstance(callback, PhaseObserver):
+            if progress.under_way and isinstance(callback, SamplingObserver):
+                callback.on_sampling_progress(self.trainer, progress)
+            elif not progress.under_way and isinstance(callback, PhaseObserver):
                 callback.on_phase_progress(self.trainer, progress)
 
     # ---------------------------------------------------------------- training

@@ -178,13 +178,17 @@ class PreferencePair:
 
 
 class PhaseProgress(NamedTuple):
-    """Progress inside one phase: prompts (pairs, when ``reference``) and tokens done so far."""
+    """Progress inside one phase: prompts (pairs, when ``reference``) and tokens done so far.
+
+    ``under_way`` is the part of the batch that is being sampled, in prompts; 0 between two batches.
+    """
 
     phase: Phase
     iteration: int
     done: int
     total: int
     tokens: int
+    under_way: float = 0.0
 
 
 class Ranks(Protocol):

@@ -238,6 +238,7 @@ class HFGenerator(Generator):
         tokens = torch.full((len(source), self.max_new_tokens), -1, dtype=torch.long, device=device)
         alive = torch.arange(len(source), device=device)  # the response of each row of the batch
         active = torch.ones(len(source), dtype=torch.bool, device=device)  # [B]
+        sampled = 0
         kind = FixedSteps if self._recorded else PlainSteps
         with kind(model, cache, source, mask, width) as steps:
             for step in range(self.max_new_tokens):
@@ -247,6 +248,10 @@ class HFGenerator(Generator):
                 if stopped is not None:
                     active &= ~stopped(tokens[alive, : step + 1])
                 left = int(active.sum())
+                if self.on_batch_progress is not None:
+                    sampled += len(alive)
+                    share = max((step + 1) / self.max_new_tokens, 1 - left / len(source))
+                    self.on_batch_progress(len(batch) * share, sampled)
                 if left == 0:
                     break
                 if steps.worth_compacting(left, len(alive)):

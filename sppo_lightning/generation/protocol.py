@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
@@ -84,6 +84,9 @@ class Generator(ABC):
 
     free_settings: ClassVar[frozenset[str]] = SPEED_OR_PLACE
     """Arguments of the constructor that decide speed or place, never a response: a run that resumes may change them."""
+
+    on_batch_progress: Callable[[float, int], None] | None = None
+    """Told, by engines that can, how much of the batch that is being sampled is done: in prompts, and in tokens."""
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from sppo_lightning.store.shards import ShardKey, ShardStore
 from sppo_lightning.system.durable import quarantine
 from sppo_lightning.types import EncodedPrompt, Phase, PhaseProgress, Ranks, Rollout, UserError
 
+SECONDS_BETWEEN_REPORTS = 0.2  # while a batch is sampled
 CUT_SHARE = 0.8
 """Share of a run's first responses, cut by the length limit, from which on it is said."""
 
@@ -155,6 +157,18 @@ class Collector:
         """Report how far a phase has come."""
         self.report(PhaseProgress(phase, iteration, done, total, tokens))
 
+    def _follow(self, phase: Phase, iteration: int, done: int, total: int, tokens: int) -> None:
+        """Have the engine report, a few times a second, how far the batch has come that it samples next."""
+        last = time.monotonic()
+
+        def report(prompts: float, sampled: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= SECONDS_BETWEEN_REPORTS and done + prompts < total:
+                last = time.monotonic()
+                self.report(PhaseProgress(phase, iteration, done, total, tokens + sampled, prompts))
+
+        self.generator.on_batch_progress = report
+
     def _generate(
         self,
         store: ShardStore,
@@ -182,6 +196,7 @@ class Collector:
                 shard = list(shards[number])
                 rows: list[list[Rollout]] = [[] for _ in shard]
                 requests = [self._request(item, iteration, greedy) for item in shard]
+                self._follow(phase, iteration, done, total, tokens)
                 for answer in self.generator.generate(requests):
                     self.ranks.check()
                     item = shard[answer.request]
@@ -201,6 +216,7 @@ class Collector:
                     done += 1
                     tokens += sum(len(response.token_ids) for response in answer.responses)
                     self.notify(phase, iteration, done, total, tokens)
+                    self._follow(phase, iteration, done, total, tokens)
                 unanswered = rows.count([])
                 if unanswered:
                     raise UserError(
@@ -219,6 +235,7 @@ class Collector:
                 if phase == "probing" and iteration == 0 and number == missing[0]:
                     self._look_at_lengths(responses, policy)
                 store.write(name, number, responses, prompts=_prompt_digests(shard))
+            self.generator.on_batch_progress = None
             self.generator.unload()
         self.ranks.barrier(f"generated {name}")
 

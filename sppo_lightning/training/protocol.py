@@ -66,3 +66,11 @@ class PhaseObserver(Protocol):
 
     def on_phase_progress(self, trainer: pl.Trainer, progress: PhaseProgress, /) -> Any:
         """Called when a phase starts (``done == 0``), advances and ends (``done == total``), on every process."""
+
+
+@runtime_checkable
+class SamplingObserver(Protocol):
+    """Whoever wants to follow the sampling of a batch, among the Trainer's callbacks."""
+
+    def on_sampling_progress(self, trainer: pl.Trainer, progress: PhaseProgress, /) -> Any:
+        """Called several times a second while a batch of responses is sampled, on every process that samples."""

@@ -227,6 +227,21 @@ def test_progress_shows_phase_count_and_rate(capsys: pytest.CaptureFixture[str])
     assert "tokens/s" in shown
 
 
+def test_progress_moves_inside_a_batch_and_never_back(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = SelfPlayProgress()
+    trainer = cast(Any, None)
+    progress.on_phase_progress(trainer, PhaseProgress("probing", 2, 0, 8, 0))
+    shown = []
+    for under_way in (0.31, 2.0, 1.2, 7.9):
+        progress.on_sampling_progress(trainer, PhaseProgress("probing", 2, 0, 8, 40, under_way))
+        shown.append(progress._bar.n)
+    progress.on_phase_progress(trainer, PhaseProgress("probing", 2, 1, 8, 50))
+    shown.append(progress._bar.n)
+    assert shown == [0.3, 2.0, 2.0, 7.9, 7.9]
+    progress.on_phase_progress(trainer, PhaseProgress("probing", 2, 8, 8, 80))
+    assert "8/8" in capsys.readouterr().err
+
+
 def test_progress_is_silent_on_other_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     progress = SelfPlayProgress()
     progress.disable()

@@ -93,6 +93,17 @@ def test_a_cut_response_gets_no_end_token_and_one_that_ends_on_its_last_token_is
     assert (whole.token_ids, whole.finish_reason) == (free[: place + 1], "stop")
 
 
+def test_a_batch_says_how_far_it_is() -> None:
+    """Two prompts of three and one responses; all that is sampled is told once, and at the end all is done."""
+    told: list[tuple[float, int]] = []
+    engine = HFGenerator(max_new_tokens=LONGEST, temperature=1.0)
+    engine.load(Source(tiny_model(), NEVER))
+    engine.on_batch_progress = lambda prompts, tokens: told.append((prompts, tokens))
+    requests = [SampleRequest(PROMPTS[0], (1, 2, 3)), SampleRequest(PROMPTS[0], (4,))]
+    list(engine.generate(requests))
+    assert told == [(2 * (step + 1) / LONGEST, 4 * (step + 1)) for step in range(LONGEST)]
+
+
 def test_text_is_the_response_without_its_end_token_and_other_special_tokens() -> None:
     source = Source(tiny_model())
     free = greedy(Source(tiny_model(), NEVER), PROMPTS[:1])[0]

@@ -450,6 +450,28 @@ def test_every_prompt_is_reported(store: ShardStore) -> None:
     assert seen == []
 
 
+def test_a_batch_is_reported_while_it_is_sampled(store: ShardStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an engine that says how far it is; never as many prompts as the phase has, before they are there."""
+
+    class Telling(Echo):
+        def generate(self, requests: Sequence[SampleRequest]) -> Iterator[PromptResponses]:
+            assert self.on_batch_progress is not None
+            for share in (0.5, 1.0):
+                self.on_batch_progress(share * len(requests), 3)
+            yield from super().generate(requests)
+
+    monkeypatch.setattr("sppo_lightning.rollouts.collector.SECONDS_BETWEEN_REPORTS", 0.0)
+    seen: list[PhaseProgress] = []
+    generator = Telling()
+    collect(store, wanted_of(3), report=seen.append, generator=generator)
+    assert [progress for progress in seen if progress.under_way] == [
+        PhaseProgress("probing", 3, 0, 3, 3, 1.0),
+        PhaseProgress("probing", 3, 0, 3, 3, 2.0),
+        PhaseProgress("probing", 3, 2, 3, 19, 0.5),
+    ]
+    assert generator.on_batch_progress is None
+
+
 def test_an_engine_that_forgets_a_prompt(store: ShardStore) -> None:
     class Forgetful(Echo):
         def generate(self, requests: Sequence[SampleRequest]) -> Iterator[PromptResponses]:
