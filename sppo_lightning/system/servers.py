@@ -19,6 +19,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit
 
+from sppo_lightning.redaction import without_passwords
 from sppo_lightning.types import UserError, first_line
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 NO_KEY = "none"  # sent to servers that ask for no key
 LONGEST_MESSAGE = 300  # characters; some servers send the whole request back
-
-_BEARER = re.compile(r"\b(bearer)\s+[^\s'\",;)}\]]+", re.IGNORECASE)
 
 Result = TypeVar("Result")
 Jobs = SimpleQueue[tuple[int, Callable[[], Result]] | None]
@@ -270,7 +269,7 @@ class ServerClient:
         """Return a text without the key, bearer tokens and control characters, in one line that is not too long."""
         for spelling in sorted(self._spellings(), key=len, reverse=True):
             text = text.replace(spelling, "…")
-        text = " ".join(_BEARER.sub(r"\1 …", text).split())
+        text = " ".join(without_passwords(text).split())
         text = text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + "…"
         return "".join(
             letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text
