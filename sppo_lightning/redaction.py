@@ -9,68 +9,28 @@ from typing import Any
 MASK = "(secret, not stored)"
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_ALWAYS = frozenset(
-    {"password", "passwd", "passphrase", "pwd", "secret", "secrets", "credential", "credentials"}
-    | {"auth", "authorization", "bearer", "apikey"}
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# words that make a name a secret's, wherever they stand in it
+_ALWAYS = _words(
+    "apikey auth authorization bearer credential credentials passphrase passwd password pwd secret secrets"
 )
-"""Words that make a name a secret's, wherever they stand in it."""
-_OF_A_PLACE = frozenset(
-    {
-        "per",
-        "by",
-        "each",
-        "answer",
-        "sort",
-        "primary",
-        "foreign",
-        "group",
-        "join",
-        "field",
-        "column",
-        "metadata",
-        "dict",
-        "json",
-        "data",
-    }
-    | {
-        "prompt",
-        "response",
-        "message",
-        "cache",
-        "index",
-        "order",
-        "row",
-        "score",
-        "reward",
-        "monitor",
-        "metric",
-        "public",
-    }
+# what stands before ``key`` where it names a place in a mapping
+_OF_A_PLACE = _words(
+    "answer by cache column data dict each field foreign group index join json message metadata metric monitor order "
+    "per primary prompt public response reward row score sort"
 )
-"""What stands before ``key`` where it names a place in a mapping."""
-_OF_A_TEXT = frozenset(
-    {
-        "bos",
-        "eos",
-        "pad",
-        "unk",
-        "sep",
-        "cls",
-        "mask",
-        "stop",
-        "end",
-        "start",
-        "begin",
-        "first",
-        "last",
-        "next",
-        "new",
-    }
-    | {"image", "video", "audio", "think", "special", "per", "each", "by", "prompt", "response"}
+# what stands before ``token`` where it is a piece of text
+_OF_A_TEXT = _words(
+    "audio begin bos by cls each end eos first image last mask new next pad per prompt response sep special start stop "
+    "think unk video"
 )
-"""What stands before ``token`` where it is a piece of text."""
-_SEVERAL = frozenset({"api", "access", "private", "admin", "ssh"})
-"""What stands before ``keys`` and ``tokens`` where they are secrets."""
+# what stands before ``keys`` and ``tokens`` where they are secrets
+_SEVERAL = _words("access admin api private ssh")
 _USER = re.compile(r"(://[^/@\s:]*:)[^/@\s]+(?=@)")
 _BEARER = re.compile(r"\b(bearer)\s+[^\s'\",;)}\]]+", re.IGNORECASE)
 

@@ -14,7 +14,6 @@ from test_architecture import PUBLIC
 from sppo_lightning.redaction import MASK, masked, masked_keys, names_secret, without_passwords
 from sppo_lightning.store.identity import parameters
 
-
 SECRETS = """
     key api_key apikey api-key apiKey API_KEY openai_key access_key aws_secret_access_key x-api-key api_keys
     token hf_token auth_token accessToken HF_TOKEN api_tokens

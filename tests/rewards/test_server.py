@@ -6,9 +6,11 @@ import contextlib
 import json
 import math
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from support.models import byte_tokenizer
+from support.servers import speaking
 
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rewards.judge import INSTRUCTIONS, OpenAIJudge, answer_verdict, filled
@@ -643,6 +646,23 @@ def test_the_server_is_tried_at_the_start() -> None:
         check(lambda path, request: Reply((400, '{"error": {"message": "no template"}}')))
     with pytest.raises(UserError, match=r"^ServerReward\.base_url=.* knows no such address or model"):
         check(lambda path, request: Reply((404, "{}")))
+
+
+def test_a_server_that_drips_is_timed_out_at_the_start_too() -> None:
+    def drip(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
+        while True:
+            time.sleep(0.05)
+            connection.sendall(b" ")
+
+    with speaking(drip) as address:
+        for tried in (ServerReward, partial(OpenAIJudge, model="judge")):
+            settings = {"format": JSONRewards()} if tried is ServerReward else {}
+            one: Any = tried(address, timeout=0.3, max_retries=0, **settings)  # type: ignore[operator]
+            with pytest.raises(
+                UserError, match=r"gave no answer within 0\.3 s, 1 times: correct the address"
+            ):
+                one.check()
 
 
 def test_sglang_needs_a_chat_template(tmp_path: Path) -> None:
