@@ -189,7 +189,7 @@ def malformed_ids(
     if longest is not None and len(token_ids) > longest:
         return f"{len(token_ids)} tokens, more than the {longest} that were asked for"
     for token in token_ids:
-        if type(token) is not int and (not isinstance(token, Integral) or isinstance(token, bool)):
+        if type(token) is not int and (isinstance(token, bool) or not isinstance(token, Integral)):
             return f"{token!r:.40} for a token id"
         if not 0 <= int(token) < embedding_rows:
             return f"token id {token!s:.40}, but the policy has ids from 0 to {embedding_rows - 1} only"

@@ -155,7 +155,7 @@ def dripping(*first: bytes, drop: bytes) -> Callable[[socket.socket], None]:
     def speak(connection: socket.socket) -> None:
         for part in first:
             connection.sendall(part)
-        while True:
+        for _ in range(200):  # 10 s: a client without a deadline must end too
             time.sleep(0.05)
             connection.sendall(drop)
 
