@@ -187,6 +187,20 @@ def test_a_server_that_drips_is_timed_out_as_a_whole(speak: Callable[[socket.soc
     assert took < 3
 
 
+def test_a_proxy_is_used_and_has_the_same_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_PROXY")
+    with serving(in_turn(Answer(200, {"text": "hi"}))) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
+        with client_of("http://behind.invalid/v1") as client:
+            assert client.post("completions", {}) == {"text": "hi"}
+        assert proxy.requests[0].path == "http://behind.invalid/v1/completions"
+        assert proxy.requests[0].headers["host"] == "behind.invalid"
+    with speaking(dripping(HEAD, b"\r\n", drop=b" ")) as url:
+        monkeypatch.setenv("HTTP_PROXY", url.removesuffix("/v1"))
+        with client_of("http://behind.invalid/v1", timeout=0.4, max_retries=0) as client:
+            assert client.post("completions", {}).reason == "server_time_out"
+
+
 def test_a_server_that_does_not_take_the_request_is_timed_out() -> None:
     with (
         speaking(lambda connection: time.sleep(5)) as url,
