@@ -269,7 +269,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
         assert self.trainer is not None
         self._listen()
         epochs, step = self.epochs_per_iteration, self.trainer.global_step
-        epoch = self._state.resume(step)
+        policy = self.module.trained_policy.current()
+        epoch = self._state.resume(step, embedding_rows=policy.embedding_rows)
         if epoch is not None:
             over = self.iteration_is_trained and epoch // epochs == self._state.current
             restore_position(self.trainer, epoch, only_its_end=over)
@@ -281,12 +282,13 @@ class SelfPlayDataModule(pl.LightningDataModule):
                 self._held_out("eval_prompts").measure(0)
             self._state.enter(
                 iteration,
-                policy_fingerprint=self.module.trained_policy.current().fingerprint(),
+                policy_fingerprint=policy.fingerprint(),
+                embedding_rows=policy.embedding_rows,
                 builder=self._builder,
                 global_step=step,
             )
         else:
-            self._state.reopen()
+            self._state.reopen(embedding_rows=policy.embedding_rows)
         sampler = self._state.steps(epoch_in_iteration, global_step=step)
         if self.steps_taken == 0:
             self._log_iteration()

@@ -40,6 +40,7 @@ from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.paths import expand_path
 from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
+from sppo_lightning.redaction import masked, masked_keys
 from sppo_lightning.resume.checkpoints import check_checkpoint, verify_checkpoint
 from sppo_lightning.resume.metrics_csv import MetricsCSV
 from sppo_lightning.resume.run_config import check_writable, recorded_setting, resume_path
@@ -149,7 +150,13 @@ class SelfPlayCLI(LightningCLI):
         config.trainer.default_root_dir = root
         self.folder = RunFolder(Path(root))
         self._freeze_defaults(config)
-        self.run_config = yaml.safe_load(self._parser(self.subcommand).dump(config))
+        given = yaml.safe_load(self._parser(self.subcommand).dump(config))
+        lost = next(masked_keys(given), None)
+        if lost is not None:
+            raise UserError(
+                f"{lost} is masked, as a run's config.yaml holds it: give the secret itself again"
+            )
+        self.run_config = masked(given)
         for name in ("ckpt_path", "weights_only", "verbose", "return_predictions", "config"):
             self.run_config.pop(name, None)
         self._derive(config)

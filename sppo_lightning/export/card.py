@@ -16,6 +16,7 @@ from sppo_lightning.export.exporter import Exporter
 from sppo_lightning.export.finished_run import FinishedRun
 from sppo_lightning.export.saved_policy import SavedPolicy
 from sppo_lightning.policy.config import LoRAConfig
+from sppo_lightning.redaction import masked
 from sppo_lightning.types import SPEED_OR_PLACE
 
 # settings of components that say nothing about the result
@@ -92,11 +93,17 @@ def settings(source: FinishedRun) -> Iterator[tuple[str, str]]:
 
 
 def component(value: Any) -> str:
-    """Return a configured component in one line: its class and what decides its results, without places."""
+    """Return a configured component in one line: its class and what decides its results, without places.
+
+    The values of a class that is not this package's own are left out: nobody here knows which of them are private.
+    """
     if isinstance(value, Mapping) and "class_path" in value:
-        arguments = (value.get("init_args") or {}).items()
+        arguments = masked(value.get("init_args") or {}).items()
+        own = value["class_path"].startswith("sppo_lightning.")
         shown = [
-            f"{name}={component(item)}" for name, item in arguments if name not in FREE and item is not None
+            f"{name}={component(item) if own else _components(item)}"
+            for name, item in arguments
+            if name not in FREE and item is not None
         ]
         return f"{value['class_path'].rpartition('.')[2]}({', '.join(shown)})"
     if isinstance(value, Mapping):
@@ -104,6 +111,11 @@ def component(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(component, value)) + "]"
     return f"{value:g}" if isinstance(value, float) else model_name(str(value))
+
+
+def _components(value: Any) -> str:
+    """Return the components inside a setting; of anything else, that it is there."""
+    return component(value) if isinstance(value, Mapping) and "class_path" in value else "…"
 
 
 def model_name(location: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
@@ -25,6 +26,10 @@ class PolicySource(Protocol):
     @property
     def end_token_ids(self) -> frozenset[int]:
         """Token ids that end a response."""
+
+    @property
+    def embedding_rows(self) -> int:
+        """How many token ids it has embeddings for, from 0 on: no other can be trained on."""
 
     @property
     def quantized(self) -> bool:
@@ -172,3 +177,23 @@ class Generator(ABC):
             text = text[: min(cuts, default=None)]
         finish: FinishReason = "stop" if ended else "length"
         return Response(tuple(token_ids), text, finish)
+
+
+def malformed_ids(
+    token_ids: Sequence[object], *, embedding_rows: int, longest: int | None = None
+) -> str | None:
+    """Return what is wrong with a response's token ids, or ``None``.
+
+    Args:
+        token_ids: as they came, of any type.
+        embedding_rows: of the policy.
+        longest: tokens that were asked for; ``None``: not known here.
+    """
+    if longest is not None and len(token_ids) > longest:
+        return f"{len(token_ids)} tokens, more than the {longest} that were asked for"
+    for token in token_ids:
+        if type(token) is not int and (isinstance(token, bool) or not isinstance(token, Integral)):
+            return f"{token!r:.40} for a token id"
+        if not 0 <= int(token) < embedding_rows:
+            return f"token id {token!s:.40}, but the policy has ids from 0 to {embedding_rows - 1} only"
+    return None

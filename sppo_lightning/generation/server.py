@@ -15,6 +15,7 @@ from sppo_lightning.generation.protocol import (
     PolicySource,
     PromptResponses,
     SampleRequest,
+    malformed_ids,
 )
 from sppo_lightning.generation.weight_sync import WeightSync
 from sppo_lightning.system.servers import Failure, ServerClient
@@ -90,6 +91,7 @@ class OpenAIServerGenerator(Generator):
         )
         self._policy: PolicySource | None = None
         self._asked_model = ""
+        self._embedding_rows = 0
         self._answered = False  # since the policy was handed over
         self._failure: Failure | None = None  # the first one since then
 
@@ -105,6 +107,7 @@ class OpenAIServerGenerator(Generator):
         """Hand the policy to the server."""
         self._client.open()
         self._policy = policy
+        self._embedding_rows = policy.embedding_rows
         self._answered, self._failure = False, None
         self._asked_model = self.weight_sync.hand_over(policy, client=self._client, model=self.model)
 
@@ -174,12 +177,18 @@ class OpenAIServerGenerator(Generator):
     def _response(self, request: SampleRequest, answer: Any) -> Response:
         if isinstance(answer, Response):
             return answer
-        if isinstance(answer, Failure):
-            return self._failed(answer)
+        found = self._client.read(answer, partial(self._read, request))
+        return self._failed(found) if isinstance(found, Failure) else found
+
+    def _read(self, request: SampleRequest, answer: Any) -> Response | Failure:
+        """Return the response in a server's answer, with token ids that the policy has and no more than were asked for.
+
+        May raise anything where the answer has another shape.
+        """
         completion = read_completion(answer)
-        if completion is None or completion.finish_reason not in ("stop", "length"):
-            return self._failed(
-                Failure("server_error", f"the server answered no completion: {answer!r:.300}")
+        if completion.finish_reason not in ("stop", "length"):
+            return Failure(
+                "server_error", f"the server answered no completion: {self._client.quoted(answer)}"
             )
         self._answered = True
         if not self._prompt_arrived(request, completion):
@@ -188,7 +197,11 @@ class OpenAIServerGenerator(Generator):
         if token_ids is None:
             return Response((), completion.text, "failed", drop_reason="retokenised_differently")
         if not token_ids:
-            return self._failed(Failure("server_error", "the server answered without a single token"))
+            return Failure("server_error", "the server answered without a single token")
+        longest = self.longest_response(len(request.token_ids))
+        wrong = malformed_ids(token_ids, embedding_rows=self._embedding_rows, longest=longest)
+        if wrong is not None:
+            return Failure("malformed_answer", f"the server answered {wrong}")
         assert self._policy is not None
         return self.as_response(self._ended(token_ids), self._policy)
 
@@ -252,27 +265,28 @@ class Completion(NamedTuple):
     completion_tokens: int | None
 
 
-def read_completion(answer: Any) -> Completion | None:
-    """Return the single completion in a server's answer, or ``None`` if it holds none."""
-    try:
-        (choice,) = answer["choices"]
-        usage = answer.get("usage") or {}
-        completion = Completion(
-            text=choice["text"],
-            finish_reason=choice.get("finish_reason"),
-            stopped_by=choice.get("stop_reason", choice.get("matched_stop")),
-            token_ids=choice.get("token_ids"),
-            prompt_token_ids=choice.get("prompt_token_ids"),
-            prompt_tokens=usage.get("prompt_tokens"),
-            completion_tokens=usage.get("completion_tokens"),
-        )
-    except (TypeError, ValueError, KeyError, AttributeError):
-        return None
-    whole = isinstance(completion.text, str) and all(
-        ids is None or (isinstance(ids, list) and all(isinstance(token, int) for token in ids))
-        for ids in (completion.token_ids, completion.prompt_token_ids)
+def read_completion(answer: Any) -> Completion:
+    """Return the single completion in a server's answer.
+
+    Raises:
+        AttributeError, LookupError, TypeError, ValueError: if it holds none, or one whose parts are of another type.
+    """
+    (choice,) = answer["choices"]
+    usage = answer.get("usage") or {}
+    completion = Completion(
+        text=choice["text"],
+        finish_reason=choice.get("finish_reason"),
+        stopped_by=choice.get("stop_reason", choice.get("matched_stop")),
+        token_ids=choice.get("token_ids"),
+        prompt_token_ids=choice.get("prompt_token_ids"),
+        prompt_tokens=usage.get("prompt_tokens"),
+        completion_tokens=usage.get("completion_tokens"),
     )
-    return completion if whole else None
+    completion.text.encode()  # a lone surrogate is text for JSON, but for no tokenizer and no file
+    for ids in (completion.token_ids, completion.prompt_token_ids):
+        if not isinstance(ids, list | None):
+            raise TypeError(f"{type(ids).__name__} for token ids")
+    return completion
 
 
 def prompt_text(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str | None:

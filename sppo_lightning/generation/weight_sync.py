@@ -143,7 +143,7 @@ class SGLangWeights(WeightSync):
             f"{root}/update_weights_from_disk", {"model_path": str(place), "flush_cache": True}
         )
         if not (isinstance(answer, dict) and answer.get("success") is True):
-            message = answer.message if isinstance(answer, Failure) else answer
+            message = answer.message if isinstance(answer, Failure) else client.quoted(answer)
             raise UserError(
                 f"{KEY} SGLangWeights: the server does not take the weights in {place} ({message}): it must see that "
                 "folder, and serve the policy's architecture"
@@ -248,11 +248,12 @@ def _check_adapter(folder: Path) -> None:
 
 
 def _served_models(client: ServerClient) -> list[str]:
-    answer = client.get("models")
-    if isinstance(answer, dict) and isinstance(answer.get("data"), list):
-        return [str(card["id"]) for card in answer["data"]]
-    message = answer.message if isinstance(answer, Failure) else answer
-    raise UserError(f"{KEY}: {client.base_url}/models lists no models ({message}): correct base_url")
+    names = client.read(client.get("models"), lambda answer: [str(card["id"]) for card in answer["data"]])
+    if isinstance(names, Failure):
+        raise UserError(
+            f"{KEY}: {client.base_url}/models lists no models ({names.message}): correct base_url"
+        )
+    return names
 
 
 def _sync(folder: Path) -> None:

@@ -54,6 +54,7 @@ class IterationState:
         iteration: int,
         *,
         policy_fingerprint: str,
+        embedding_rows: int,
         builder: Callable[[], IterationBuilder],
         global_step: int,
     ) -> None:
@@ -62,6 +63,7 @@ class IterationState:
         Args:
             iteration: self-play iteration, the one after the current.
             policy_fingerprint: of the weights that enter the iteration.
+            embedding_rows: of the policy; stored data with other token ids is damaged.
             builder: called only where data is missing.
             global_step: optimizer steps of the run so far.
 
@@ -77,7 +79,7 @@ class IterationState:
                 f"{store.folder} was sampled from another policy than the one that enters iteration {iteration}: "
                 "delete the run folder to start anew, or continue from its checkpoints/last.ckpt"
             )
-        if not quarantine_damaged(store, self.ranks):
+        if not quarantine_damaged(store, self.ranks, embedding_rows=embedding_rows):
             self._restore_rules()
             builder().build(
                 store,
@@ -95,8 +97,11 @@ class IterationState:
         self.pairs, self._orders = store.read_pairs(), []
         self._provenance = _provenance(store)
 
-    def reopen(self) -> None:
+    def reopen(self, *, embedding_rows: int) -> None:
         """Read the pairs of the current iteration, which has been trained on, unless they are here.
+
+        Args:
+            embedding_rows: of the policy.
 
         Raises:
             UserError: if they are no longer stored, or are not those that the checkpoint was trained on.
@@ -104,7 +109,7 @@ class IterationState:
         if self.pairs:
             return
         store = self.folder.iteration(self.current)
-        check_trained(store)
+        check_trained(store, embedding_rows=embedding_rows)
         if _provenance(store) != self._provenance:
             raise UserError(
                 f"{store.folder} was made from other weights than the data that the checkpoint was trained on: restore "
@@ -112,19 +117,20 @@ class IterationState:
             )
         self.pairs = store.read_pairs()
 
-    def resume(self, global_step: int) -> int | None:
+    def resume(self, global_step: int, *, embedding_rows: int) -> int | None:
         """Take up a loaded checkpoint, and return the run's epoch in which to resume.
 
         ``None`` if none was loaded since the last call.
 
         Args:
             global_step: optimizer steps before the checkpoint.
+            embedding_rows: of the policy.
         """
         consumed, self._consumed = self._consumed, None
         if consumed is None:
             return None
         first = self.current * self.epochs
-        self.reopen()
+        self.reopen(embedding_rows=embedding_rows)
         self._first_step = global_step - self._steps(consumed)
         if self.finished > self.current:
             return first + self.epochs

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sppo_lightning.policy import loading
+from sppo_lightning.policy.anatomy import embedding_rows
 from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
 from sppo_lightning.policy.fingerprint import fingerprint
 from sppo_lightning.policy.folder import write_folder
@@ -51,6 +52,11 @@ class PolicySnapshot(ABC):
         model = cast(Any, self.model)
         generation = getattr(model, "generation_config", None)
         return frozenset(loading.end_token_ids(model.config, self.tokenizer, generation))
+
+    @property
+    def embedding_rows(self) -> int:
+        """How many token ids it has embeddings for, from 0 on: no other can be trained on."""
+        return embedding_rows(self.model)
 
     @property
     def quantized(self) -> bool:

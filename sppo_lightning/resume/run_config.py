@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from sppo_lightning.redaction import masked
 from sppo_lightning.resume.checkpoints import check_checkpoint
 from sppo_lightning.store.identity import NOTHING_FREE, free_settings, parameters
 from sppo_lightning.store.integrity import check_iterations
@@ -130,8 +131,9 @@ def check_same_run(folder: RunFolder, config: Mapping[str, Any], sections: Mappi
     if not path.exists():
         return
     try:
-        before = _decisive(yaml.safe_load(path.read_bytes()))
-        found = next(_differences("", before, _decisive(config), sections, NOTHING_FREE), None)
+        # masked on both sides: files of older versions hold secrets, and a key may be another one now
+        before = _decisive(masked(yaml.safe_load(path.read_bytes())))
+        found = next(_differences("", before, _decisive(masked(config)), sections, NOTHING_FREE), None)
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {_WRITE_CONFIG}") from error
     if found is not None:

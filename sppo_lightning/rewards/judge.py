@@ -105,11 +105,12 @@ class OpenAIJudge(Judge):
             answer = self._ask(_TRIAL)
         finally:
             self._client.close()
-        if isinstance(answer, Failure):
-            raise UserError(f"{answer.message}: correct the address or the settings of the judge")
-        if math.isnan(answer_verdict(answer)):
+        verdict = self._client.read(answer, answer_verdict)
+        if isinstance(verdict, Failure):
+            raise UserError(f"{verdict.message}: correct the address or the settings of the judge")
+        if math.isnan(verdict):
             raise UserError(
-                f"OpenAIJudge.model={self.model!r} gave no verdict on a trial ({_said(answer)}): raise "
+                f"OpenAIJudge.model={self.model!r} gave no verdict on a trial ({self._client.quoted(answer)}): raise "
                 f"max_tokens={self.max_tokens} if the answer was cut, else correct the instructions"
             )
 
@@ -131,10 +132,11 @@ class OpenAIJudge(Judge):
         verdicts = [math.nan] * len(orders)
         failures: list[Failure] = []
         for position, answer in self._client.run(partial(self._ask, order) for order in orders):
-            if isinstance(answer, Failure):
-                failures.append(answer)
+            verdict = self._client.read(answer, answer_verdict)
+            if isinstance(verdict, Failure):
+                failures.append(verdict)
             else:
-                verdicts[position] = answer_verdict(answer)
+                verdicts[position] = verdict
         if failures:
             warnings.warn(
                 f"{len(failures)} of {len(orders)} requests to the judge failed, one because {failures[0].message}",
@@ -173,19 +175,15 @@ def conversation_text(messages: Sequence[Message]) -> str:
 
 
 def answer_verdict(answer: Any) -> float:
-    """Return the verdict in a chat completion: 1 for A, 0 for B, 0.5 for a tie, NaN if it cannot be read."""
-    try:
-        choice = answer["choices"][0]
-        text = choice["message"]["content"]
-    except (LookupError, TypeError):
-        return math.nan
+    """Return the verdict in a chat completion: 1 for A, 0 for B, 0.5 for a tie, NaN if its text has none.
+
+    Raises:
+        AttributeError, LookupError, TypeError: if it is no chat completion.
+    """
+    choice = answer["choices"][0]
+    text = choice["message"]["content"]
     if not isinstance(text, str) or choice.get("finish_reason") == "length":
         return math.nan
     lines = text.strip().splitlines()
     found = _VERDICT.fullmatch(lines[-1]) if lines else None
     return _FIRST_WINS[found[1].lower()] if found else math.nan
-
-
-def _said(answer: Any) -> str:
-    text = str(answer)
-    return text if len(text) <= 300 else f"{text[:300]}…"

@@ -7,6 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -46,8 +47,7 @@ class ScoreFormat(ABC):
     def scores(self, answer: Any) -> list[float]:
         """Return one score for each response, NaN where the server has none.
 
-        Raises:
-            LookupError, TypeError, ValueError: if the answer has another shape.
+        May raise anything if the answer has another shape: its responses are dropped as ``malformed_answer``.
         """
 
 
@@ -230,7 +230,7 @@ class ServerReward(Reward):
         batches = [rows[start : start + size] for start in rows[::size]]
         found = self._scored(prompts, responses, batches)
         together = [row for batch in batches if len(batch) > 1 for row in batch]
-        refused = [row for row in together if _reason(found[row]) == "server_error"]
+        refused = [row for row in together if _reason(found[row]) in ("server_error", "malformed_answer")]
         found |= self._scored(prompts, responses, [range(row, row + 1) for row in refused])
         failures = {row: failure for row, failure in sorted(found.items()) if isinstance(failure, Failure)}
         error = next((failure.message for failure in failures.values()), None)
@@ -269,14 +269,12 @@ class ServerReward(Reward):
 
     def _ask(self, body: dict[str, Any], count: int) -> list[float] | Failure:
         answer = self._client.post(self.format.path, body)
-        if isinstance(answer, Failure):
-            return answer
-        try:
-            scores = self.format.scores(answer)
-        except (LookupError, TypeError, ValueError):
-            return _malformed(f"is not what {type(self.format).__name__} reads: {answer!r:.200}")
+        return self._client.read(answer, partial(self._read, count))
+
+    def _read(self, count: int, answer: Any) -> list[float]:
+        scores = [as_score(score) for score in self.format.scores(answer)]
         if len(scores) != count:
-            return _malformed(f"has {len(scores)} scores for {count} responses")
+            raise ValueError(f"{len(scores)} scores for {count} responses")
         return scores
 
 
@@ -284,21 +282,18 @@ def as_score(value: Any) -> float:
     """Return a number from JSON as a float, null as NaN.
 
     Raises:
-        TypeError: if it is neither.
+        OverflowError: if it is too large for a float.
+        TypeError: if it is no number.
     """
     if value is None:
         return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{value!r} is no number")
     return float(value)
 
 
 def _reason(found: float | Failure) -> str | None:
     return found.reason if isinstance(found, Failure) else None
-
-
-def _malformed(what: str) -> Failure:
-    return Failure("malformed_answer", f"ServerReward: the answer {what}")
 
 
 def _conversations(prompts: Iterable[Prompt], responses: Iterable[str]) -> list[list[Message]]:

@@ -6,7 +6,7 @@ import hashlib
 import time
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import NamedTuple, overload
 
@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from sppo_lightning.generation import Generator, PolicySource, SampleRequest
+from sppo_lightning.generation.protocol import malformed_ids
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rollouts.scoring import FailureWatch, ScoredRows, UnfinishedRule, score_rows
 from sppo_lightning.rollouts.shard_size import prompts_per_shard
@@ -180,8 +181,11 @@ class Collector:
         phase: Phase,
         greedy: bool,
     ) -> None:
+        rows_there = policy.embedding_rows
         missing = [
-            number for number in self._mine(shards) if not _check_or_quarantine(store, name, number, shards)
+            number
+            for number in self._mine(shards)
+            if not _check_or_quarantine(store, name, number, shards, embedding_rows=rows_there)
         ]
         total = sum(len(shards[number]) for number in missing)
         policy.sync_sampling_weights(self.ranks, needed=bool(missing))
@@ -223,9 +227,9 @@ class Collector:
                         f"data.generator {type(self.generator).__name__} left {unanswered} of {len(rows)} prompts "
                         "without a response: it must answer every request"
                     )
-                responses = [row for group in rows for row in group]
+                responses, error = _with_known_ids([row for group in rows for row in group], rows_there)
                 try:
-                    watch.add(ScoredRows(responses, None))
+                    watch.add(ScoredRows(responses, error))
                 except UserError:  # not stored, so that they are asked for again once the cause is mended
                     for earlier in failing:
                         store.path(name, earlier).unlink()
@@ -331,20 +335,44 @@ def _key(store: ShardStore, name: str, number: int) -> ShardKey:
     return key
 
 
+def _with_known_ids(rows: Sequence[Rollout], embedding_rows: int) -> tuple[list[Rollout], str | None]:
+    """Drop responses with token ids that the policy cannot have sampled; say what was wrong with the first of them.
+
+    One of them stored would end every run in this folder.
+    """
+    found, error = [], None
+    for row in rows:
+        wrong = malformed_ids(row.token_ids, embedding_rows=embedding_rows)
+        if wrong is not None:
+            error = error or f"data.generator answered {wrong}"
+            row = replace(row, token_ids=(), finish_reason="failed", drop_reason="malformed_answer")
+        found.append(row)
+    return found, error
+
+
 def _check_or_quarantine(
-    store: ShardStore, name: str, number: int, shards: list[Sequence[RolloutRequest]]
+    store: ShardStore,
+    name: str,
+    number: int,
+    shards: list[Sequence[RolloutRequest]],
+    *,
+    embedding_rows: int,
 ) -> bool:
     """Return whether a shard is stored and intact; quarantine a damaged one, which can be sampled again."""
     if not store.path(name, number).exists():
         return False
     try:
-        store.check(name, number)
+        store.check(name, number, embedding_rows=embedding_rows)
     except UserError:
         quarantine(store.path(name, number))
         return False
     key = _key(store, name, number)
     shard = list(shards[number])
     expected = [(item.prompt.prompt.id, index) for item in shard for index in item.sample_indices]
+    if key.rows != expected and store.has_quarantined:
+        # a shard that was sampled again may change the selection, and so what is asked for here
+        quarantine(store.path(name, number))
+        return False
     if key.rows != expected:
         raise UserError(
             f"{store.path(name, number)} holds responses to other prompts than this config asks for: the prompt "

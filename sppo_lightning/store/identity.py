@@ -10,6 +10,8 @@ from enum import Enum
 from inspect import Parameter
 from typing import Any
 
+from sppo_lightning.redaction import masked
+
 NOTHING_FREE: frozenset[str] = frozenset()
 _NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
@@ -19,6 +21,8 @@ def identity(component: object) -> dict[str, Any]:
 
     Arguments that have their defaults are left out, so that a class may get new ones; so are those in the class's
     ``free_settings``. Components inside are treated alike.
+
+    Secrets are masked: an identity is written into manifests.
 
     As in scikit-learn, an argument is read from the attribute of its name, which may have an underscore in front. What
     else the object holds (counters, caches, models) is no part of its identity; nor is an argument that it keeps
@@ -63,7 +67,7 @@ def _identity(component: object, outer: frozenset[str]) -> dict[str, Any]:
             continue
         value = _plain(getattr(component, name if hasattr(component, name) else f"_{name}"), free)
         if parameter.default is Parameter.empty or value != _plain(parameter.default, free):
-            settings[name] = value
+            settings[name] = masked(value, name)
     return {"class_path": _path(kind), "init_args": settings}
 
 

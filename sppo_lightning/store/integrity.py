@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sppo_lightning.store.iterations import IterationStore
+from sppo_lightning.store.pairs import TOKEN_COLUMNS
 from sppo_lightning.store.run_folder import RunFolder
+from sppo_lightning.store.tables import check_token_ids
 from sppo_lightning.system.durable import quarantine
 from sppo_lightning.types import Ranks, UserError
 
@@ -41,19 +43,24 @@ def check_iterations(folder: RunFolder) -> int:
     return begun
 
 
-def quarantine_damaged(store: IterationStore, ranks: Ranks) -> bool:
+def quarantine_damaged(store: IterationStore, ranks: Ranks, *, embedding_rows: int) -> bool:
     """Quarantine what is damaged of an iteration that has not been trained on; return whether its data is complete.
 
     Rank zero does it. What is quarantined is made anew by the policy that made it, whose fingerprint the caller has
     compared.
 
+    Args:
+        store: the iteration.
+        ranks: the processes.
+        embedding_rows: of the policy; data with other token ids is damaged.
+
     Raises:
         UserError: if nothing says which policy gave the rollouts.
     """
-    return ranks.same(ranks.rank == 0 and _quarantine_damaged(store))
+    return ranks.same(ranks.rank == 0 and _quarantine_damaged(store, embedding_rows))
 
 
-def _quarantine_damaged(store: IterationStore) -> bool:
+def _quarantine_damaged(store: IterationStore, embedding_rows: int) -> bool:
     manifest = store.read_manifest()
     if manifest is None and store.shards.count() > 0:
         raise UserError(
@@ -64,8 +71,8 @@ def _quarantine_damaged(store: IterationStore) -> bool:
         return False
     parts = [
         _check_or_quarantine(store.read_difficulty, store.difficulty_path),
-        _check_or_quarantine(lambda: _check_pairs(store, manifest), store.pairs_path),
-        _check_or_quarantine(lambda: _check_shards(store, manifest), store.shards.folder),
+        _check_or_quarantine(lambda: _check_pairs(store, manifest, embedding_rows), store.pairs_path),
+        _check_or_quarantine(lambda: _check_shards(store, manifest, embedding_rows), store.shards.folder),
     ]
     return all(parts)
 
@@ -83,13 +90,17 @@ def _check_or_quarantine(check: Callable[[], object], path: Path) -> bool:
     return True
 
 
-def _check_shards(store: IterationStore, manifest: Mapping[str, Any]) -> None:
-    store.shards.check_all()
+def _check_shards(store: IterationStore, manifest: Mapping[str, Any], embedding_rows: int) -> None:
+    store.shards.check_all(embedding_rows=embedding_rows)
     _check_count(store, manifest)
 
 
-def check_trained(store: IterationStore) -> None:
+def check_trained(store: IterationStore, *, embedding_rows: int) -> None:
     """Refuse to resume from an iteration that has been trained on unless all that is still needed of it is there.
+
+    Args:
+        store: the iteration.
+        embedding_rows: of the policy; pairs with other token ids cannot be trained on.
 
     Raises:
         UserError: naming what is gone or damaged.
@@ -102,12 +113,14 @@ def check_trained(store: IterationStore) -> None:
         )
     store.kept_shards().rewards()  # what is known of difficulty next is computed from them
     store.read_difficulty()
-    _check_pairs(store, manifest)
+    _check_pairs(store, manifest, embedding_rows)
     _check_count(store, manifest)
 
 
-def _check_pairs(store: IterationStore, manifest: Mapping[str, Any]) -> None:
-    found, expected = len(store.read_pairs()), manifest["counts"]["pairs"]
+def _check_pairs(store: IterationStore, manifest: Mapping[str, Any], embedding_rows: int) -> None:
+    pairs = store.read_pairs()
+    check_token_ids(store.pairs_path, pairs.table, TOKEN_COLUMNS, embedding_rows=embedding_rows)
+    found, expected = len(pairs), manifest["counts"]["pairs"]
     if found != expected:
         raise UserError(
             f"{store.folder / 'pairs.parquet'} holds {found} pairs, but manifest.json counts {expected}: restore it "

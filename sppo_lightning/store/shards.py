@@ -25,7 +25,7 @@ from sppo_lightning.store.rows import (
     stored_rollouts,
     usable_rows,
 )
-from sppo_lightning.store.tables import read_table, row_count, write_table
+from sppo_lightning.store.tables import check_token_ids, read_table, row_count, write_table
 from sppo_lightning.types import FINISH_REASONS, Rollout, ScoredRollout
 
 Row = TypeVar("Row", bound=ScoredRollout)
@@ -78,6 +78,11 @@ class ShardStore:
         """Return where shard ``number`` of ``name`` lies."""
         return self.folder / f"{name}-{number:05d}.parquet"
 
+    @property
+    def has_quarantined(self) -> bool:
+        """Whether a shard was found damaged before."""
+        return any(self.folder.glob("*.damaged*"))
+
     def write(
         self,
         name: str,
@@ -107,22 +112,27 @@ class ShardStore:
         path = self.path(name, number)
         return read_rollouts(path) if path.exists() else None
 
-    def check(self, name: str, number: int) -> None:
+    def check(self, name: str, number: int, *, embedding_rows: int) -> None:
         """Read all of a shard, as its parts are not where only some columns are asked for.
+
+        Args:
+            name: of the shards.
+            number: of the shard.
+            embedding_rows: of the policy that answered: no other token ids may be there.
 
         Raises:
             UserError: if it is damaged.
         """
-        read_table(self.path(name, number), ROLLOUT_SCHEMA)
+        _check_file(self.path(name, number), embedding_rows)
 
-    def check_all(self) -> None:
-        """Read all of all shards.
+    def check_all(self, *, embedding_rows: int) -> None:
+        """Read all of all shards, as :meth:`check` does.
 
         Raises:
             UserError: if one is damaged.
         """
         for path in self._paths("*"):
-            read_table(path, ROLLOUT_SCHEMA)
+            _check_file(path, embedding_rows)
 
     def key(self, name: str, number: int) -> ShardKey | None:
         """Return what a shard holds, without its texts and tokens; ``None`` if it has not been written."""
@@ -202,6 +212,10 @@ class ShardKey(NamedTuple):
     rows: list[tuple[str, int]]  # prompt id and sample index
     scored: bool
     drop_reasons: list[str]  # of the rows that were dropped
+
+
+def _check_file(path: Path, embedding_rows: int) -> None:
+    check_token_ids(path, read_table(path, ROLLOUT_SCHEMA), ("token_ids",), embedding_rows=embedding_rows)
 
 
 def write_rollouts(

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sppo_lightning.system.durable import disk_error, replacing
@@ -63,6 +64,29 @@ def read_table(
             f"{path} is {what}: restore it from a copy, or give the same command again, which "
             "quarantines it and makes it anew if its iteration has not been trained on"
         ) from error
+
+
+def check_token_ids(path: Path, table: pa.Table, columns: Sequence[str], *, embedding_rows: int) -> None:
+    """Refuse a table with token ids that the policy has no embeddings for: any model would break down on them.
+
+    Args:
+        path: of the table's file.
+        table: as it was read.
+        columns: lists of token ids.
+        embedding_rows: of the policy.
+
+    Raises:
+        UserError: naming the file.
+    """
+    for name in columns:
+        span = pc.min_max(pc.list_flatten(table[name])).as_py()
+        found = [token for token in (span["min"], span["max"]) if token is not None]
+        wrong = [token for token in found if not 0 <= token < embedding_rows]
+        if wrong:
+            raise UserError(
+                f"{path} holds the token id {wrong[0]}, but the policy has ids from 0 to {embedding_rows - 1} only: "
+                "restore it from a copy, or start anew in another trainer.default_root_dir"
+            )
 
 
 def row_count(path: Path) -> int:

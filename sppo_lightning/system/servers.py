@@ -1,7 +1,8 @@
 """Talk to an HTTP server that answers JSON: bounded concurrency, time-outs, retries with back-off.
 
 Retries are the openai package's: connection errors, time-outs, 408, 409, 429 and 5xx, with growing, jittered waits,
-or those that the server asks for.
+or those that the server asks for. What a server says is never trusted: see :meth:`ServerClient.read` and
+:meth:`ServerClient.quoted`.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from itertools import islice
 from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
+from sppo_lightning.redaction import without_passwords
 from sppo_lightning.types import UserError, first_line
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
 NO_KEY = "none"  # sent to servers that ask for no key
-CONNECT_SECONDS = 30.0  # a server that takes longer to accept a connection counts as not there
 LONGEST_MESSAGE = 300  # characters; some servers send the whole request back
 
 Result = TypeVar("Result")
@@ -35,7 +36,7 @@ Answers = SimpleQueue[tuple[int, Future[Result]]]
 class Failure(NamedTuple):
     """A request that the server did not answer, although others may fare better."""
 
-    reason: str  # ``server_error`` or ``server_time_out``
+    reason: str  # ``server_error``, ``server_time_out`` or ``malformed_answer``
     message: str
 
 
@@ -47,7 +48,7 @@ class ServerClient:
         base_url: e.g. ``http://localhost:8000/v1``.
         api_key_env: environment variable that holds the key; ``None``: the server asks for none.
         max_concurrency: requests under way at once.
-        timeout: seconds that one try may take.
+        timeout: seconds that one try may take, its answer's last byte included.
         max_retries: tries after the first one.
     """
 
@@ -96,14 +97,18 @@ class ServerClient:
 
     def open(self) -> None:
         """Open the connection pool."""
-        from openai import OpenAI, Timeout
+        from openai import OpenAI
+
+        from sppo_lightning.system.bounded_http import BoundedClient
 
         if self._client is None:
+            key = self._secret or NO_KEY
             self._client = OpenAI(
                 base_url=self.base_url,
-                api_key=self._secret or NO_KEY,
-                timeout=Timeout(self.timeout, connect=min(self.timeout, CONNECT_SECONDS)),
+                api_key=key,
+                timeout=self.timeout,
                 max_retries=self.max_retries,
+                http_client=BoundedClient(key, timeout=self.timeout, connections=self.max_concurrency),
             )
 
     def close(self) -> None:
@@ -121,11 +126,43 @@ class ServerClient:
         Raises:
             UserError: if the server cannot be reached, refuses the key, or knows no such address or model.
         """
-        return self._answer(lambda client: client.get(path, cast_to=object))
+        return self._answer(lambda client, kind: client.get(path, cast_to=kind))
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """Send ``body`` to ``path`` and return what comes back, as :meth:`get` does."""
-        return self._answer(lambda client: client.post(path, cast_to=object, body=body))
+        return self._answer(lambda client, kind: client.post(path, cast_to=kind, body=body))
+
+    def read(self, answer: Any, reader: Callable[[Any], Result]) -> Result | Failure:
+        """Return what ``reader`` makes of an answer; whatever it raises is this answer's failure, not the run's.
+
+        Args:
+            answer: what :meth:`get` or :meth:`post` returned; a failure comes back as it is.
+            reader: may raise anything on an answer that is not what it expects.
+        """
+        if isinstance(answer, Failure):
+            return answer
+        try:
+            return reader(answer)
+        except Exception as error:
+            return Failure(
+                "malformed_answer",
+                f"{self._where} answered what cannot be read ({self.quoted(error)}): {self.quoted(answer)}",
+            )
+
+    def quoted(self, said: object) -> str:
+        """Return what a server said, or an error that quotes it, as one short line that holds no key.
+
+        Args:
+            said: an error, or anything that came from a server.
+        """
+        try:
+            if isinstance(said, BaseException):
+                text = f"{type(said).__name__}: {first_line(said)}"
+            else:
+                text = said if isinstance(said, str) else repr(said)
+        except Exception:  # an answer that is nested too deeply to be shown
+            text = f"a {type(said).__name__}"
+        return self._one_line(text)
 
     def run(self, calls: Iterable[Callable[[], Result]]) -> Generator[tuple[int, Result], None, None]:
         """Run calls in threads, ``max_concurrency`` at once; yield (position, result) as they come.
@@ -159,14 +196,20 @@ class ServerClient:
     def _secret(self) -> str:
         return os.environ.get(self.api_key_env, "").strip() if self.api_key_env else ""
 
-    def _answer(self, call: Callable[[OpenAI], Any]) -> Any:
+    @property
+    def _where(self) -> str:
+        return f"{self.key}.base_url={self.base_url!r}"
+
+    def _answer(self, call: Callable[[OpenAI, Any], Any]) -> Any:
         import openai
 
+        from sppo_lightning.system.bounded_http import response_type
+
         assert self._client is not None
-        where = f"{self.key}.base_url={self.base_url!r}"
+        where = self._where
         # the causes are left out of what is raised: a traceback would show the key that they may quote
         try:
-            return call(self._client)
+            response = call(self._client, response_type())
         except openai.APIConnectionError as error:
             if type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout"):  # of httpx or httpx2
                 raise UserError(
@@ -190,8 +233,27 @@ class ServerClient:
             raise UserError(
                 f"{where} knows no such address or model ({self._said(error)}): correct base_url or model"
             ) from None
-        except (openai.APIError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except openai.APIStatusError as error:
+            if 300 <= error.status_code < 400:
+                place = self._one_line(error.response.headers.get("location", "nowhere"))
+                return Failure(
+                    "server_error",
+                    f"{where} answered: {error.status_code}, go to {place} (not followed: correct base_url)",
+                )
             return Failure("server_error", f"{where} answered: {self._said(error)}")
+        except openai.APIError as error:
+            return Failure("server_error", f"{where} answered: {self._said(error)}")
+        return self.read(response, self._content)
+
+    def _content(self, response: Any) -> Any:
+        """Return an answer's JSON, or its text if it is none."""
+        from sppo_lightning.system.bounded_http import REFUSED
+
+        refused = response.extensions.get(REFUSED)
+        if refused:
+            return Failure("malformed_answer", f"{self._where} gave an answer that {refused}")
+        kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+        return json.loads(response.content) if kind.endswith("json") else response.text
 
     def _said(self, error: BaseException) -> str:
         """Return what an error says, in one short line and without the key."""
@@ -200,10 +262,23 @@ class ServerClient:
         if isinstance(message, dict):
             message = message.get("message") or message.get("detail") or message
         if message:  # what the client's own text holds of it depends on its version
-            text = " ".join(f"{getattr(error, 'status_code', '')} {message}".split())
-        if self._secret:
-            text = text.replace(self._secret, "…")
-        return text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + "…"
+            text = f"{getattr(error, 'status_code', '')} {self.quoted(message)}".strip()
+        return self._one_line(text)
+
+    def _one_line(self, text: str) -> str:
+        """Return a text without the key, bearer tokens and control characters, in one line that is not too long."""
+        for spelling in sorted(self._spellings(), key=len, reverse=True):
+            text = text.replace(spelling, "…")
+        text = " ".join(without_passwords(text).split())
+        text = text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + "…"
+        return "".join(
+            letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text
+        )
+
+    def _spellings(self) -> set[str]:
+        """Return the ways in which the key may be written in a quotation."""
+        secret = self._secret
+        return {secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], quote(secret, safe="")} - {""}
 
 
 def _work(todo: Jobs[Result], done: Answers[Result]) -> None:

@@ -188,6 +188,26 @@ def test_a_relative_folder_that_is_there_is_no_hub_id(
     assert model_name("models/llama") == "llama"
 
 
+def test_the_values_of_a_users_class_are_left_out() -> None:
+    """Nobody here knows which of them are private; our own components inside it are shown."""
+    inner = {
+        "class_path": "sppo_lightning.rewards.LengthPenalty",
+        "init_args": {"per_character": 0.5, "max_tokens": 9},
+    }
+    own = {
+        "class_path": "mine.Reward",
+        "init_args": {"house": "villa", "inner": inner, "tags": ["x"], "none": None},
+    }
+    shown = "Reward(house=…, inner=LengthPenalty(per_character=0.5, max_tokens=9), tags=…)"
+    assert component(own) == shown
+    assert component({"class_path": "sppo_lightning_of_mine.Reward", "init_args": {"a": 1}}) == "Reward(a=…)"
+    around = {
+        "class_path": "sppo_lightning.rewards.CombinedReward",
+        "init_args": {"rewards": {"a": own}, "token": "x"},
+    }
+    assert component(around) == f"CombinedReward(rewards={{a: {shown}}}, token=(secret, not stored))"
+
+
 def test_components_without_arguments() -> None:
     assert component({"class_path": "sppo_lightning.selection.AllPrompts"}) == "AllPrompts()"
 

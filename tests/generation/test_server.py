@@ -36,6 +36,7 @@ from sppo_lightning.generation.weight_sync import (
     WeightSync,
     exported,
 )
+from sppo_lightning.policy.anatomy import embedding_rows
 from sppo_lightning.policy.fingerprint import fingerprint
 from sppo_lightning.types import Ranks, Response, UserError
 
@@ -58,6 +59,10 @@ class Policy:
     end_token_ids: frozenset[int] = frozenset({END})
     exports: int = 0
     quantized: bool = False
+
+    @property
+    def embedding_rows(self) -> int:
+        return embedding_rows(self.model)
 
     def sync_sampling_weights(self, ranks: Ranks, *, needed: bool) -> None:
         pass
@@ -499,19 +504,47 @@ def test_an_end_token_that_nobody_names_is_not_guessed() -> None:
     assert found.drop_reason == DROPPED
 
 
+def choice_of(token_ids: Any, **other: Any) -> dict[str, Any]:
+    return {"choices": [{"text": "hi", "finish_reason": "length", "token_ids": token_ids, **other}]}
+
+
+ROWS = tiny_config().vocab_size
+
+
 @pytest.mark.parametrize(
-    "body",
+    ("body", "reason"),
     [
-        "<html>",
-        {},
-        {"choices": []},
-        {"choices": [{"text": None, "finish_reason": "stop"}]},
-        {"choices": [{"text": "hi", "finish_reason": "abort", "token_ids": [70]}]},
-        {"choices": [{"text": "hi", "finish_reason": "stop", "token_ids": ["70"]}]},
-        {"choices": [{"text": "", "finish_reason": "stop", "token_ids": []}]},
+        ("<html>", "malformed_answer"),
+        ({}, "malformed_answer"),
+        ([], "malformed_answer"),
+        (None, "malformed_answer"),
+        ({"choices": []}, "malformed_answer"),
+        ({"choices": 7}, "malformed_answer"),
+        ({"choices": ["hi"]}, "malformed_answer"),
+        ({"choices": [{"finish_reason": "stop"}]}, "malformed_answer"),
+        ({"choices": [{"text": None, "finish_reason": "stop"}]}, "malformed_answer"),
+        ({**choice_of([70]), "usage": 7}, "malformed_answer"),
+        (choice_of([70], finish_reason="abort"), "server_error"),
+        (choice_of([70], finish_reason=["stop"]), "server_error"),
+        (choice_of(["70"]), "malformed_answer"),
+        (choice_of([70.0]), "malformed_answer"),
+        (choice_of([True]), "malformed_answer"),
+        (choice_of([None]), "malformed_answer"),
+        (choice_of([[70]]), "malformed_answer"),
+        (choice_of({"70": 70}), "malformed_answer"),
+        (choice_of("70"), "malformed_answer"),
+        (choice_of([70, ROWS]), "malformed_answer"),
+        (choice_of([-1]), "malformed_answer"),
+        (choice_of([10**30]), "malformed_answer"),
+        (choice_of([70] * (LONGEST + 1)), "malformed_answer"),
+        (choice_of([END] * (LONGEST + 1)), "malformed_answer"),
+        (choice_of([70], text="\ud800"), "malformed_answer"),
+        (choice_of([70], prompt_token_ids="70"), "malformed_answer"),
+        (choice_of(None, stop_reason={"a": 1}), "malformed_answer"),
+        (choice_of([]), "server_error"),
     ],
 )
-def test_one_bad_answer_costs_one_response(body: Any) -> None:
+def test_one_bad_answer_costs_one_response(body: Any, reason: str) -> None:
     good = Completions({**VLLM, "text": "hi", "finish_reason": "length", "token_ids": [70]})
     asked_so_far = []
 
@@ -519,10 +552,26 @@ def test_one_bad_answer_costs_one_response(body: Any) -> None:
         asked_so_far.append(request)
         return Answer(200, body) if len(asked_so_far) == 2 else good(request)
 
-    with pytest.warns(UserWarning, match="a response is dropped as server_error"):
+    with pytest.warns(UserWarning, match=f"a response is dropped as {reason}"):
         ((first, second, third),), _ = asked(respond, [SampleRequest((70,), (1, 2, 3))])
-    assert second == Response((), "", "failed", drop_reason="server_error")
+    assert second == Response((), "", "failed", drop_reason=reason)
     assert [one.token_ids for one in (first, third)] == [(70,), (70,)]
+
+
+def test_the_last_embedding_is_a_token_and_as_many_as_were_asked_for_are_taken() -> None:
+    ((found,),), _ = asked(Completions(choice_of([70] * (LONGEST - 1) + [ROWS - 1])["choices"][0]), ONE)
+    assert found.drop_reason is None
+    assert len(found.token_ids) == LONGEST
+
+
+def test_text_whose_tokens_the_policy_lacks_is_dropped() -> None:
+    """A tokenizer may have more entries than the policy has embeddings."""
+    small = Policy(LlamaForCausalLM(tiny_config(vocab_size=min(ids_of("hi")))))
+    with pytest.warns(UserWarning, match="dropped as malformed_answer: the server answered token id"):
+        ((found,),), _ = asked(
+            Completions({"text": "hi", "finish_reason": "length"}, completion_tokens=2), ONE, policy=small
+        )
+    assert found.drop_reason == "malformed_answer"
 
 
 def test_prompts_come_back_whole_as_soon_as_they_are_done() -> None:
@@ -691,8 +740,13 @@ def test_a_server_that_lists_no_models(tmp_path: Path) -> None:
     policy = AdapterPolicy(letters_policy().model)
     with serving(lambda request: Answer(200, "<html>")) as local:
         generator = contract(local.url, weight_sync=VLLMAdapter(str(tmp_path)), model=None)
-        with pytest.raises(UserError, match=r"/v1/models lists no models \(<html>\): correct base_url"):
+        with pytest.raises(UserError, match=r"/v1/models lists no models \(.*<html>\): correct base_url"):
             generator.load(policy)
+    for models in ({"data": [{"name": "x"}]}, {"data": ["x"]}, {"data": None}, [], 7):
+        with serving(lambda request, models=models: Answer(200, models)) as local:  # type: ignore[misc]
+            generator = contract(local.url, weight_sync=VLLMAdapter(str(tmp_path)), model=None)
+            with pytest.raises(UserError, match=r"/v1/models lists no models \(.*cannot be read"):
+                generator.load(policy)
 
 
 def test_sglang_reads_the_weights_and_forgets_its_cache(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -147,6 +148,19 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+def poison(path: Path) -> None:
+    """A token id that no policy has, in a good file."""
+    table = pq.read_table(path, partitioning=None)
+    for number, name in enumerate(table.column_names):
+        if name in ("token_ids", "rejected_token_ids"):
+            lists = table[name].to_pylist()
+            lists[-1][-1] = 10**6
+            table = table.set_column(
+                number, table.schema.field(name), pa.array(lists, table.schema.field(name).type)
+            )
+    pq.write_table(table, path)
+
+
 def delete(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -156,12 +170,15 @@ def delete(path: Path) -> None:
 REPAIRED: list[tuple[str, str, Harm]] = [
     ("sampled", "iterations/001/pairs.parquet", cut),
     ("sampled", "iterations/001/pairs.parquet", delete),
+    ("sampled", "iterations/001/pairs.parquet", poison),
+    ("sampled", "iterations/001/rollouts/probe-00001.parquet", poison),
     ("sampled", "iterations/001/difficulty.parquet", flip),
     ("sampled", "iterations/001/rollouts/probe-00001.parquet", flip),
     ("sampled", "iterations/001/rollouts/topup-00000.parquet", delete),
     ("sampled", "evaluations/000/manifest.json", flip),
     ("sampled", "evaluations/000/rollouts.parquet", delete),
     ("scoring", "iterations/001/rollouts/probe-00000.parquet", flip),
+    ("scoring", "iterations/001/rollouts/probe-00000.parquet", poison),
     ("scoring", "iterations/001/rollouts/probe-00002.parquet", flip),
     ("scoring", "iterations/001/rollouts/probe-00001.parquet", delete),
 ]
@@ -225,6 +242,11 @@ REFUSED: list[tuple[str, Harm, str]] = [
     ),
     ("iterations/000/rollouts/probe-00001.parquet", cut, "probe-00001.parquet is damaged ("),
     ("iterations/000/pairs.parquet", cut, "000/pairs.parquet is damaged ("),
+    (
+        "iterations/000/pairs.parquet",
+        poison,
+        "000/pairs.parquet holds the token id 1000000, but the policy has ids",
+    ),
     (
         "iterations/000/pairs.parquet",
         delete,

@@ -39,6 +39,7 @@ MANIFEST = {
 }
 
 
+ROWS = 9  # embeddings of the policy
 RULES = iteration_rules(iterations=3, samples_per_prompt=2, selection=Easiest(1.0))
 ALONE = FileRanks(Path(), rank=0, world_size=1)
 
@@ -133,7 +134,7 @@ def test_an_iteration_is_made_once(tmp_path: Path) -> None:
     folder, build = RunFolder(tmp_path), Building()
     for state in (state_of(folder), state_of(folder)):  # the second: started again before a checkpoint was
         assert (state.current, len(state.pairs)) == (-1, 0)
-        state.enter(0, policy_fingerprint="first", builder=build, global_step=0)
+        state.enter(0, policy_fingerprint="first", embedding_rows=ROWS, builder=build, global_step=0)
         assert (state.current, state.pairs.prompt_ids) == (0, ["a"])
     assert len(build.asked) == 1
     assert build.asked[0]["previous"].prompt_ids == ()
@@ -144,9 +145,9 @@ def test_the_next_iteration_gets_what_is_known_and_due(tmp_path: Path) -> None:
     """Nothing was known of ``a``: its difficulty is the mean of 1 and 2. Then 0.25 * 1.5 + 0.75 * 1.5."""
     folder, build = RunFolder(tmp_path), Building()
     state = state_of(folder)
-    state.enter(0, policy_fingerprint="first", builder=build, global_step=0)
+    state.enter(0, policy_fingerprint="first", embedding_rows=ROWS, builder=build, global_step=0)
     state.due = Reestimation(("a",), 2, 0.25)
-    state.enter(1, policy_fingerprint="second", builder=build, global_step=0)
+    state.enter(1, policy_fingerprint="second", embedding_rows=ROWS, builder=build, global_step=0)
     assert build.asked[1]["previous"]["difficulty"].tolist() == [1.5]
     assert [store.folder.name for store in build.asked[1]["earlier"]] == ["000"]
     assert build.asked[1]["reestimation"] == state.due
@@ -156,50 +157,50 @@ def test_the_next_iteration_gets_what_is_known_and_due(tmp_path: Path) -> None:
 
 def test_another_policys_data_is_refused(tmp_path: Path) -> None:
     folder, build = RunFolder(tmp_path), Building()
-    state_of(folder).enter(0, policy_fingerprint="first", builder=build, global_step=0)
+    state_of(folder).enter(0, policy_fingerprint="first", embedding_rows=ROWS, builder=build, global_step=0)
     state = state_of(folder)
     with pytest.raises(
         UserError, match="was sampled from another policy than the one that enters iteration 0"
     ):
-        state.enter(0, policy_fingerprint="other", builder=build, global_step=0)
+        state.enter(0, policy_fingerprint="other", embedding_rows=ROWS, builder=build, global_step=0)
     assert (state.current, len(build.asked)) == (-1, 1)
 
 
 def test_an_iteration_that_was_trained_on_is_read_again_not_made(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     state = state_of(folder)
-    state.enter(0, policy_fingerprint="first", builder=Building("ab"), global_step=0)
+    state.enter(0, policy_fingerprint="first", embedding_rows=ROWS, builder=Building("ab"), global_step=0)
     again = state_of(folder)
     again.load_state_dict(state.state_dict(finished=0, global_step=1))
-    again.reopen()
+    again.reopen(embedding_rows=ROWS)
     pairs = again.pairs
     assert pairs.prompt_ids == ["a", "b"]
     again.folder = RunFolder(tmp_path / "gone")
-    again.reopen()
+    again.reopen(embedding_rows=ROWS)
     assert again.pairs is pairs
 
 
 def test_an_iteration_that_was_trained_on_and_is_gone(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     state = state_of(folder)
-    state.enter(0, policy_fingerprint="first", builder=Building(), global_step=0)
+    state.enter(0, policy_fingerprint="first", embedding_rows=ROWS, builder=Building(), global_step=0)
     again = state_of(RunFolder(tmp_path / "gone"))
     again.load_state_dict(state.state_dict(finished=0, global_step=1))
     with pytest.raises(
         UserError, match=r"iterations/000 is gone or incomplete although the checkpoint was trained on it"
     ):
-        again.reopen()
+        again.reopen(embedding_rows=ROWS)
 
 
 def test_an_iteration_that_was_trained_on_and_is_another_now(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     state = state_of(folder)
-    state.enter(0, policy_fingerprint="first", builder=Building(), global_step=0)
+    state.enter(0, policy_fingerprint="first", embedding_rows=ROWS, builder=Building(), global_step=0)
     again = state_of(folder)
     again.load_state_dict(state.state_dict(finished=0, global_step=1))
     Building().build(folder.iteration(0), policy_fingerprint="other")
     with pytest.raises(UserError, match=r"iterations/000 was made from other weights than the data that"):
-        again.reopen()
+        again.reopen(embedding_rows=ROWS)
 
 
 @pytest.mark.parametrize("due", [None, Reestimation(("b", "a"), 3, 0.5)])
@@ -232,9 +233,11 @@ def trained(
     Five pairs, two a step, two epochs: three steps an epoch, of 2, 2 and 1 pairs.
     """
     state, again = state_of(folder), state_of(folder)
-    state.enter(0, policy_fingerprint="first", builder=Building("abcde"), global_step=before)
+    state.enter(
+        0, policy_fingerprint="first", embedding_rows=ROWS, builder=Building("abcde"), global_step=before
+    )
     again.load_state_dict(state.state_dict(finished=finished, global_step=before + steps))
-    return again, again.resume(before + steps)
+    return again, again.resume(before + steps, embedding_rows=ROWS)
 
 
 @pytest.mark.parametrize(
@@ -257,14 +260,14 @@ def test_a_checkpoint_tells_where_it_goes_on(
     assert goes_on_in == epoch
     assert state.steps_taken(10 + steps) == steps
     assert state.state_dict(finished=0, global_step=10 + steps)["pairs_consumed"] == consumed
-    assert state.resume(10 + steps) is None
+    assert state.resume(10 + steps, embedding_rows=ROWS) is None
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_on_in(tmp_path: Path) -> None:
     state = state_of(RunFolder(tmp_path))
-    assert state.resume(0) is None
+    assert state.resume(0, embedding_rows=ROWS) is None
     state.load_state_dict(state.state_dict(finished=0, global_step=0))  # before any data was made
-    assert state.resume(0) is None
+    assert state.resume(0, embedding_rows=ROWS) is None
 
 
 @pytest.mark.parametrize("steps", range(7))
@@ -294,7 +297,11 @@ def in_order(state: IterationState, epoch: int) -> str:
 
 def enter(state: IterationState, iteration: int, *, old: bool = False) -> None:
     state.enter(
-        iteration, policy_fingerprint="first", builder=Building("abcde", state.rules, old=old), global_step=0
+        iteration,
+        policy_fingerprint="first",
+        embedding_rows=ROWS,
+        builder=Building("abcde", state.rules, old=old),
+        global_step=0,
     )
 
 
@@ -309,7 +316,7 @@ def resumed(state: IterationState) -> IterationState:
     """Return the state of another process, of whose rules it is not known what they have seen."""
     again = state_of(state.folder, state.rules)
     again.load_state_dict(state.state_dict(finished=0, global_step=0))
-    again.resume(0)
+    again.resume(0, embedding_rows=ROWS)
     state.rules.load_state_dict({"selection": {"asked": 77}, "curriculum": {"asked": 77}})
     return again
 
@@ -378,7 +385,7 @@ def test_runs_of_before_rules_had_a_state_are_resumed(tmp_path: Path) -> None:
     del kept["rule_states"]
     again = state_of(folder, rules)
     again.load_state_dict(kept)
-    again.resume(0)
+    again.resume(0, embedding_rows=ROWS)
     assert in_order(again, 0) == ORDERS[0][0]
     enter(again, 1)
     assert in_order(again, 0) == ORDERS[1][0]

@@ -41,6 +41,7 @@ def test_a_snapshot_is_what_an_engine_takes(tiny_policy: Path) -> None:
     source.sync_sampling_weights(Alone(), needed=True)
     assert source.tokenizer is snapshot.spec.tokenizer
     assert source.end_token_ids == {snapshot.spec.tokenizer.eos_token_id}
+    assert source.embedding_rows == snapshot.model.config.vocab_size  # type: ignore[union-attr]
     assert not source.quantized
 
 

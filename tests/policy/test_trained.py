@@ -185,6 +185,7 @@ def compare_states(mesh: DeviceMesh, tiny: Path, folder: Path, lora: LoRAConfig 
     change(policy)
     expected, snapshot = full.current(), policy.current()
     assert snapshot.end_token_ids == expected.end_token_ids
+    assert snapshot.embedding_rows == expected.embedding_rows  # the rows of all shards
     assert snapshot.fingerprint() == expected.fingerprint()
     ids = torch.arange(3, 40)[None]
 

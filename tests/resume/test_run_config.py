@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from sppo_lightning.cli.main import SECTIONS
+from sppo_lightning.redaction import MASK
 from sppo_lightning.resume import run_config
 from sppo_lightning.resume.checkpoints import check_checkpoint, verify_checkpoint
 from sppo_lightning.rewards import Reward
@@ -248,6 +249,18 @@ def refused(tmp_path: Path, before: dict[str, Any], now: dict[str, Any]) -> str 
 )
 def test_what_a_class_says_is_free_may_change(tmp_path: Path, key: str, before: Any, now: Any) -> None:
     assert refused(tmp_path, changed(**{key: before}), changed(**{key: now})) is None
+
+
+def test_a_secret_may_change_and_is_never_shown(tmp_path: Path) -> None:
+    def mine(**arguments: Any) -> dict[str, Any]:
+        return changed(data__reward=class_of("mine.Reward", **arguments))
+
+    for before in ("sk-1", MASK):  # as an older version wrote it, and as it is written now
+        assert refused(tmp_path, mine(api_key=before), mine(api_key="sk-2")) is None
+    said = refused(tmp_path, mine(api_key="sk-1"), mine(limit=2))
+    assert said is not None
+    assert "sk-" not in said
+    assert "api_key='(secret, not stored)', but this config has None" in said
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ import contextlib
 import json
 import math
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from support.models import byte_tokenizer
+from support.servers import speaking
 
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rewards.judge import INSTRUCTIONS, OpenAIJudge, answer_verdict, filled
@@ -220,16 +223,48 @@ def test_verdicts(text: str, verdict: float) -> None:
         completion(None),
         completion([{"type": "text", "text": "A"}]),
         completion("A", finish_reason="length"),
-        {"choices": []},
-        {"choices": [{"message": None}]},
-        {"error": "busy"},
-        [],
-        "A",
-        None,
     ],
 )
 def test_answers_without_a_verdict(answer: Any) -> None:
     assert math.isnan(answer_verdict(answer))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"choices": []},
+        {"choices": {}},
+        {"choices": [{"message": None}]},
+        {"choices": [7]},
+        {"error": "busy"},
+        [],
+        "A",
+        None,
+        Reply((200, "{oops")),
+    ],
+)
+def test_one_answer_that_is_no_completion_costs_one_comparison(answer: Any) -> None:
+    def respond(path: str, request: dict[str, Any]) -> Any:
+        return answer if "bad" in shown(request) else completion("A" if "1" in shown(request)[0] else "B")
+
+    with server(respond) as address:
+        judge = OpenAIJudge(address, "judge", max_retries=0)
+        judge.load(CPU)
+        compared = [Comparison(PROMPTS[0], "1", "2"), Comparison(PROMPTS[0], "1", "bad")]
+        with pytest.warns(
+            UserWarning, match=r"^2 of 4 requests to the judge failed, one because .* cannot be read"
+        ):
+            found = judge.compare(compared)
+        judge.unload()
+        with pytest.raises(UserError, match=r"correct the address or the settings of the judge$"):
+            _check(answer)
+    assert found[0] == 1.0
+    assert math.isnan(found[1])
+
+
+def _check(answer: Any) -> None:
+    with server(lambda path, request: answer) as other:
+        OpenAIJudge(other, "judge", max_retries=0).check()
 
 
 def test_a_comparison_needs_a_verdict_in_both_orders() -> None:
@@ -489,8 +524,7 @@ MALFORMED: list[tuple[ScoreFormat, Any]] = [
 
 @pytest.mark.parametrize(("format", "answer"), MALFORMED)
 def test_answers_of_another_shape(format: ScoreFormat, answer: Any) -> None:
-    name = type(format).__name__
-    message = rf"^1 of 1 responses have no score, the first because ServerReward: the answer is not what {name} reads: "
+    message = r"^1 of 1 responses have no score, the first because ServerReward\..* what cannot be read \(\w+Error: "
     with pytest.warns(UserWarning, match=message):
         rewards, reasons, _, _ = scored(lambda path, request: answer, format, PROMPTS[:1], TEXTS[:1])
     assert reasons == {0: "malformed_answer"}
@@ -499,18 +533,77 @@ def test_answers_of_another_shape(format: ScoreFormat, answer: Any) -> None:
 
 @pytest.mark.parametrize("answer", [[{"embedding": [1.0, 2.0]}], [{"embedding": 1.0}], {"embedding": [1.0]}])
 def test_sglang_answers_of_another_shape(tiny_reward_model: Path, answer: Any) -> None:
-    with pytest.warns(UserWarning, match="is not what SGLangClassify reads"):
+    with pytest.warns(UserWarning, match="answered what cannot be read"):
         found = scored(
             lambda path, request: answer, SGLangClassify(str(tiny_reward_model)), PROMPTS[:1], TEXTS[:1]
         )
     assert found.reasons == {0: "malformed_answer"}
 
 
-@pytest.mark.parametrize("count", [0, 1, 6])
+@pytest.mark.parametrize("count", [0, 6])
 def test_a_wrong_number_of_rewards_drops_the_responses_of_that_request(count: int) -> None:
-    with pytest.warns(UserWarning, match=rf"the answer has {count} scores for 5 responses$"):
+    with pytest.warns(UserWarning, match=rf"cannot be read \(ValueError: {count} scores for 1 responses\)"):
         found = scored(lambda path, request: {"rewards": [1.0] * count}, JSONRewards())
     assert found.reasons == dict.fromkeys(range(5), "malformed_answer")
+
+
+def test_one_unreadable_reward_of_a_request_drops_one_response() -> None:
+    """No float holds the number; the others of its request are asked for again, one by one."""
+
+    def answer(path: str, request: dict[str, Any]) -> Any:
+        return {"rewards": [10**400 if text == "1" else 2.0 for text in request["responses"]]}
+
+    with pytest.warns(UserWarning, match=r"^1 of 4 responses have no score, .*OverflowError: int too large"):
+        found = scored(answer, JSONRewards(batch_size=4), PROMPTS[:4], TEXTS[:4])
+    assert found.reasons == {0: "malformed_answer"}
+    assert found.rewards[1:] == [2.0] * 3
+
+
+class OwnFormat(ScoreFormat):
+    """A user's format, with a defect that the server's answer brings out."""
+
+    path = "own"
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    def body(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, Any]:
+        return {"text": responses[0]}
+
+    def scores(self, answer: Any) -> list[float]:
+        if self.error is not None:
+            raise self.error
+        found: list[float] = answer["found"]
+        return found
+
+
+@pytest.mark.parametrize("error", [AttributeError("x"), RecursionError("x"), ZeroDivisionError("x")])
+def test_whatever_a_format_raises_is_that_responses_failure(error: Exception) -> None:
+    with pytest.warns(UserWarning, match=type(error).__name__):
+        found = scored(lambda path, request: {}, OwnFormat(error), PROMPTS[:1], TEXTS[:1])
+    assert found.reasons == {0: "malformed_answer"}
+
+
+@pytest.mark.parametrize("scores", [["1"], [[1.0]], [{}], [True], "1", 1.0, {"a": 1}])
+def test_what_a_users_format_returns_is_read_as_numbers(scores: Any) -> None:
+    with pytest.warns(UserWarning, match="cannot be read"):
+        found = scored(lambda path, request: {"found": scores}, OwnFormat(), PROMPTS[:1], TEXTS[:1])
+    assert found.reasons == {0: "malformed_answer"}
+
+
+def test_no_answer_of_a_reward_server_shows_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-geheim")
+    with pytest.warns(UserWarning, match="have no score") as caught:
+        scored(
+            lambda path, request: {"echo": "Bearer sk-geheim", "key": "sk-geheim"},
+            JSONRewards(),
+            PROMPTS[:1],
+            TEXTS[:1],
+            api_key_env="MY_KEY",
+        )
+    (said,) = [str(one.message) for one in caught]
+    assert "'key': '…'" in said
+    assert "geheim" not in said
 
 
 def test_an_answer_that_is_no_json() -> None:
@@ -523,7 +616,7 @@ def test_an_answer_that_is_no_json() -> None:
         UserWarning, match=r"^1 of 4 responses have no score, the first because .*Expecting prop"
     ):
         found = scored(answer, JSONRewards(batch_size=2), PROMPTS[:4], TEXTS[:4])
-    assert found.reasons == {0: "server_error"}
+    assert found.reasons == {0: "malformed_answer"}
 
 
 def test_a_server_that_cannot_be_reached() -> None:
@@ -547,12 +640,29 @@ def test_the_server_is_tried_at_the_start() -> None:
 
     check(vllm(lambda text: {"data": [0.1]}))
     hint = r": correct the address or the format of the reward$"
-    with pytest.raises(UserError, match=rf"is not what VLLMPooling reads: .*0\.8.*{hint}"):
+    with pytest.raises(UserError, match=rf"answered what cannot be read \(ValueError.*0\.8.*{hint}"):
         check(vllm(lambda text: {"data": [0.2, 0.8]}))
     with pytest.raises(UserError, match=rf"answered: 400 no template{hint}"):
         check(lambda path, request: Reply((400, '{"error": {"message": "no template"}}')))
     with pytest.raises(UserError, match=r"^ServerReward\.base_url=.* knows no such address or model"):
         check(lambda path, request: Reply((404, "{}")))
+
+
+def test_a_server_that_drips_is_timed_out_at_the_start_too() -> None:
+    def drip(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
+        for _ in range(200):  # 10 s: a client without a deadline must end too
+            time.sleep(0.05)
+            connection.sendall(b" ")
+
+    with speaking(drip) as address:
+        for tried in (ServerReward, partial(OpenAIJudge, model="judge")):
+            settings = {"format": JSONRewards()} if tried is ServerReward else {}
+            one: Any = tried(address, timeout=0.3, max_retries=0, **settings)  # type: ignore[operator]
+            with pytest.raises(
+                UserError, match=r"gave no answer within 0\.3 s, 1 times: correct the address"
+            ):
+                one.check()
 
 
 def test_sglang_needs_a_chat_template(tmp_path: Path) -> None:

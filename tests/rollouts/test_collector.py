@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from support.fakes import (
@@ -145,6 +146,7 @@ class Syncing:
     """A policy that records what it is asked."""
 
     events: list[str]
+    embedding_rows: int = 2**31
 
     def sync_sampling_weights(self, ranks: Ranks, *, needed: bool) -> None:
         self.events.append(f"sync {needed}")
@@ -240,6 +242,90 @@ def test_a_damaged_shard_is_kept_aside_and_made_again(
     caplog.clear()
     assert same(collect(store, wanted_of(6), generator=Echo(fail_at=0)), expected)
     assert not caplog.messages
+
+
+# ------------------------------------------------------------- token ids of no policy
+
+
+@dataclass
+class Vocabulary:
+    """A policy with few embeddings."""
+
+    embedding_rows: int = 3000
+
+    def sync_sampling_weights(self, ranks: Ranks, *, needed: bool) -> None: ...
+
+
+SMALL: Any = Vocabulary()
+
+
+@dataclass
+class Poisoned(Echo):
+    """Gives the second response to a prompt ``token`` among its ids."""
+
+    token: Any = 3000
+
+    def generate(self, requests: Sequence[SampleRequest]) -> Iterator[PromptResponses]:
+        for answer in super().generate(requests):
+            first, second, *rest = answer.responses
+            second = replace(second, token_ids=(*second.token_ids, self.token))
+            yield answer._replace(responses=[first, second, *rest])
+
+
+@pytest.mark.parametrize("token", [3000, -1, 2**40, True, 7.0, None, "7"])
+def test_a_response_with_ids_that_the_policy_lacks_takes_no_part(
+    tmp_path: Path, store: ShardStore, token: Any
+) -> None:
+    """Whichever engine gave it; stored, it would end every run in this folder."""
+    expected = collect(ShardStore(tmp_path / "whole"), wanted_of(3, range(3)), policy=SMALL)
+    rows = collect(store, wanted_of(3, range(3)), policy=SMALL, generator=Poisoned(token=token))
+    assert [row.drop_reason for row in rows[1::3]] == ["malformed_answer"] * 3
+    assert [(row.token_ids, row.finish_reason) for row in rows[1::3]] == [((), "failed")] * 3
+    assert same(rows[::3] + rows[2::3], expected[::3] + expected[2::3])
+
+
+def test_ids_of_numpy_and_the_last_one_are_ids(store: ShardStore) -> None:
+    for place, token in enumerate((2999, np.int64(2999), 0)):
+        part = ShardStore(store.folder / str(place))
+        rows = collect(part, wanted_of(1), policy=SMALL, generator=Poisoned(token=token))
+        assert rows[1].token_ids[-1] == token
+        assert rows[1].drop_reason != "malformed_answer"
+
+
+def test_too_many_of_them_say_what_came(store: ShardStore) -> None:
+    message = (
+        r"^4 of 4 responses are of no use \(4 malformed_answer\).*; the first error: data.generator answered token id "
+        r"\d+, but the policy has ids from 0 to 1 only: "
+    )
+    with pytest.raises(UserError, match=message):
+        collect(store, wanted_of(2), policy=Vocabulary(2))
+    assert not store.folder.exists()
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_stored_response_with_such_ids_heals(tmp_path: Path, store: ShardStore, scored: bool) -> None:
+    expected = collect(ShardStore(tmp_path / "whole"), wanted_of(6), policy=SMALL)
+    collect(store, wanted_of(6), policy=SMALL)
+    path = store.path("probe", 1)
+    rows = expected[4:8] if scored else [replace(row, reward=None) for row in expected[4:8]]
+    write_rollouts(path, [*rows[:3], replace(rows[3], token_ids=(1, 3000))])
+    poisoned, generator = path.read_bytes(), Echo()
+    assert same(collect(store, wanted_of(6), policy=SMALL, generator=generator), expected)
+    assert [request.token_ids[0] for request in generator.asked] == [2, 3]
+    assert path.with_name("probe-00001.parquet.damaged").read_bytes() == poisoned
+
+
+def test_what_was_asked_for_because_of_a_shard_that_was_sampled_again_is_asked_for_again(
+    store: ShardStore,
+) -> None:
+    """An engine that is not reproducible gives other responses, and the selection may be another one."""
+    wanted = wanted_of(6)
+    collect(store, wanted[:4])
+    path = store.path("probe", 0)
+    path.write_bytes(path.read_bytes()[:-9])
+    collect(store, wanted[:2])
+    rows = collect(store, [*wanted[:2], *wanted[4:]])
+    assert [row.prompt_id for row in rows] == ["p0", "p0", "p1", "p1", "p4", "p4", "p5", "p5"]
 
 
 def test_a_disk_that_refuses_to_be_read_is_no_damage(
@@ -387,7 +473,9 @@ def test_responses_that_never_end_are_said_once(
 
         def generate(self, requests: Sequence[SampleRequest]) -> Iterator[PromptResponses]:
             for answer in super().generate(requests):
-                rows = [replace(response, finish_reason=reason) for response in answer.responses]
+                rows = [
+                    replace(response, finish_reason=reason, token_ids=(3, 4)) for response in answer.responses
+                ]
                 yield answer._replace(responses=rows)
 
     found: list[str] = []

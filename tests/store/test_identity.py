@@ -16,6 +16,7 @@ from support.old_run.components import components
 from torchmetrics.text import BLEUScore
 
 from sppo_lightning import generation, rewards, selection
+from sppo_lightning.redaction import MASK
 from sppo_lightning.rewards import (
     CombinedReward,
     FunctionReward,
@@ -92,6 +93,27 @@ def test_what_an_object_holds_besides_its_arguments_is_no_part_of_it() -> None:
     assert identity(first) == identity(Stateful(1.0, lost="kept nowhere"))
     assert identity(first) != identity(Stateful(2.0))
     assert identity(first) != identity(Stateful(1.0, hidden=1))
+
+
+@dataclass
+class Keyed:
+    """A user's component with secrets."""
+
+    api_key: str
+    headers: dict[str, str]
+    max_tokens: int = 3
+    hf_token: str | None = None
+
+
+def test_secrets_are_masked() -> None:
+    """An identity is written into manifests; another key makes no other component."""
+    found = identity(Keyed("sk-1", {"Authorization": "Bearer x", "accept": "json"}, 7))
+    assert found["init_args"] == {
+        "api_key": MASK,
+        "headers": {"Authorization": MASK, "accept": "json"},
+        "max_tokens": 7,
+    }
+    assert found == identity(Keyed("sk-2", {"Authorization": "Bearer y", "accept": "json"}, 7))
 
 
 def test_speed_and_place_are_left_out_at_any_depth() -> None:

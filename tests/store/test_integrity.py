@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from sppo_lightning.store.integrity import check_iterations, check_trained, quar
 from sppo_lightning.store.iterations import IterationStore
 from sppo_lightning.store.pairs import PairTable
 from sppo_lightning.store.run_folder import RunFolder
+from sppo_lightning.store.shards import read_rollouts, write_rollouts
 from sppo_lightning.types import PreferencePair, Rollout, UserError
 
+ROWS = 9  # embeddings of the policy
 PAIR = PreferencePair("a", (1,), (2,), (3,), "c", "r", 1.0, 0.0)
 
 
@@ -73,6 +75,18 @@ def shorten(path: Path) -> None:
     IterationStore(path.parent).write_pairs(PairTable.collect([PAIR]))
 
 
+def poison_pairs(path: Path) -> None:
+    """A token id that no policy of :data:`ROWS` embeddings has sampled, in a good file."""
+    IterationStore(path.parent).write_pairs(
+        PairTable.collect([PAIR, replace(PAIR, rejected_token_ids=(3, ROWS))])
+    )
+
+
+def poison_shard(path: Path) -> None:
+    rows = read_rollouts(path)
+    write_rollouts(path, [replace(rows[0], token_ids=(5, -1)), *rows[1:]])
+
+
 HARMS: list[tuple[str, Callable[[Path], None], str]] = [
     (
         "difficulty.parquet",
@@ -95,6 +109,11 @@ HARMS: list[tuple[str, Callable[[Path], None], str]] = [
         shorten,
         r"pairs\.parquet holds 1 pairs, but manifest\.json counts 2: restore it from a copy$",
     ),
+    (
+        "pairs.parquet",
+        poison_pairs,
+        r"pairs\.parquet holds the token id 9, but the policy has ids from 0 to 8 only: restore it from a copy, or",
+    ),
     ("rollouts/probe-00001.parquet", cut, r"probe-00001\.parquet is damaged \(.+\): restore it from a copy"),
     (
         "rollouts/probe-00001.parquet",
@@ -107,8 +126,8 @@ HARMS: list[tuple[str, Callable[[Path], None], str]] = [
 def test_what_quarantine_damaged_is_left_alone(folder: RunFolder) -> None:
     store = make(folder, 0)
     before = content(folder.root)
-    assert quarantine_damaged(store, Rank())
-    check_trained(store)
+    assert quarantine_damaged(store, Rank(), embedding_rows=ROWS)
+    check_trained(store, embedding_rows=ROWS)
     assert content(folder.root) == before
 
 
@@ -120,7 +139,7 @@ def test_what_has_been_trained_on_cannot_be_made_again(
     harm(store.folder / name)
     before = content(folder.root)
     with pytest.raises(UserError, match=wording):
-        check_trained(store)
+        check_trained(store, embedding_rows=ROWS)
     assert content(folder.root) == before
 
 
@@ -133,7 +152,7 @@ def test_what_has_not_been_trained_on_is_kept_aside(
     path = store.folder / name
     harm(path)
     harmed = path.read_bytes() if path.exists() else None
-    assert not quarantine_damaged(store, Rank())
+    assert not quarantine_damaged(store, Rank(), embedding_rows=ROWS)
     (message,) = caplog.messages
     if harmed is None or "rollouts" in name:
         assert not path.with_name(f"{path.name}.damaged").exists()
@@ -144,29 +163,46 @@ def test_what_has_not_been_trained_on_is_kept_aside(
         assert message == f"{path} is damaged: it is kept as {path.name}.damaged and made anew"
 
 
+def test_a_shard_with_ids_that_the_policy_lacks_is_made_anew(folder: RunFolder) -> None:
+    """Once its iteration is trained on, nothing reads the tokens any more."""
+    store = make(folder, 0)
+    poison_shard(store.shards.path("probe", 1))
+    assert not quarantine_damaged(store, Rank(), embedding_rows=ROWS)
+    check_trained(store, embedding_rows=ROWS)
+    with pytest.raises(
+        UserError, match=r"probe-00001\.parquet holds the token id -1, but the policy has ids from 0 to 8"
+    ):
+        store.shards.check("probe", 1, embedding_rows=ROWS)
+    store.shards.check("probe", 0, embedding_rows=6)
+    with pytest.raises(
+        UserError, match=r"probe-00000\.parquet holds the token id 5, but the policy has ids from 0 to 4"
+    ):
+        store.shards.check_all(embedding_rows=5)
+
+
 def test_the_first_process_decides(folder: RunFolder) -> None:
     """Another one, which comes later and finds everything mended, must still take part."""
     store = make(folder, 0)
-    assert not quarantine_damaged(store, Rank(1, other=False))
+    assert not quarantine_damaged(store, Rank(1, other=False), embedding_rows=ROWS)
     cut(store.folder / "pairs.parquet")
     before = content(folder.root)
-    assert quarantine_damaged(store, Rank(1, other=True))
+    assert quarantine_damaged(store, Rank(1, other=True), embedding_rows=ROWS)
     assert content(folder.root) == before
 
 
 def test_an_iteration_in_the_making(folder: RunFolder) -> None:
-    assert not quarantine_damaged(folder.iteration(0), Rank())
+    assert not quarantine_damaged(folder.iteration(0), Rank(), embedding_rows=ROWS)
     store = make(folder, 0, complete=False)
     cut(store.shards.path("probe", 1))
-    assert not quarantine_damaged(store, Rank())
+    assert not quarantine_damaged(store, Rank(), embedding_rows=ROWS)
     with pytest.raises(
         UserError, match="000 is gone or incomplete although the checkpoint was trained on it: restore"
     ):
-        check_trained(store)
+        check_trained(store, embedding_rows=ROWS)
     with pytest.raises(
         UserError, match="001 is gone or incomplete although the checkpoint was trained on it"
     ):
-        check_trained(folder.iteration(1))
+        check_trained(folder.iteration(1), embedding_rows=ROWS)
 
 
 def test_rollouts_of_nobody_knows_whom(folder: RunFolder) -> None:
@@ -175,7 +211,7 @@ def test_rollouts_of_nobody_knows_whom(folder: RunFolder) -> None:
     before = content(folder.root)
     message = r"000 holds rollouts but no manifest\.json, so nothing says which policy gave them: restore"
     with pytest.raises(UserError, match=message):
-        quarantine_damaged(store, Rank())
+        quarantine_damaged(store, Rank(), embedding_rows=ROWS)
     assert content(folder.root) == before
 
 

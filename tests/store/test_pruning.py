@@ -158,7 +158,7 @@ def test_pruned_responses_that_are_asked_for_are_an_error(run: RunFolder) -> Non
     with pytest.raises(UserError, match=message):
         state.difficulty_after(1)
     with pytest.raises(UserError, match=message):
-        state.reopen()
+        state.reopen(embedding_rows=9)
     assert len(run.iteration(1).read_pairs()) == 1
 
 

@@ -132,6 +132,8 @@ def wanted_of(count: int, samples: range = range(2)) -> list[RolloutRequest]:
 class Unsampled:
     """A policy that the engines of these tests do not ask."""
 
+    embedding_rows = 2**31
+
     def sync_sampling_weights(self, ranks: Ranks, *, needed: bool) -> None:
         pass
 

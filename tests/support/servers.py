@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ class Answer(NamedTuple):
     """What to send back."""
 
     status: int
-    body: Any  # JSON, or text
+    body: Any  # JSON, text, or bytes that are JSON
     headers: dict[str, str] = {}  # noqa: RUF012
 
 
@@ -54,7 +54,11 @@ class LocalServer:
                     self.close_connection = True
                     return
                 text = isinstance(answer.body, str)
-                content = (answer.body if text else json.dumps(answer.body)).encode()
+                content = (
+                    answer.body
+                    if isinstance(answer.body, bytes)
+                    else (answer.body if text else json.dumps(answer.body)).encode()
+                )
                 self.send_response(answer.status)
                 kind = {"content-type": "text/plain" if text else "application/json"}
                 length = {"content-length": str(len(content))}
@@ -92,6 +96,34 @@ def serving(respond: Callable[[Request], Answer]) -> Iterator[LocalServer]:
         local.server.shutdown()
         local.server.server_close()
         thread.join()
+
+
+@contextmanager
+def speaking(speak: Callable[[socket.socket], None]) -> Iterator[str]:
+    """Serve one connection after the other by ``speak``, which gets it once a request's first bytes are there.
+
+    Yields the server's address.
+    """
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:
+                return
+            with connection, suppress(OSError):
+                connection.recv(2**16)
+                speak(connection)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+    finally:
+        listening.shutdown(socket.SHUT_RDWR)
+        listening.close()
+        thread.join(20)
 
 
 def unused_port() -> int:

@@ -42,6 +42,7 @@ from transformers import (
 )
 
 from sppo_lightning.pair_forward.layouts import PairLayout
+from sppo_lightning.policy.anatomy import embedding_rows
 from sppo_lightning.policy.pretrained import class_of
 from sppo_lightning.training.batching import PairBatch, StepSlot, collate
 from sppo_lightning.types import PreferencePair, Ranks
@@ -295,6 +296,10 @@ class Source:
     end_token_ids: frozenset[int] = frozenset({END})
     tokenizer: PreTrainedTokenizerBase = field(default_factory=byte_tokenizer)
     quantized: bool = False
+
+    @property
+    def embedding_rows(self) -> int:
+        return embedding_rows(self.model)
 
     def sync_sampling_weights(self, ranks: Ranks, *, needed: bool) -> None:
         pass

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
-from support.servers import Answer, BrokenOffError, LocalServer, Request, serving, unused_port
+from support.servers import Answer, BrokenOffError, LocalServer, Request, serving, speaking, unused_port
 
-from sppo_lightning.system.servers import NO_KEY, Failure, ServerClient
+from sppo_lightning.system.bounded_http import MAX_ANSWER_BYTES
+from sppo_lightning.system.servers import LONGEST_MESSAGE, NO_KEY, Failure, ServerClient
 from sppo_lightning.types import UserError
 
 SOON = 20.0  # seconds that nothing here may take, far below the time-outs of the requests
@@ -138,6 +144,201 @@ def test_half_an_answer_costs_the_request_only(answer: Answer) -> None:
     assert isinstance(failure, Failure)
 
 
+# --------------------------------------------------------------------- bounds
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+
+
+def dripping(*first: bytes, drop: bytes) -> Callable[[socket.socket], None]:
+    """Say something at once, then one drop after the other, each soon enough for a time-out of single reads."""
+
+    def speak(connection: socket.socket) -> None:
+        for part in first:
+            connection.sendall(part)
+        for _ in range(200):  # 10 s: a client without a deadline must end too
+            time.sleep(0.05)
+            connection.sendall(drop)
+
+    return speak
+
+
+EMPTY_BLOCK = b"\x00\x00\x00\xff\xff"  # of a deflated body: it unfolds to nothing
+
+
+@pytest.mark.parametrize(
+    "speak",
+    [
+        dripping(HEAD, b"content-length: 100000\r\n\r\n", drop=b" "),
+        dripping(HEAD, b"transfer-encoding: chunked\r\n\r\n", drop=b"1\r\n \r\n"),
+        dripping(HEAD, b"\r\n", drop=b" "),
+        dripping(HEAD, b"content-encoding: deflate\r\n\r\n\x78\x9c", drop=EMPTY_BLOCK),
+        dripping(b"HTTP/1.1 200 OK\r\nx-slow: ", drop=b"y"),
+        dripping(drop=b"HTTP/1.1 100 Continue\r\n\r\n"),
+    ],
+    ids=["body", "chunks", "body without an end", "packed", "headers", "continue"],
+)
+def test_a_server_that_drips_is_timed_out_as_a_whole(speak: Callable[[socket.socket], None]) -> None:
+    with speaking(speak) as url, client_of(url, timeout=0.4, max_retries=0) as client:
+        started = time.monotonic()
+        failure = client.post("completions", {})
+        took = time.monotonic() - started
+    assert failure.reason == "server_time_out"
+    assert failure.message.endswith("gave no answer within 0.4 s, 1 times")
+    assert took < 3
+
+
+def test_a_proxy_is_used_and_has_the_same_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_PROXY")
+    with serving(in_turn(Answer(200, {"text": "hi"}))) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
+        with client_of("http://behind.invalid/v1") as client:
+            assert client.post("completions", {}) == {"text": "hi"}
+        assert proxy.requests[0].path == "http://behind.invalid/v1/completions"
+        assert proxy.requests[0].headers["host"] == "behind.invalid"
+    with speaking(dripping(HEAD, b"\r\n", drop=b" ")) as url:
+        monkeypatch.setenv("HTTP_PROXY", url.removesuffix("/v1"))
+        with client_of("http://behind.invalid/v1", timeout=0.4, max_retries=0) as client:
+            assert client.post("completions", {}).reason == "server_time_out"
+
+
+def test_a_server_that_does_not_take_the_request_is_timed_out() -> None:
+    with (
+        speaking(lambda connection: time.sleep(5)) as url,
+        client_of(url, timeout=0.4, max_retries=0) as client,
+    ):
+        started = time.monotonic()
+        failure = client.post("completions", {"prompt": "x" * 30_000_000})
+        assert time.monotonic() - started < 3
+    assert failure.reason == "server_time_out"
+
+
+def test_the_deadline_is_that_of_one_try_not_of_all_requests() -> None:
+    """Connections are used again: what is left of the first request's time must not count."""
+    with serving(in_turn(Answer(200, {}))) as local, client_of(local.url, timeout=1.0) as client:
+        for _ in range(3):
+            assert client.post("completions", {}) == {}
+            time.sleep(0.6)
+        time.sleep(1.0)
+        assert client.post("completions", {}) == {}
+
+
+@pytest.mark.parametrize("status", [200, 400])
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_answer_of_any_size_is_not_taken_in(packed: bool, status: int) -> None:
+    body = b'"' + b"x" * (MAX_ANSWER_BYTES + 1) + b'"'
+    headers = {"content-type": "application/json", **({"content-encoding": "gzip"} if packed else {})}
+    answer = Answer(status, gzip.compress(body, 1) if packed else body, headers)
+    with serving(in_turn(answer)) as local, client_of(local.url) as client:
+        failure = client.post("completions", {})
+        assert len(local.requests) == 1
+    assert failure.reason == ("malformed_answer" if status == 200 else "server_error")
+    assert status == 400 or failure.message.endswith("gave an answer that is larger than 64 MiB")
+
+
+def test_an_answer_may_be_packed() -> None:
+    packed = (gzip.compress(b'{"a": 1}'), zlib.compress(b'{"a": 1}'))
+    for encoding, body in zip(("gzip", "deflate"), packed, strict=True):
+        headers = {"content-type": "application/json", "content-encoding": encoding}
+        with serving(in_turn(Answer(200, body, headers))) as local, client_of(local.url) as client:
+            assert client.post("completions", {}) == {"a": 1}
+            assert local.requests[0].headers["accept-encoding"] == "gzip, deflate"
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip"])
+def test_an_answer_packed_without_bounds_is_refused(encoding: str) -> None:
+    body = gzip.compress(gzip.compress(b"{}"))
+    headers = {"content-type": "application/json", "content-encoding": encoding}
+    with serving(in_turn(Answer(200, body, headers))) as local, client_of(local.url) as client:
+        failure = client.post("completions", {})
+    assert failure.reason == "malformed_answer"
+    assert failure.message.endswith(f"gave an answer that is packed as {encoding}, which was not asked for")
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_no_redirect_is_followed(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with serving(in_turn(Answer(200, {"text": "hi"}))) as other:
+        place = f"{other.url}/completions?token=sk-secret"
+        with (
+            serving(in_turn(Answer(status, {}, {"location": place}))) as local,
+            client_of(local.url) as client,
+        ):
+            failure = client.post("completions", {})
+        assert other.requests == []
+    assert failure == Failure(
+        "server_error",
+        f"data.generator.base_url='{local.url}' answered: {status}, go to {other.url}/completions?token=… "
+        "(not followed: correct base_url)",
+    )
+
+
+# ------------------------------------------------------------ unreadable answers
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (b"[" * 100_000, "RecursionError"),
+        (b"9" * 5000, "ValueError"),
+        (b"\xff\xfe{", "UnicodeDecodeError"),
+        (b"{", "JSONDecodeError"),
+        (b"", "JSONDecodeError"),
+    ],
+)
+def test_an_answer_that_no_parser_reads_costs_the_request_only(body: bytes, error: str) -> None:
+    with serving(in_turn(Answer(200, body, {"content-type": "application/json"}))) as local:
+        with client_of(local.url) as client:
+            failure = client.post("completions", {})
+        assert len(local.requests) == 1
+    assert failure.reason == "malformed_answer"
+    assert error in failure.message
+
+
+@pytest.mark.parametrize("status", [400, 404])
+def test_a_complaint_of_any_shape_is_quoted(status: int) -> None:
+    deep: Any = "deep"
+    for _ in range(200):
+        deep = [deep]
+    for body in (deep, {"error": deep}, {"message": {"a": 1}}, {"error": None}, "plain", 7):
+        with serving(in_turn(Answer(status, body))) as local, client_of(local.url) as client:
+            if status == 404:
+                with pytest.raises(UserError, match="knows no such address or model"):
+                    client.post("completions", {})
+            else:
+                assert client.post("completions", {}).reason == "server_error"
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), TypeError("x"), RecursionError("x"), OverflowError("x"), AttributeError("x")]
+)
+def test_whatever_a_reader_raises_is_that_answers_failure(error: Exception) -> None:
+    client = ServerClient("data.generator", "http://localhost:1/v1")
+
+    def broken(answer: Any) -> Any:
+        raise error
+
+    failure = client.read({"choices": []}, broken)
+    assert isinstance(failure, Failure)
+    assert failure.reason == "malformed_answer"
+    assert failure.message == (
+        f"data.generator.base_url='http://localhost:1/v1' answered what cannot be read ({client.quoted(error)}): "
+        "{'choices': []}"
+    )
+    assert client.read({"a": 1}, lambda answer: answer["a"]) == 1
+    earlier = Failure("server_time_out", "late")
+    assert client.read(earlier, broken) is earlier
+
+
+def test_what_a_server_says_is_quoted_in_one_printable_line() -> None:
+    client = ServerClient("data.generator", "http://localhost:1/v1")
+    assert client.quoted("a\nb\x1b[31m \ud800 é\u202e") == "a b\\x1b[31m \\ud800 é\\u202e"
+    assert len(client.quoted("x" * 5000)) == LONGEST_MESSAGE + 1
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert client.quoted(deep) == "a list"
+
+
 # ------------------------------------------------------- errors that stop a run
 
 
@@ -207,6 +408,56 @@ def test_no_error_quotes_the_key(status: int, monkeypatch: pytest.MonkeyPatch) -
             said = client.post("completions", {}).message
     assert "got Bearer …" in said
     assert "secret" not in said
+
+
+@pytest.mark.parametrize("key", ["sk-secret", "sk-'se\"cret\\/+=", "sk-" + "s" * 400])
+def test_no_quotation_holds_the_key(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it is written; a quotation is cut only after."""
+    monkeypatch.setenv("MY_KEY", key)
+    client = ServerClient("data.generator", "http://localhost:1/v1", api_key_env="MY_KEY")
+    for said in (key, {"key": key}, json.dumps({"key": key}), quote(key, safe=""), ValueError(f"got {key}")):
+        found = client.quoted(said)
+        assert "…" in found
+        assert key[3:8] not in found
+    assert client.quoted("x" * (LONGEST_MESSAGE - 5) + key) == "x" * (LONGEST_MESSAGE - 5) + "…"
+
+
+def test_no_quotation_holds_another_bearer_token() -> None:
+    client = ServerClient("data.generator", "http://localhost:1/v1")
+    assert client.quoted({"authorization": "Bearer abc.DEF-123"}) == "{'authorization': 'Bearer …'}"
+    assert client.quoted("got bearer  abc, refused") == "got bearer …, refused"
+
+
+def test_nothing_but_the_key_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The openai package reads more from the environment than was asked for."""
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-private")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "project-private")
+    monkeypatch.setenv("OPENAI_ADMIN_KEY", "admin-private")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://private.example/v1")
+    monkeypatch.setenv(
+        "OPENAI_CUSTOM_HEADERS",
+        "X-Private: private\nAuthorization: Bearer private\nUser-Agent: private\nHost: private.example\n"
+        "Content-Length: 3\nCookie: private",
+    )
+    monkeypatch.setenv("MY_KEY", "sk-mine")
+    with serving(in_turn(Answer(200, {}, {"set-cookie": "a=b"}))) as local:
+        for name, sent in (("MY_KEY", "sk-mine"), (None, NO_KEY)):
+            with client_of(local.url, api_key_env=name) as client:
+                assert client.post("completions", {"a": 1}) == {}
+                assert client.get("models") == {}
+            post, get = local.requests[-2:]
+            assert post.headers == {
+                "host": local.url.removeprefix("http://").removesuffix("/v1"),
+                "accept": "application/json",
+                "accept-encoding": "gzip, deflate",
+                "connection": "keep-alive",
+                "user-agent": "sppo-lightning",
+                "authorization": f"Bearer {sent}",
+                "content-type": "application/json",
+                "content-length": "7",
+            }
+            assert post.body == {"a": 1}
+            assert get.headers.keys() == post.headers.keys() - {"content-type", "content-length"}
 
 
 def test_a_key_with_a_strange_character_is_refused_without_being_shown(
