@@ -61,7 +61,8 @@ class MetricsCSV(Logger):
             self._rows = self._cut(self._planned)
         row = {"step": str(step or 0), **{name: repr(float(value)) for name, value in metrics.items()}}
         fresh = [name for name in row if name not in self._columns]
-        if fresh or not self.path.exists():
+        linked = self.path.is_symlink()  # gives way to a file, so that its target stays as it is
+        if fresh or linked or not self.path.exists():
             rows = [*self._read(self._rows), row]
             self._columns += sorted(fresh)
             write_atomically(self.path, self._text(rows, header=True))

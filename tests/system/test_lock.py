@@ -117,6 +117,45 @@ def test_a_released_folder_is_free_for_this_process_too(tmp_path: Path) -> None:
     RunLock(tmp_path / ".lock").acquire()
 
 
+@pytest.mark.parametrize("kind", ["link", "dangling", "hard link", "folder", "pipe", "text"])
+def test_what_no_run_has_written_is_not_emptied(tmp_path: Path, kind: str) -> None:
+    """A run folder may come from somebody else, with a ``.lock`` that stands for another file."""
+    other, lock = tmp_path / "thesis.tex", tmp_path / "run" / ".lock"
+    other.write_text("ten years")
+    lock.parent.mkdir()
+    why = {
+        "link": "a link",
+        "dangling": "a link",
+        "hard link": "another name of a file that lies elsewhere",
+        "folder": "no file",
+        "pipe": "no file",
+        "text": "not written by a run",
+    }[kind]
+    {
+        "link": lambda: lock.symlink_to(other),
+        "dangling": lambda: lock.symlink_to(tmp_path / "fresh"),
+        "hard link": lambda: lock.hardlink_to(other),
+        "folder": lock.mkdir,
+        "pipe": lambda: os.mkfifo(lock),
+        "text": lambda: lock.write_text("ten years"),
+    }[kind]()
+    message = rf"^{re.escape(str(lock))} is {why}: remove it, or use another trainer\.default_root_dir$"
+    with pytest.raises(UserError, match=message):
+        RunLock(lock).acquire()
+    assert other.read_text() == "ten years"
+    assert not (tmp_path / "fresh").exists()
+    assert kind != "text" or lock.read_text() == "ten years"
+
+
+@pytest.mark.parametrize(
+    "content", [b"process 7 on host, since 2026-01-01 00:00:00 +0000\n", b"\0" * 40, b""]
+)
+def test_the_file_of_a_killed_run_is_taken_over(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / ".lock").write_bytes(content)
+    with RunLock(tmp_path / ".lock") as lock:
+        assert lock.held
+
+
 def test_other_folders_are_free(tmp_path: Path) -> None:
     with RunLock(tmp_path / "a" / ".lock"), RunLock(tmp_path / "b" / ".lock") as other:
         assert other.held
