@@ -36,7 +36,7 @@ from sppo_lightning.callbacks import (
 )
 from sppo_lightning.callbacks.run_config import RunConfigFile
 from sppo_lightning.cli.estimate import SelfPlayTrainer, plan_on_cpu, planned_sharding
-from sppo_lightning.cli.parse_errors import check_config_files, explain
+from sppo_lightning.cli.parse_errors import check_config_files, class_paths, explain
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.paths import expand_path
@@ -45,6 +45,7 @@ from sppo_lightning.resume.checkpoints import check_checkpoint, verify_checkpoin
 from sppo_lightning.resume.metrics_csv import MetricsCSV
 from sppo_lightning.resume.run_config import check_writable, recorded_setting, resume_path
 from sppo_lightning.store.run_folder import RunFolder, remove_leftovers
+from sppo_lightning.system.durable import disk_error
 from sppo_lightning.system.lock import RunLock, is_first_process
 from sppo_lightning.text import for_terminal
 from sppo_lightning.training.hardware import fast_precision
@@ -231,8 +232,10 @@ class SelfPlayCLI(LightningCLI):
         """Instantiate; a component or a Trainer that refuses its settings is a user's error."""
         try:
             super().instantiate_classes()
-        except (ValueError, ImportError, MisconfigurationException) as error:
-            raise UserError(explain(str(error), ())) from error
+        except (ValueError, ImportError, MisconfigurationException, OSError) as error:
+            if disk_error(error, self.folder.root) is not None:
+                raise
+            raise UserError(explain(str(error), (), dict(class_paths(self.run_config)))) from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Add the callbacks and loggers that a run has by default."""

@@ -78,3 +78,22 @@ def test_an_error_shows_text_and_obeys_none(tiny_policy: Path, folder: Path) -> 
     assert done.returncode == 2
     assert r"its fields are: \x1b]52;c;cm0gLXJm\x07" in done.stderr.splitlines()[-1]
     assert not COMMANDS.findall(done.stdout + done.stderr)
+
+
+def test_a_terminal_of_ascii(tiny_policy: Path, folder: Path) -> None:
+    done = command(["fit", *arguments(tiny_policy, folder)], folder, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert r"\xb1" in done.stdout  # mean ± standard error of the held-out rewards
+
+
+def test_a_reader_that_closes_the_pipe(tiny_policy: Path, folder: Path) -> None:
+    """As ``head -1`` does; no traceback, and the status that a shell knows."""
+    program = [sys.executable, "-m", "sppo_lightning", "fit", *arguments(tiny_policy, folder)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        program, cwd=folder, env=ENVIRONMENT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert done.returncode == 141, done.stderr[-2000:]
+    assert not re.search("Traceback|BrokenPipe|Exception", done.stderr)
