@@ -24,7 +24,9 @@ from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.types import UserError
 
 FEW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-TEXTS = st.text(max_size=12) | st.text(st.sampled_from("a \ud800\x00é"), max_size=4)  # with half surrogate pairs
+TEXTS = st.text(max_size=12) | st.text(
+    st.sampled_from("a \ud800\x00é"), max_size=4
+)  # with half surrogate pairs
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS
 VALUES = st.recursive(
     PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3), max_leaves=6

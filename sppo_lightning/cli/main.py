@@ -46,7 +46,7 @@ from sppo_lightning.resume.metrics_csv import MetricsCSV
 from sppo_lightning.resume.run_config import check_writable, recorded_setting, resume_path
 from sppo_lightning.store.run_folder import RunFolder, remove_leftovers
 from sppo_lightning.system.durable import disk_error
-from sppo_lightning.system.lock import RunLock, is_first_process
+from sppo_lightning.system.lock import RunLock, check_ranks, is_first_process
 from sppo_lightning.text import for_terminal
 from sppo_lightning.training.hardware import fast_precision
 from sppo_lightning.types import UserError
@@ -148,6 +148,7 @@ class SelfPlayCLI(LightningCLI):
             given = config.trainer.get(name)
             if given not in (value, None):
                 raise UserError(f"trainer.{name}={given} would break the self-play loop: {instead}")
+        check_ranks(os.environ, nodes=int(config.trainer.num_nodes))
         root = expand_path(str(config.trainer.default_root_dir), key="trainer.default_root_dir")
         config.trainer.default_root_dir = root
         self.folder = RunFolder(Path(root))

@@ -23,6 +23,14 @@ _NO_FILE = {errno.ELOOP, errno.EISDIR, errno.ENXIO}  # a link, a folder, a socke
 _CANNOT_LOCK = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _WRITTEN = re.compile(rb"(process \d+ on .*|\0*)\s*")  # by a run; zeros where a machine went down
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # in the order in which Lightning asks
+# what a launcher sets with a rank; without it Lightning does not take the rank up
+_SET_WITH = {
+    "RANK": ("TORCHELASTIC_RUN_ID",),
+    "GROUP_RANK": ("TORCHELASTIC_RUN_ID",),
+    "LOCAL_RANK": ("MASTER_PORT", "WORLD_SIZE"),
+    "SLURM_PROCID": ("SLURM_NTASKS",),
+    "JSM_NAMESPACE_RANK": ("JSM_NAMESPACE_SIZE",),
+}
 
 
 def is_first_process(environment: Mapping[str, str]) -> bool:
@@ -34,6 +42,30 @@ def is_first_process(environment: Mapping[str, str]) -> bool:
     rank = next((environment[name] for name in _RANKS if name in environment), "0")
     node = environment.get("NODE_RANK", environment.get("GROUP_RANK", "0"))
     return int(rank) == 0 and int(node) == 0
+
+
+def check_ranks(environment: Mapping[str, str], *, nodes: int) -> None:
+    """Refuse a rank that no launcher of this run can have set: the process would train without lock, config or policy.
+
+    Args:
+        environment: variables of the process.
+        nodes: ``trainer.num_nodes``.
+
+    Raises:
+        UserError: naming the variable.
+    """
+    for name in (*_RANKS, "NODE_RANK", "GROUP_RANK"):
+        if not environment.get(name, "0").isdecimal():
+            raise UserError(f"{name}={environment[name]!r} is no number: unset that environment variable")
+        if int(environment.get(name, "0")) == 0:
+            continue
+        told = any(other in environment for other in _SET_WITH.get(name, ()))
+        if not told and (name != "NODE_RANK" or nodes == 1):
+            why = "trainer.num_nodes=1" if name == "NODE_RANK" else f"{_SET_WITH[name][0]} is not set"
+            raise UserError(
+                f"{name}={environment[name]} is set in the environment, but no launcher runs this command ({why}): unset "
+                f"{name}, or use a launcher such as torchrun or srun"
+            )
 
 
 class RunLock(AbstractContextManager["RunLock"]):

@@ -482,6 +482,16 @@ def test_a_language_model_is_no_reward_model(
 # ----------------------------------------------------------------- run folder
 
 
+def test_a_rank_of_another_job(
+    arguments: Arguments, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be taken for a helper of a run, which writes neither config nor policy."""
+    monkeypatch.setenv("RANK", "1")
+    assert refused(arguments()).startswith(
+        "RANK=1 is set in the environment, but no launcher runs this command ("
+    )
+
+
 def test_run_folder_that_cannot_be_written(arguments: Arguments, refused: Refused, tmp_path: Path) -> None:
     below_a_file = tmp_path / "good.jsonl" / "run"
     assert refused(arguments(trainer__default_root_dir=below_a_file)) == (

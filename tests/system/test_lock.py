@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from sppo_lightning.system.lock import RunLock, is_first_process
+from sppo_lightning.system.lock import RunLock, check_ranks, is_first_process
 from sppo_lightning.types import UserError
 
 HOLD = """
@@ -203,3 +203,41 @@ def test_taking_a_free_lock_is_quick(tmp_path: Path) -> None:
 )
 def test_who_leads_a_run(environment: dict[str, str], first: bool) -> None:
     assert is_first_process(environment) is first
+
+
+@pytest.mark.parametrize(
+    ("environment", "nodes", "wording"),
+    [
+        (
+            {"RANK": "1"},
+            1,
+            r"^RANK=1 is set in the environment, .* \(TORCHELASTIC_RUN_ID is not set\): unset RANK, or",
+        ),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, 1, r"^RANK=1 is set"),  # Lightning does not take it up
+        ({"LOCAL_RANK": "1"}, 1, r"^LOCAL_RANK=1 is set .* \(MASTER_PORT is not set\)"),
+        ({"SLURM_PROCID": "2"}, 1, r"^SLURM_PROCID=2 is set .* \(SLURM_NTASKS is not set\)"),
+        ({"NODE_RANK": "1"}, 1, r"^NODE_RANK=1 is set .* \(trainer\.num_nodes=1\)"),
+        ({"RANK": "one"}, 1, r"^RANK='one' is no number: unset that environment variable$"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "NODE_RANK": "0"}, 1, None),
+        (
+            {
+                "RANK": "8",
+                "LOCAL_RANK": "1",
+                "GROUP_RANK": "1",
+                "TORCHELASTIC_RUN_ID": "x",
+                "WORLD_SIZE": "9",
+            },
+            2,
+            None,
+        ),
+        ({"LOCAL_RANK": "1", "MASTER_PORT": "2"}, 1, None),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, 1, None),
+        ({"NODE_RANK": "1"}, 2, None),
+    ],
+)
+def test_a_rank_that_another_job_left(environment: dict[str, str], nodes: int, wording: str | None) -> None:
+    if wording is None:
+        check_ranks(environment, nodes=nodes)
+        return
+    with pytest.raises(UserError, match=wording):
+        check_ranks(environment, nodes=nodes)
