@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from sppo_lightning.cli.current_folder import find_modules_in
 from sppo_lightning.system.durable import disk_error
 from sppo_lightning.system.lock import is_first_process
 from sppo_lightning.text import for_terminal
@@ -37,8 +38,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _run(given: list[str]) -> None:
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # so that a config or --format can name a class in a file there
+    find_modules_in(Path.cwd())  # so that a config or --format can name a class in a file there
     try:
         if given[:1] == ["export"]:
             from sppo_lightning.export.command import main as export

@@ -63,8 +63,8 @@ def check_ranks(environment: Mapping[str, str], *, nodes: int) -> None:
         if not told and (name != "NODE_RANK" or nodes == 1):
             why = "trainer.num_nodes=1" if name == "NODE_RANK" else f"{_SET_WITH[name][0]} is not set"
             raise UserError(
-                f"{name}={environment[name]} is set in the environment, but no launcher runs this command ({why}): unset "
-                f"{name}, or use a launcher such as torchrun or srun"
+                f"{name}={environment[name]} is set in the environment, but no launcher runs this command ({why}): "
+                f"unset {name}, or use a launcher such as torchrun or srun"
             )
 
 
