@@ -12,6 +12,7 @@ from sppo_lightning.callbacks.base import SelfPlayCallback
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.evaluation.held_out import load_evaluation
 from sppo_lightning.system.durable import write_atomically
+from sppo_lightning.text import for_markdown
 from sppo_lightning.types import Rollout
 
 
@@ -66,4 +67,4 @@ class SampleTable(SelfPlayCallback):
     def _cell(self, text: str) -> str:
         flat = " ".join(text.split())
         cut = flat if len(flat) <= self.max_characters else flat[: self.max_characters - 1] + "…"
-        return cut.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+        return for_markdown(cut)

@@ -12,6 +12,7 @@ from sppo_lightning.datamodule import self_play_data
 from sppo_lightning.evaluation.held_out import load_evaluation
 from sppo_lightning.evaluation.results import HEADINGS, held_out_results
 from sppo_lightning.store.run_folder import RunFolder
+from sppo_lightning.text import for_terminal
 
 
 class RunSummary(SelfPlayCallback):
@@ -30,7 +31,8 @@ class RunSummary(SelfPlayCallback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the summary."""
         datamodule = self_play_data(trainer)
-        print("\n" + self.render(datamodule.folder, datamodule.rules.iterations), flush=True)
+        summary = self.render(datamodule.folder, datamodule.rules.iterations)
+        print("\n" + for_terminal(summary), flush=True)
 
     def render(self, folder: RunFolder, iterations: int) -> str:
         """Return the summary of a run folder.

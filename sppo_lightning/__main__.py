@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+import io
 import os
+import select
 import sys
 from pathlib import Path
 from typing import NoReturn
 
+from sppo_lightning.cli.current_folder import find_modules_in
 from sppo_lightning.system.durable import disk_error
 from sppo_lightning.system.lock import is_first_process
+from sppo_lightning.text import for_terminal
 from sppo_lightning.types import Stopped, UserError
+
+READER_GONE = 128 + 13  # as a shell counts SIGPIPE
 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; bad input ends in one line and exit status 2."""
-    given = sys.argv[1:] if args is None else args
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # so that a config or --format can name a class in a file there
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # it may be one of ASCII, which knows no ± or …
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            _run(sys.argv[1:] if args is None else args)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            os.dup2(nowhere, descriptor)  # Python flushes once more when it ends
+        sys.exit(READER_GONE)
+
+
+def _run(given: list[str]) -> None:
+    find_modules_in(Path.cwd())  # so that a config or --format can name a class in a file there
     try:
         if given[:1] == ["export"]:
             from sppo_lightning.export.command import main as export
@@ -49,8 +71,16 @@ def main(args: list[str] | None = None) -> None:
 
 def _leave(message: str) -> NoReturn:
     line = " ".join(part.strip() for part in message.splitlines())
-    print(f"sppo-lightning: error: {line}", file=sys.stderr)
+    print(for_terminal(f"sppo-lightning: error: {line}"), file=sys.stderr)
     sys.exit(2)
+
+
+def _reader_is_gone() -> bool:
+    """Whether who read standard output or error, e.g. ``head``, has closed it."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 if __name__ == "__main__":

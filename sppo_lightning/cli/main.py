@@ -7,6 +7,7 @@ import os
 import pkgutil
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import date
 from inspect import signature
@@ -35,7 +36,7 @@ from sppo_lightning.callbacks import (
 )
 from sppo_lightning.callbacks.run_config import RunConfigFile
 from sppo_lightning.cli.estimate import SelfPlayTrainer, plan_on_cpu, planned_sharding
-from sppo_lightning.cli.parse_errors import check_config_files, explain
+from sppo_lightning.cli.parse_errors import check_config_files, class_paths, explain
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.paths import expand_path
@@ -45,7 +46,9 @@ from sppo_lightning.resume.checkpoints import check_checkpoint, verify_checkpoin
 from sppo_lightning.resume.metrics_csv import MetricsCSV
 from sppo_lightning.resume.run_config import check_writable, recorded_setting, resume_path
 from sppo_lightning.store.run_folder import RunFolder, remove_leftovers
-from sppo_lightning.system.lock import RunLock, is_first_process
+from sppo_lightning.system.durable import disk_error
+from sppo_lightning.system.lock import RunLock, check_ranks, is_first_process
+from sppo_lightning.text import for_terminal
 from sppo_lightning.training.hardware import fast_precision
 from sppo_lightning.types import UserError
 
@@ -89,7 +92,7 @@ class Parser(LightningArgumentParser):
             super().error(message, ex)
         sections = {"trainer": Trainer, **SECTIONS}
         keys = [f"{name}.{key}" for name, owner in sections.items() for key in signature(owner).parameters]
-        print(f"sppo-lightning: error: {explain(message, keys)}", file=sys.stderr)
+        print(for_terminal(f"sppo-lightning: error: {explain(message, keys)}"), file=sys.stderr)
         sys.exit(2)
 
 
@@ -146,6 +149,7 @@ class SelfPlayCLI(LightningCLI):
             given = config.trainer.get(name)
             if given not in (value, None):
                 raise UserError(f"trainer.{name}={given} would break the self-play loop: {instead}")
+        check_ranks(os.environ, nodes=int(config.trainer.num_nodes))
         root = expand_path(str(config.trainer.default_root_dir), key="trainer.default_root_dir")
         config.trainer.default_root_dir = root
         self.folder = RunFolder(Path(root))
@@ -236,8 +240,10 @@ class SelfPlayCLI(LightningCLI):
         """Instantiate; a component or a Trainer that refuses its settings is a user's error."""
         try:
             super().instantiate_classes()
-        except (ValueError, ImportError, MisconfigurationException) as error:
-            raise UserError(explain(str(error), ())) from error
+        except (ValueError, ImportError, MisconfigurationException, OSError) as error:
+            if disk_error(error, self.folder.root) is not None:
+                raise
+            raise UserError(explain(str(error), (), dict(class_paths(self.run_config)))) from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Add the callbacks and loggers that a run has by default."""
@@ -331,9 +337,36 @@ def run(args: list[str]) -> None:
 
 
 def _show_messages() -> None:
-    """Print what the engines and rewards say about their choices, on the first process."""
+    """Print what the engines and rewards say about their choices, on the first process; as text, whatever it quotes."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns in every layer of every forward
     logger = logging.getLogger("sppo_lightning")
     logger.setLevel(logging.INFO if cast(Any, rank_zero_only).rank == 0 else logging.WARNING)
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler())
+    for name in ("sppo_lightning", "lightning.pytorch", "lightning.fabric", "transformers"):
+        for handler in logging.getLogger(name).handlers:
+            handler.setFormatter(_PlainText())
+    written = warnings.formatwarning
+    if not isinstance(written, _PlainWarning):
+        warnings.formatwarning = _PlainWarning(written)
+
+
+class _PlainText(logging.Formatter):
+    """Messages that no terminal obeys."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return for_terminal(super().format(record))
+
+
+class _PlainWarning:
+    """Warnings that no terminal obeys.
+
+    Args:
+        written: how they are written otherwise.
+    """
+
+    def __init__(self, written: Callable[..., str]) -> None:
+        self.written = written
+
+    def __call__(self, *args: Any, **kwargs: Any) -> str:
+        return for_terminal(self.written(*args, **kwargs))

@@ -5,15 +5,17 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 
-from sppo_lightning.types import UserError
+from sppo_lightning.types import UserError, first_line
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -22,6 +24,8 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key is no text", problem_mark=key.start_mark)
             if key.value in keys and key.value != "<<":
                 raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands twice", problem_mark=key.start_mark)
             keys.add(str(key.value))
@@ -45,23 +49,49 @@ def _check_config_file(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"--config {path}: no such file; check the path (it is relative to {Path.cwd()})")
     try:
-        content = yaml.load(path.read_bytes(), _StrictLoader)
+        text = path.read_bytes()
+        text.decode()
+        content = yaml.load(text, _StrictLoader)
+        json.dumps(content, default=str)  # goes through all of it, and refuses what holds itself
+    except UnicodeDecodeError as error:
+        line = text.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 (byte {error.start}): save the file as UTF-8") from error
     except yaml.MarkedYAMLError as error:
         place = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{place}: broken YAML, {error.problem}: correct that line") from error
     except (yaml.YAMLError, OSError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    except Exception as error:  # of the reader of any kind of value, such as a date
+        raise UserError(
+            f"{path}: a value cannot be read ({type(error).__name__}: {first_line(error)}): correct it"
+        ) from error
     if not isinstance(content, dict):
         got = "an empty file" if content is None else f"a {type(content).__name__}"
         raise UserError(f"{path}: expected keys such as 'model:' and 'data:', got {got}")
+    wrong = next((name for name in content if not isinstance(name, str)), None)
+    if wrong is not None:
+        raise UserError(f"{path}: expected keys such as 'model:' and 'data:', got {wrong!r}")
 
 
-def explain(message: str, keys: Iterable[str]) -> str:
+def class_paths(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield each class path of a config, and the dotted key that it stands at."""
+    if isinstance(config, Mapping):
+        if isinstance(config.get("class_path"), str):
+            yield config["class_path"], key
+        for name, value in config.items():
+            yield from class_paths(value, key if name == "init_args" else f"{key}.{name}".lstrip("."))
+    elif isinstance(config, list):
+        for value in config:
+            yield from class_paths(value, key)
+
+
+def explain(message: str, keys: Iterable[str], places: Mapping[str, str] = MappingProxyType({})) -> str:
     """Return a parser's error in one line.
 
     Args:
         message: what jsonargparse says: an outline, the innermost reason indented most.
         keys: known config keys, to propose one where a key is misspelt.
+        places: dotted keys of class paths, for a message that names none.
     """
     path: list[str] = []  # the key, from the outside in
     owner = ""  # class path of the component that the reason is about
@@ -74,8 +104,10 @@ def explain(message: str, keys: Iterable[str]) -> str:
         elif found := re.match(r"Subtypes: \[(.+)\]", line):
             types = found[1]
         elif found := re.match(r"Given value: (.+)", line):
-            return f"{'.'.join(path)}: expected {_types(types)}, got {found[1]!r}"
-        elif reason := _reason(line, ".".join(path), owner, list(keys)):
+            return (
+                f"{'.'.join(path) or places.get(owner, 'config')}: expected {_types(types)}, got {found[1]!r}"
+            )
+        elif reason := _reason(line, ".".join(path) or places.get(owner, owner), owner, list(keys)):
             return reason
     rest = " ".join(message.split())
     return re.sub(r'^Parser key "(?P<key>[^"]+)": ', r"\g<key>: ", rest)
@@ -103,6 +135,8 @@ _PLAIN = {
 
 
 def _reason(line: str, key: str, owner: str, keys: Sequence[str]) -> str | None:
+    if package := _missing_package(line, owner):
+        return f"{key}: {package}"
     for pattern, plain in _PLAIN.items():
         if found := re.match(pattern, line):
             return found.expand(plain).replace("{key}", key)
@@ -126,6 +160,19 @@ def _reason(line: str, key: str, owner: str, keys: Sequence[str]) -> str | None:
         commands = found[1].replace(",", ", ")
         return f"no command: give one of {commands}, e.g. sppo-lightning fit --config FILE"
     return None
+
+
+def _missing_package(line: str, owner: str) -> str | None:
+    """Return what to say if a class, or a function, lies in a module that needs a package which is not there."""
+    if found := re.search(r"Requirement '([^']+)' not met|Module not found: '([^']+)'", line):
+        needed = found[1] or found[2]
+    elif found := re.search(r"No module named '([^']+)'(?:; .*|\. Got value: (\S+))?$", line):
+        owner, needed = found[2] or owner, found[1]
+        if f"{owner}.".startswith(f"{needed}."):  # its own module
+            return None
+    else:
+        return None
+    return f"{owner} needs {needed}, which is not installed here: install it, or name another"
 
 
 def _missing(names: Sequence[str], key: str) -> str:

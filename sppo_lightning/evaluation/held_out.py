@@ -113,6 +113,8 @@ class HeldOut:
             return None
         try:
             found = read_checksummed(path.read_bytes())
+            if not all(isinstance(found.get(name), str) for name in ("asked", "policy_fingerprint")):
+                raise ValueError("without what was asked, or of whom")
         except ValueError:
             self._quarantine(path)
             return None

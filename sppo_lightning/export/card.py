@@ -17,6 +17,7 @@ from sppo_lightning.export.finished_run import FinishedRun
 from sppo_lightning.export.saved_policy import SavedPolicy
 from sppo_lightning.policy.config import LoRAConfig
 from sppo_lightning.redaction import masked
+from sppo_lightning.text import for_markdown
 from sppo_lightning.types import SPEED_OR_PLACE
 
 # settings of components that say nothing about the result
@@ -43,11 +44,12 @@ def model_card(exporter: Exporter, policy: SavedPolicy, check: Check | None) -> 
         "pipeline_tag": "text-generation",
         "tags": list(_tags(source)),
     }
-    trained = f"A low-rank adapter on {base} was" if source.has_adapter else f"All weights of {base} were"
+    name = for_markdown(base)
+    trained = f"A low-rank adapter on {name} was" if source.has_adapter else f"All weights of {name} were"
     loading = list(exporter.how_to_load(policy))
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {base}, trained by self-play preference optimisation",
+        f"# {name}, trained by self-play preference optimisation",
         f"{trained} trained with sppo-lightning for {source.iteration + 1} self-play iteration(s), on preference pairs "
         f"among its own responses, which a reward ranked. This folder holds {exporter.holds}.",
         *_results(source),
@@ -194,8 +196,8 @@ def _check(source: FinishedRun, check: Check | None) -> Iterator[str]:
     if check.moved is not None:
         yield f"For scale: training moved these log-probs by {check.moved:.2g}."
     if check.altered:
-        count = len(check.altered)
-        yield f"FAILED: {count} weights in this folder are not what was to be written, e.g. {check.altered[0]}."
+        count, first = len(check.altered), for_markdown(check.altered[0])
+        yield f"FAILED: {count} weights in this folder are not what was to be written, e.g. {first}."
     elif check.weights:
         which = "matrix that the adapter changed" if source.has_adapter else "weight"
         yield f"Read back, each {which} was what had been written, bit by bit."
@@ -210,8 +212,4 @@ def _versions() -> str:
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    return "\n".join(f"| {' | '.join(map(for_markdown, line))} |" for line in lines)

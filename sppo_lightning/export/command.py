@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
 import warnings
 from argparse import ArgumentError
@@ -77,9 +76,12 @@ def export(
         raise UserError(f"{place} is there and not empty: name another folder with --output, or delete it")
     fresh = place.with_name(f"{place.name}.unchecked")
     policy = SavedPolicy(source, dtype=wanted, device=_device(device))
-    shutil.rmtree(fresh, ignore_errors=True)
     try:
         fresh.mkdir(parents=True)
+    except FileExistsError as error:
+        raise UserError(
+            f"{fresh} is there, perhaps of an export that failed: delete it, or name another folder with --output"
+        ) from error
     except OSError as error:
         raise UserError(
             f"--output {place}: the folder cannot be made ({error.strerror}): name another"

@@ -148,8 +148,14 @@ def _saved_records(folder: Path, split: str | None, key: str) -> Iterator[Record
 
 
 def _dataset_records(table: Iterable[Mapping[str, Any]], name: str) -> Iterator[Record]:
-    for row, fields in enumerate(table, start=1):
-        yield f"{name}:row {row}", fields
+    row = 0
+    try:
+        for row, fields in enumerate(table, start=1):
+            yield f"{name}:row {row}", fields
+    except Exception as error:  # of any column's own reader
+        raise UserError(
+            f"{name}: what comes after row {row} cannot be read ({first_line(error)}): write the data set anew"
+        ) from error
 
 
 # ------------------------------------------------------------------------ files
@@ -307,7 +313,7 @@ def _parquet_records(file: Path) -> Iterator[Record]:
     except pyarrow.ArrowException as error:
         raise UserError(f"{file}: cannot be read as Parquet: {first_line(error)}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: after row {number} a text is not UTF-8") from error
+        raise UserError(f"{file}: after row {number} a text is not UTF-8: write it anew") from error
 
 
 def _arrow_records(file: Path) -> Iterator[Record]:

@@ -202,6 +202,11 @@ def _check_turns(turns: Sequence[Message], where: str) -> None:
         raise UserError(f"{where}: the last message is empty: there is nothing to answer")
     for turn in turns:
         _check_encodable(turn["content"], where)
+        _check_encodable(turn["role"], f"{where}: a role")
+        for more in _more(turn):
+            _check_encodable(
+                json.dumps(more, ensure_ascii=False, default=str), f"{where}: what comes with a message"
+            )
 
 
 def _as_text(answer: object) -> str | None:
@@ -214,7 +219,10 @@ def _as_text(answer: object) -> str | None:
 def _parse_scalar(name: str, value: object, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
         raise UserError(f"{where}: '{name}' must be a text that is not empty, or a number, got {value!r}")
-    return str(value)
+    text = str(value)
+    if name == "id":
+        _check_encodable(text, f"{where}: 'id'")
+    return text
 
 
 def _check_encodable(text: str, where: str) -> None:

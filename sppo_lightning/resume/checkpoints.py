@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import shutil
 import struct
 import zipfile
@@ -25,6 +27,40 @@ from sppo_lightning.system.durable import (
 from sppo_lightning.types import UserError, first_line
 
 PART = "step-"  # begins the names of sharded checkpoints
+
+METADATA = (
+    ".metadata"  # in a folder of shards: which tensors lie where, pickled by torch.distributed.checkpoint
+)
+_IN_METADATA = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},  # Python 3.13
+    "collections": {"OrderedDict"},
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes nothing but what torch writes into a checkpoint's metadata: any other name may run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a class of those, or a dtype."""
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if name not in _IN_METADATA.get(module, ()):
+            raise UnpicklingError(f"it names {module}.{name}, which no checkpoint holds")
+        return super().find_class(module, name)
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -145,6 +181,18 @@ def check_checkpoint(path: Path, name: str) -> None:
             f"{name}={str(path)!r} is no checkpoint, or was cut short: restore it from a copy, or name another "
             "with --ckpt_path"
         )
+    if (path / METADATA).is_file():  # else the sizes of its files say what is gone
+        _check_metadata(path / METADATA)
+
+
+def _check_metadata(path: Path) -> None:
+    """Refuse a sharded checkpoint's metadata that would run code: torch unpickles it, whatever it holds."""
+    try:
+        _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+    except Exception as error:  # a pickle of somebody else can raise anything
+        if disk_error(error, path) is not None:
+            raise
+        raise _damaged_checkpoint(path, first_line(error)) from error
 
 
 def verify_checkpoint(path: Path) -> None:

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from sppo_lightning.system.durable import write_atomically
+from sppo_lightning.types import UserError
 
 
 class MetricsCSV(Logger):
@@ -61,7 +62,8 @@ class MetricsCSV(Logger):
             self._rows = self._cut(self._planned)
         row = {"step": str(step or 0), **{name: repr(float(value)) for name, value in metrics.items()}}
         fresh = [name for name in row if name not in self._columns]
-        if fresh or not self.path.exists():
+        linked = self.path.is_symlink()  # gives way to a file, so that its target stays as it is
+        if fresh or linked or not self.path.exists():
             rows = [*self._read(self._rows), row]
             self._columns += sorted(fresh)
             write_atomically(self.path, self._text(rows, header=True))
@@ -97,11 +99,22 @@ class MetricsCSV(Logger):
         """Return the file's first rows, and take up its columns."""
         if not self.path.exists():
             return []
-        with self.path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            rows = [{k: v for k, v in row.items() if v} for row in islice(reader, limit)]
-            self._columns = list(reader.fieldnames or [])
+        with self.path.open(newline="", encoding="utf-8") as file:
+            try:
+                reader = csv.DictReader(file, strict=True)
+                rows = [{k: v for k, v in row.items() if v} for row in islice(reader, limit)]
+                self._columns = list(reader.fieldnames or [])
+                wrong = next((number for number, row in enumerate(rows, 2) if None in row), None)
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise self._damaged(str(error)) from error
+        if wrong is not None:
+            raise self._damaged(f"row {wrong} has more cells than the header")
         return rows
+
+    def _damaged(self, why: str) -> UserError:
+        return UserError(
+            f"{self.path} is damaged ({why}): restore it from a copy, or rename it to begin a new one"
+        )
 
     def _text(self, rows: list[dict[str, str]], *, header: bool) -> bytes:
         text = io.StringIO()

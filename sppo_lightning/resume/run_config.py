@@ -17,6 +17,14 @@ from sppo_lightning.store.integrity import check_iterations
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.types import ResumeMode, UserError
 
+DAMAGED = (
+    yaml.YAMLError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    RecursionError,
+)  # of a config.yaml
 TRAINER_KEYS = ("precision", "gradient_clip_val", "gradient_clip_algorithm")
 RULE_CALLBACK = "DifficultyReestimation"
 _WRITE_CONFIG = (
@@ -56,7 +64,7 @@ def recorded_setting(folder: RunFolder, key: str) -> tuple[bool, Any]:
         value = yaml.safe_load(folder.config.read_bytes())
         for name in key.split("."):
             value = value[name]
-    except (yaml.YAMLError, KeyError, TypeError):  # a damaged file is named when the configs are compared
+    except DAMAGED:  # a damaged file is named when the configs are compared
         return True, None
     return True, value
 
@@ -134,7 +142,7 @@ def check_same_run(folder: RunFolder, config: Mapping[str, Any], sections: Mappi
         # masked on both sides: files of older versions hold secrets, and a key may be another one now
         before = _decisive(masked(yaml.safe_load(path.read_bytes())))
         found = next(_differences("", before, _decisive(masked(config)), sections, NOTHING_FREE), None)
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+    except DAMAGED as error:
         raise UserError(f"{path} is damaged: {_WRITE_CONFIG}") from error
     if found is not None:
         raise UserError(

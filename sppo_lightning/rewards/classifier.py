@@ -222,7 +222,7 @@ class SequenceClassificationReward(Reward):
             self._encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)
         ]
         rewards = [float("nan")] * len(encoded)
-        limit = self.max_tokens or self._position_limit()
+        limit, _ = self._limit()
         fitting = [row for row, tokens in enumerate(encoded) if len(tokens["input_ids"]) <= limit]
         if fitting:
             found = self._forward.scores(
@@ -230,15 +230,34 @@ class SequenceClassificationReward(Reward):
             )
             for row, score in zip(fitting, found, strict=True):
                 rewards[row] = score
+        dropped = [row for row in range(len(encoded)) if len(encoded[row]["input_ids"]) > limit]
         return Scores(
-            rewards, reasons=dict.fromkeys(set(range(len(encoded))) - set(fitting), "too_long_to_score")
+            rewards, dict.fromkeys(dropped, "too_long_to_score"), error=self._said(encoded, dropped)
         )
 
-    def _position_limit(self) -> int:
+    def _said(self, encoded: Sequence[Mapping[str, list[int]]], dropped: Sequence[int]) -> str | None:
+        """Return what to tell a user about conversations that are too long."""
+        if not dropped:
+            return None
+        limit, whose = self._limit()
+        longest = max(len(encoded[row]["input_ids"]) for row in dropped)
+        return (
+            f"a conversation has {longest} tokens, and {self.pretrained!r} reads {limit} ({whose}): set the reward's "
+            "max_tokens, if it reads more"
+        )
+
+    def _limit(self) -> tuple[int, str]:
+        """Return how many tokens a conversation may have, and which setting says so."""
         assert self._model is not None
         assert self._tokenizer is not None
+        if self.max_tokens is not None:
+            return self.max_tokens, "max_tokens"
         positions = getattr(self._model.config, "max_position_embeddings", None) or 2**31
-        return int(min(positions, self._tokenizer.model_max_length))
+        own = self._tokenizer.model_max_length
+        return min(
+            (int(positions), "max_position_embeddings of its config"),
+            (int(own), "its tokenizer's model_max_length"),
+        )
 
     def _encode(self, prompt: Prompt, response: str) -> dict[str, list[int]]:
         assert self._tokenizer is not None

@@ -172,6 +172,8 @@ def _number(score: Any, name: str) -> float:
     try:
         if not isinstance(score, str):
             return float(score)
+    except OverflowError:  # an integer beyond 1e308
+        return math.copysign(math.inf, 1 if score > 0 else -1)
     except (TypeError, ValueError):
         pass
     raise UserError(f"{name} returned {score!r}, which is no number: it must return one number a response")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,58 @@ DIFFICULTY_SCHEMA = pa.schema(
     + [(name, pa.int64() if name in _COUNTS else pa.float64()) for name in DIFFICULTY_COLUMNS]
     + [("selected", pa.bool_())]
 )
+
+MANIFEST: dict[str, Any] = {
+    "complete": bool,
+    "counts": dict,
+    "dropped": dict,
+    "iteration": int,
+    "metrics": dict,
+    "pruned": bool,
+    "responses": dict,
+    "rule_states": dict,
+    "smoothing": (int, float),
+}
+"""Types of what is read of a manifest."""
+NUMBERS = ("counts", "dropped", "metrics")
+
+
+class _Manifest(dict[str, Any]):
+    """A manifest as it was read: a key that it lacks is the user's error, as other damage is.
+
+    Args:
+        content: of the file.
+        path: of the file.
+    """
+
+    def __init__(self, content: Mapping[str, Any], path: Path) -> None:
+        super().__init__(
+            {
+                name: _Manifest(value, path) if isinstance(value, dict) else value
+                for name, value in content.items()
+            }
+        )
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise _damaged(self.path, f"it lacks {key!r}")
+
+
+def _wrong_types(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the keys of a manifest whose values are of another type than is written."""
+    for name, kind in MANIFEST.items():
+        value = manifest.get(name)
+        numbers = value.values() if name in NUMBERS and isinstance(value, dict) else ()
+        wrong = not isinstance(value, kind) or not all(isinstance(number, int | float) for number in numbers)
+        if name in manifest and wrong:
+            yield name
+
+
+def _damaged(path: Path, why: object) -> UserError:
+    return UserError(
+        f"{path} is damaged ({why}), and nothing else says which policy gave these rollouts: restore it from a copy; "
+        f"if iteration {path.parent.name} has not been trained on, you can rename {path.parent} and run again"
+    )
 
 
 class IterationStore:
@@ -64,13 +116,13 @@ class IterationStore:
         if not path.exists():
             return None
         try:
-            return read_checksummed(path.read_bytes())
+            found = read_checksummed(path.read_bytes())
         except ValueError as error:
-            raise UserError(
-                f"{path} is damaged ({error}), and nothing else says which policy gave these rollouts: restore it "
-                f"from a copy; if iteration {self.folder.name} has not been trained on, you can rename {self.folder} "
-                "and run again"
-            ) from error
+            raise _damaged(path, error) from error
+        wrong = next(_wrong_types(found), None)
+        if wrong is not None:
+            raise _damaged(path, f"{wrong!r} is {found[wrong]!r}")
+        return _Manifest(found, path)
 
     @property
     def pruned(self) -> bool:

@@ -7,17 +7,22 @@ An iteration keeps its manifest, its difficulties, and its pairs, which exports 
 from __future__ import annotations
 
 import logging
+import re
+import stat
 from pathlib import Path
 
 from sppo_lightning.store.run_folder import RunFolder
 
 LOGGER = logging.getLogger(__name__)
+# shards, those of them that were damaged, and what a killed write left
+_OWN = re.compile(r"\w+-\d{5,}\.parquet(\.damaged(-\d+)?)?|\.\w+-\d{5,}\.parquet\.\d+\.tmp")
 
 
 def prune(folder: RunFolder, finished: int, keep: int) -> None:
     """Delete the rollouts of all finished iterations but the last ``keep``.
 
-    What cannot be deleted is warned about and tried again the next time: a run does not end for it.
+    What cannot be deleted is warned about and tried again the next time: a run does not end for it. Files that no run
+    writes stay, and so does all that lies behind a link.
 
     Args:
         folder: the run.
@@ -28,25 +33,42 @@ def prune(folder: RunFolder, finished: int, keep: int) -> None:
     for number in range(finished):
         store = folder.iteration(number)
         outdated = number < finished - keep and store.complete
-        if not store.shards.folder.exists() or not (outdated or store.pruned):
+        place = store.shards.folder
+        if not place.exists() or not (outdated or store.pruned):
+            continue
+        link = next((path for path in (place, store.folder, folder.iterations) if path.is_symlink()), None)
+        if link is not None:
+            LOGGER.warning(
+                "Iteration %d keeps its rollouts: %s is a link, and nothing is deleted through one",
+                number,
+                link,
+            )
             continue
         try:
             store.mark_pruned()
-            files, size = _delete(store.shards.folder)
+            files, size = _delete(place)
         except OSError as error:
             LOGGER.warning("Iteration %d keeps rollouts that cannot be deleted: %s", number, error)
             continue
-        LOGGER.info(
-            "Iteration %d: deleted %d rollout files, %.1f MB (data.keep_iterations=%d)",
-            *(number, files, size / 1e6, keep),
-        )
+        if files:
+            LOGGER.info(
+                "Iteration %d: deleted %d rollout files, %.1f MB (data.keep_iterations=%d)",
+                *(number, files, size / 1e6, keep),
+            )
+        if files and place.exists():
+            LOGGER.warning("Iteration %d: %s stays, since it holds files that no run writes", number, place)
 
 
 def _delete(place: Path) -> tuple[int, int]:
-    """Delete a folder of files; return how many there were, and their bytes."""
+    """Delete a folder of rollouts, or those of its files that a run wrote; return how many, and their bytes."""
     files = size = 0
+    others = False
     for path in sorted(place.iterdir()):
+        if not _OWN.fullmatch(path.name) or not stat.S_ISREG(path.lstat().st_mode):
+            others = True
+            continue
         files, size = files + 1, size + path.stat().st_size
         path.unlink()
-    place.rmdir()
+    if not others:
+        place.rmdir()
     return files, size

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from pathlib import Path
 
 from sppo_lightning.store.iterations import IterationStore
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # as durable.replacing names them
 
 
 class RunFolder:
@@ -111,14 +115,25 @@ def remove_leftovers(folder: RunFolder) -> list[Path]:
     places = [folder.root, folder.last_checkpoint.parent, folder.prediction_parts]
     for parts in (folder.iterations, folder.evaluations):
         places += [*parts.glob("*"), *parts.glob("*/*/")]
-    found = [path for place in places for path in place.glob(".*.tmp")]
-    found += [path for path in [folder.sampling] if path.exists()]
+    found = [
+        path
+        for place in places
+        if not _through_link(place, folder.root)
+        for path in place.glob(".*.tmp")
+        if _TEMPORARY.fullmatch(path.name)
+    ]
+    found += [path for path in [folder.sampling] if os.path.lexists(path)]
     for path in found:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
     return found
+
+
+def _through_link(place: Path, root: Path) -> bool:
+    """Whether a folder lies behind a link below the run's root: what is there may be another's."""
+    return any(part.is_symlink() for part in (place, *place.parents) if root in part.parents)
 
 
 def _numbers(folder: Path) -> list[int]:

@@ -171,7 +171,10 @@ def read_checksummed(content: bytes) -> dict[str, Any]:
     Raises:
         ValueError: if it is damaged.
     """
-    found = json.loads(content)
+    try:
+        found = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
     if not isinstance(found, dict):
         raise ValueError("no JSON object")
     digest = found.pop("digest", None)

@@ -215,7 +215,7 @@ def test_components_without_arguments() -> None:
 def test_tables_hold_whatever_text_comes(tmp_path: Path) -> None:
     source = finished(tmp_path)
     source.config["data"]["generator"]["init_args"]["stop"] = ["a|b", "<script>"]  # type: ignore[index]
-    assert "stop=[a\\|b, &lt;script>]" in card(source)
+    assert "stop=\\[a\\|b, &lt;script>]" in card(source)
 
 
 def test_how_to_load(tmp_path: Path) -> None:

@@ -262,6 +262,20 @@ def test_a_wrong_merge_is_noticed_and_the_folder_keeps_its_name(
     assert "FAILED" in card_of(tmp_path / "out.unchecked")
 
 
+def test_a_folder_of_somebody_else_is_not_removed(run_of: Run, tmp_path: Path) -> None:
+    """The name of the unchecked export may be taken; ``out`` itself may not be there yet."""
+    mine = tmp_path / "out.unchecked" / "notes.md"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    message = (
+        rf"^{re.escape(str(mine.parent))} is there, .*: delete it, or name another folder with --output$"
+    )
+    with pytest.raises(UserError, match=message):
+        export(str(run_of("lora")), PEFTAdapter(), output=str(tmp_path / "out"))
+    assert mine.read_text() == "mine"
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_that_change_on_their_way_into_the_folder_are_noticed(
     run_of: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,6 +120,21 @@ def test_the_good_arguments_come_as_far_as_the_weights(arguments: Arguments, wei
             b'{"id": "a", "prompt": "x"}\n{"id": "a", "prompt": "y"}\n',
             r"p\.jsonl:2: id 'a' was already used at .*p\.jsonl:1 .*: give each prompt its own id",
         ),
+        (
+            "p.jsonl",
+            b'{"id": "a\\ud800", "prompt": "x"}',
+            r"p\.jsonl:1: 'id': half of a surrogate pair at character 2, .*: remove it",
+        ),
+        (
+            "p.jsonl",
+            b'{"messages": [{"role": "\\ud800", "content": "x"}, {"role": "user", "content": "x"}]}',
+            r"p\.jsonl:1: a role: half of a surrogate pair at character 1, .*: remove it",
+        ),
+        (
+            "p.jsonl",
+            b'{"messages": [{"role": "user", "content": "x", "name": "\\ud800"}]}',
+            r"p\.jsonl:1: what comes with a message: half of a surrogate pair at character \d+, .*: remove it",
+        ),
     ],
 )
 def test_prompt_files(
@@ -133,6 +148,21 @@ def test_parquet_without_prompts(arguments: Arguments, refused: Refused, tmp_pat
     pq.write_table(pa.table({"question": ["a"]}), tmp_path / "p.parquet")
     line = refused(arguments(data__prompts=tmp_path / "p.parquet"))
     assert re.search(r"p\.parquet:row 1: needs a 'prompt' .*; its fields are: question", line)
+
+
+@pytest.mark.parametrize("name", ["p.parquet", "p.arrow"])
+def test_tables_whose_texts_are_not_utf8(
+    name: str, arguments: Arguments, refused: Refused, tmp_path: Path
+) -> None:
+    ends = pa.array([0, 3, 7], pa.int32()).buffers()[1]
+    table = pa.table({"prompt": pa.StringArray.from_buffers(2, ends, pa.py_buffer(b"teacaf\xe9"))})
+    if name == "p.parquet":
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.OSFile(str(tmp_path / name), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+    line = refused(arguments(data__prompts=tmp_path / name))
+    assert re.search(rf"{re.escape(name)}: .*after row [01] .*: write (it|the data set) anew$", line), line
 
 
 def test_no_prompts_at_all(arguments: Arguments, refused: Refused) -> None:
@@ -307,6 +337,57 @@ def test_class_paths(changes: dict[str, Any], wording: str, arguments: Arguments
     assert re.search(wording, line), line
 
 
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"trainer__logger": "lightning.pytorch.loggers.WandbLogger"},
+            r"trainer\.logger: lightning\.pytorch\.loggers\.WandbLogger needs wandb\S*, which is not installed here: "
+            "install it, or name another",
+        ),
+        (
+            {"trainer__logger": '[{"class_path": "lightning.pytorch.loggers.WandbLogger"}]'},
+            r"trainer\.logger: lightning\.pytorch\.loggers\.WandbLogger needs wandb\S*, which is not installed .*",
+        ),
+        (
+            {"data__reward": "at_once.Praise", "data__reward__function": None},
+            r"data\.reward: at_once\.Praise needs no_such_package, which is not installed here: install it, or .*",
+        ),
+        (
+            {"data__reward": "later.Praise", "data__reward__function": None},
+            r"data\.reward: later\.Praise needs no_such_package, which is not installed here: install it, or .*",
+        ),
+        (
+            {"data__reward__function": "at_once.praise"},
+            r"data\.reward\.function: at_once\.praise needs no_such_package, which is not installed here: .*",
+        ),
+    ],
+)
+def test_classes_whose_package_is_missing(
+    changes: dict[str, Any],
+    line: str,
+    arguments: Arguments,
+    refused: Refused,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    (tmp_path / "at_once.py").write_text("import no_such_package\n")
+    (tmp_path / "later.py").write_text(
+        "from sppo_lightning.rewards import Reward\n"
+        "class Praise(Reward):\n"
+        "    def __init__(self) -> None:\n"
+        "        import no_such_package\n"
+        "    def score(self, prompts, responses):\n"
+        "        return []\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("at_once", "later"):
+        sys.modules.pop(name, None)
+    found = refused(arguments(**changes))
+    assert re.fullmatch(line, found), found
+
+
 def test_a_module_that_does_not_parse(
     arguments: Arguments, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,6 +482,16 @@ def test_a_language_model_is_no_reward_model(
 # ----------------------------------------------------------------- run folder
 
 
+def test_a_rank_of_another_job(
+    arguments: Arguments, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be taken for a helper of a run, which writes neither config nor policy."""
+    monkeypatch.setenv("RANK", "1")
+    assert refused(arguments()).startswith(
+        "RANK=1 is set in the environment, but no launcher runs this command ("
+    )
+
+
 def test_run_folder_that_cannot_be_written(arguments: Arguments, refused: Refused, tmp_path: Path) -> None:
     below_a_file = tmp_path / "good.jsonl" / "run"
     assert refused(arguments(trainer__default_root_dir=below_a_file)) == (
@@ -457,6 +548,40 @@ def test_damaged_run_folder(
         "config.yaml is damaged: restore it from a copy, or, if you are sure that this is the config"
         in refused(arguments(**settings))
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"{}", "it lacks 'iteration'"),
+        (b"[]", "no JSON object"),
+        (b"\xff\xfe{}", ".*"),
+        (b"[" * 100_000, "nested too deep"),
+        (b'{"iteration": "0"}', "'iteration' is '0'"),
+        (b'{"iteration": 0}', "it lacks '[a-z_]+'"),
+        (b'{"iteration": 0, "complete": "no"}', "'complete' is 'no'"),
+        (b'{"iteration": 0, "complete": true, "metrics": {"a": "b"}}', r"'metrics' is \{'a': 'b'\}"),
+    ],
+)
+def test_a_manifest_of_somebody_else(
+    content: bytes,
+    why: str,
+    finished: Path,
+    tiny_policy: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """It says nothing of what a run writes; the policy's weights may have been read before it is looked at."""
+    shutil.copytree(finished / "run/iterations", tmp_path / "run/iterations")
+    shutil.copy(finished / "run/config.yaml", tmp_path / "run")
+    manifest = tmp_path / "run/iterations/000/manifest.json"
+    manifest.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *cli_arguments(tiny_policy, finished / "p.jsonl", tmp_path / "run", data__iterations=1)])
+    assert stop.value.code == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    wording = rf"sppo-lightning: error: {re.escape(str(manifest))} is damaged \({why}\), and nothing else says which .*"
+    assert re.fullmatch(wording, line), line
 
 
 # ------------------------------------------------------------ keys and configs
@@ -564,6 +689,29 @@ def test_config_files(
 
 
 @pytest.mark.parametrize(
+    ("content", "wording"),
+    [
+        (
+            "data: {iterations: 3}".encode("utf-16"),
+            r"c\.yaml:1: not UTF-8 \(byte 0\): save the file as UTF-8",
+        ),
+        (b'data: 1\nx: "caf\xe9"\n', r"c\.yaml:2: not UTF-8 \(byte 15\): save the file as UTF-8"),
+        (b"? [a]\n: 1\n", r"c\.yaml:1: broken YAML, a key is no text: correct that line"),
+        (b"1: 2\n", r"c\.yaml: expected keys such as 'model:' and 'data:', got 1"),
+        (b"data: 2001-99-99\n", r"c\.yaml: a value cannot be read \(ValueError: month .*\): correct it"),
+        (b"data: &a [*a]\n", r"c\.yaml: a value cannot be read \(ValueError: Circular .*\): correct it"),
+        (b"data: " + b"[" * 5000, r"c\.yaml: a value cannot be read \(RecursionError: .*\): correct it"),
+    ],
+)
+def test_config_files_that_are_no_text_or_no_values(
+    content: bytes, wording: str, arguments: Arguments, refused: Refused, tmp_path: Path
+) -> None:
+    (tmp_path / "c.yaml").write_bytes(content)
+    line = refused([*arguments(), f"--config={tmp_path / 'c.yaml'}"])
+    assert re.search(wording, line), line
+
+
+@pytest.mark.parametrize(
     ("args", "line"),
     [
         (
@@ -629,6 +777,14 @@ def raising_reward(prompts: list[str], responses: list[str], metadata: list[dict
     return [fields["grade"] for fields in metadata]
 
 
+def overflowing_reward(prompts: list[str], responses: list[str], metadata: list[Any]) -> list[float]:
+    return [10.0**400 for _ in responses]
+
+
+def huge_reward(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[int]:
+    return [10**5000] * len(responses)
+
+
 def text_reward(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[str]:
     return ["0.5"] * len(responses)
 
@@ -659,6 +815,14 @@ def tensor_reward(prompts: list[str], responses: list[str], metadata: list[dict[
             r"20 of 20 responses are of no use \(20 failed_score\), .*; the first error: data\.reward FunctionReward "
             r"raised KeyError: 'grade' \(.*test_bad_input\.py:\d+, in \S+\): correct the cause",
         ),
+        (
+            "overflowing_reward",
+            r"20 of 20 responses are of no use \(20 failed_score\), .* raised OverflowError: .*: correct the cause",
+        ),
+        (
+            "huge_reward",
+            r"20 of 20 responses are of no use \(20 non_finite_reward\), over data\.max_failed_share=0\.5: correct",
+        ),
         ("text_reward", r"returned '0\.5', which is no number: it must return one number a response"),
         ("none_reward", r"returned a NoneType: it must return a list of numbers"),
         ("tensor_reward", r"returned tensor\(.*\), which is no number: it must return one number a response"),
@@ -677,6 +841,30 @@ def test_rewards_that_break_their_contract(
     assert not any("Traceback" in line for line in lines)
     assert [line for line in lines if "error:" in line] == lines[-1:]
     assert re.match("sppo-lightning: error: (data.reward FunctionReward )?" + wording, lines[-1]), lines[-1]
+
+
+def test_a_reward_model_that_reads_too_little(
+    tiny_policy: Path, tiny_reward_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its tokenizer says so, wrongly perhaps."""
+    reward = tmp_path / "short-reward"
+    shutil.copytree(tiny_reward_model, reward)
+    settings = json.loads((reward / "tokenizer_config.json").read_text())
+    (reward / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 7}))
+    changes: dict[str, Any] = {"data__generator__max_new_tokens": 2, "data__reward__function": None}
+    changes |= {"data__reward": "sppo_lightning.rewards.SequenceClassificationReward"}
+    changes |= {"data__reward__pretrained": reward}
+    prompts = write(tmp_path / "p.jsonl", RECORDS)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *cli_arguments(tiny_policy, prompts, tmp_path / "run", **changes)])
+    assert stop.value.code == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert "20 of 20 responses are of no use (20 too_long_to_score)" in line
+    assert re.search(
+        r"a conversation has \d+ tokens, and '.*short-reward' reads 7 \(its tokenizer's model_max_length\): set the "
+        "reward's max_tokens",
+        line,
+    ), line
 
 
 def test_some_non_finite_rewards_drop_their_prompts(tiny_policy: Path, tmp_path: Path) -> None:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import resource
 import signal
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.crashing import Change, watch
+from torch.distributed.checkpoint import save
 
-from sppo_lightning.resume.checkpoints import DurableCheckpointIO, sharded_path, switch_to_sharded
+from sppo_lightning.resume.checkpoints import (
+    DurableCheckpointIO,
+    check_checkpoint,
+    sharded_path,
+    switch_to_sharded,
+)
 from sppo_lightning.types import UserError
 
 SHARDS = ("__0_0.distcp", "__1_0.distcp", ".metadata")
@@ -183,3 +192,48 @@ def test_a_whole_checkpoint_is_there_at_any_moment(tmp_path: Path) -> None:
     assert contents(last) == {"new"}
     assert len(list(tmp_path.glob("step-*"))) == 1
     assert not list(tmp_path.glob(".*"))
+
+
+class _Touch:
+    """Unpickled, it runs what its maker wants."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def sharded_by_torch(folder: Path) -> Path:
+    """What ``torch.distributed.checkpoint`` writes of a model and its optimizer."""
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "half": torch.ones(2).bfloat16(),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of one process, which is no cluster
+        save(state, checkpoint_id=folder)
+    torch.save({"epoch": 1}, folder / "meta.pt")
+    return folder
+
+
+def test_a_sharded_checkpoint_of_torch_is_accepted(tmp_path: Path) -> None:
+    check_checkpoint(sharded_by_torch(tmp_path / "step-1"), "ckpt_path")
+
+
+@pytest.mark.parametrize("content", ["code", "text", "cut"])
+def test_metadata_that_would_run_code_is_refused(tmp_path: Path, content: str) -> None:
+    """``torch`` unpickles it with all that Python can do."""
+    folder = sharded_by_torch(tmp_path / "step-1")
+    metadata = folder / ".metadata"
+    code, cut = pickle.dumps(_Touch(tmp_path / "made")), metadata.read_bytes()[:-20]
+    metadata.write_bytes({"code": code, "text": b"no pickle", "cut": cut}[content])
+    why = {"code": r"it names posix\.mkdir, which no checkpoint holds"}.get(content, ".*")
+    with pytest.raises(UserError, match=rf"^{re.escape(str(metadata))} is damaged \({why}\): restore it"):
+        check_checkpoint(folder, "ckpt_path")
+    assert not (tmp_path / "made").exists()

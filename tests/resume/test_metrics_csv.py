@@ -221,3 +221,15 @@ def test_interrupted_and_resumed_is_uninterrupted(
         whole, parts = (rows(folder / f"{name}.csv") for name in ("whole", "parts"))
         assert parts == whole == history
         assert (folder / "parts.csv").read_text() == (folder / "whole.csv").read_text()
+
+
+def test_the_target_of_a_link_is_not_written_to(path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.csv"
+    log(other, [(1, {"loss": 0.5})])
+    before = other.read_bytes()
+    path.symlink_to(other)
+    logger = MetricsCSV(path)
+    logger.resume_after(1)
+    logger.log_metrics({"loss": 0.25}, 2)
+    assert other.read_bytes() == before
+    assert rows(path) == [(1, {"loss": 0.5}), (2, {"loss": 0.25})]

@@ -145,6 +145,38 @@ def test_the_manifest_is_on_disk_before_the_first_file_goes(
     assert seen == [True] * 3
 
 
+@pytest.mark.parametrize("place", ["rollouts", "000", "iterations"])
+def test_nothing_behind_a_link_is_deleted(
+    run: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture, place: str
+) -> None:
+    linked = {"rollouts": run.iteration(0).shards.folder, "000": run.iteration(0).folder}.get(
+        place, run.iterations
+    )
+    elsewhere = tmp_path / "elsewhere"
+    linked.rename(elsewhere)
+    linked.symlink_to(elsewhere)
+    before = {path: path.read_bytes() for path in elsewhere.rglob("*.parquet")}
+    prune(run, 2, 1)
+    assert {path: path.read_bytes() for path in elsewhere.rglob("*.parquet")} == before
+    assert caplog.messages == [
+        f"Iteration 0 keeps its rollouts: {linked} is a link, and nothing is deleted through one"
+    ]
+    assert not run.iteration(0).pruned
+
+
+def test_files_that_no_run_writes_stay(run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    folder = run.iteration(0).shards.folder
+    (folder / "notes.md").write_text("mine")
+    (folder / "probe-00007.parquet").symlink_to(run.root / "elsewhere.parquet")
+    (folder / "probe-00008.parquet.damaged-2").touch()
+    (folder / ".topup-00001.parquet.77.tmp").touch()
+    prune(run, 2, 1)
+    assert sorted(path.name for path in folder.iterdir()) == ["notes.md", "probe-00007.parquet"]
+    assert caplog.messages == [f"Iteration 0: {folder} stays, since it holds files that no run writes"]
+    prune(run, 2, 1)
+    assert len(caplog.messages) == 1
+
+
 def test_pruned_responses_that_are_asked_for_are_an_error(run: RunFolder) -> None:
     prune(run, 3, 1)
     state = IterationState(run, iteration_rules(), epochs=1, ranks=FileRanks(run.root, rank=0, world_size=1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sppo_lightning.store.run_folder import RunFolder
+from sppo_lightning.store.run_folder import RunFolder, remove_leftovers
 
 
 def test_names_of_files_are_fixed(tmp_path: Path) -> None:
@@ -55,3 +55,22 @@ def test_what_is_there_is_found_by_number(tmp_path: Path) -> None:
         folder.iteration(number).folder.mkdir(parents=True)
     (tmp_path / "policies" / "000.old").mkdir()
     assert sorted(folder.kept_policies()) == sorted(folder.iteration_numbers()) == [0, 2, 1000]
+
+
+def test_leftovers_are_a_runs_own_temporary_files(tmp_path: Path) -> None:
+    """Neither another program's, nor what lies behind a link."""
+    folder, elsewhere = RunFolder(tmp_path / "run"), tmp_path / "elsewhere"
+    (elsewhere / "rollouts").mkdir(parents=True)
+    shards = folder.iteration(1).shards.folder
+    shards.mkdir(parents=True)
+    folder.iteration(0).folder.symlink_to(elsewhere)
+    folder.sampling.symlink_to(elsewhere)
+    name = ".probe-00000.parquet.12.tmp"
+    stay = [elsewhere / name, elsewhere / "rollouts" / name, folder.root / ".editor.tmp", shards / "a.12.tmp"]
+    go = [folder.root / ".metrics.csv.7.tmp", shards / name]
+    for path in (*stay, *go):
+        path.touch()
+    assert sorted(remove_leftovers(folder)) == sorted([*go, folder.sampling])
+    assert all(path.exists() for path in stay)
+    assert not any(path.exists() for path in go)
+    assert not folder.sampling.is_symlink()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from sppo_lightning.system.lock import RunLock, is_first_process
+from sppo_lightning.system.lock import RunLock, check_ranks, is_first_process
 from sppo_lightning.types import UserError
 
 HOLD = """
@@ -117,6 +117,45 @@ def test_a_released_folder_is_free_for_this_process_too(tmp_path: Path) -> None:
     RunLock(tmp_path / ".lock").acquire()
 
 
+@pytest.mark.parametrize("kind", ["link", "dangling", "hard link", "folder", "pipe", "text"])
+def test_what_no_run_has_written_is_not_emptied(tmp_path: Path, kind: str) -> None:
+    """A run folder may come from somebody else, with a ``.lock`` that stands for another file."""
+    other, lock = tmp_path / "thesis.tex", tmp_path / "run" / ".lock"
+    other.write_text("ten years")
+    lock.parent.mkdir()
+    why = {
+        "link": "a link",
+        "dangling": "a link",
+        "hard link": "another name of a file that lies elsewhere",
+        "folder": "no file",
+        "pipe": "no file",
+        "text": "not written by a run",
+    }[kind]
+    {
+        "link": lambda: lock.symlink_to(other),
+        "dangling": lambda: lock.symlink_to(tmp_path / "fresh"),
+        "hard link": lambda: lock.hardlink_to(other),
+        "folder": lock.mkdir,
+        "pipe": lambda: os.mkfifo(lock),
+        "text": lambda: lock.write_text("ten years"),
+    }[kind]()
+    message = rf"^{re.escape(str(lock))} is {why}: remove it, or use another trainer\.default_root_dir$"
+    with pytest.raises(UserError, match=message):
+        RunLock(lock).acquire()
+    assert other.read_text() == "ten years"
+    assert not (tmp_path / "fresh").exists()
+    assert kind != "text" or lock.read_text() == "ten years"
+
+
+@pytest.mark.parametrize(
+    "content", [b"process 7 on host, since 2026-01-01 00:00:00 +0000\n", b"\0" * 40, b""]
+)
+def test_the_file_of_a_killed_run_is_taken_over(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / ".lock").write_bytes(content)
+    with RunLock(tmp_path / ".lock") as lock:
+        assert lock.held
+
+
 def test_other_folders_are_free(tmp_path: Path) -> None:
     with RunLock(tmp_path / "a" / ".lock"), RunLock(tmp_path / "b" / ".lock") as other:
         assert other.held
@@ -164,3 +203,41 @@ def test_taking_a_free_lock_is_quick(tmp_path: Path) -> None:
 )
 def test_who_leads_a_run(environment: dict[str, str], first: bool) -> None:
     assert is_first_process(environment) is first
+
+
+@pytest.mark.parametrize(
+    ("environment", "nodes", "wording"),
+    [
+        (
+            {"RANK": "1"},
+            1,
+            r"^RANK=1 is set in the environment, .* \(TORCHELASTIC_RUN_ID is not set\): unset RANK, or",
+        ),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, 1, r"^RANK=1 is set"),  # Lightning does not take it up
+        ({"LOCAL_RANK": "1"}, 1, r"^LOCAL_RANK=1 is set .* \(MASTER_PORT is not set\)"),
+        ({"SLURM_PROCID": "2"}, 1, r"^SLURM_PROCID=2 is set .* \(SLURM_NTASKS is not set\)"),
+        ({"NODE_RANK": "1"}, 1, r"^NODE_RANK=1 is set .* \(trainer\.num_nodes=1\)"),
+        ({"RANK": "one"}, 1, r"^RANK='one' is no number: unset that environment variable$"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "NODE_RANK": "0"}, 1, None),
+        (
+            {
+                "RANK": "8",
+                "LOCAL_RANK": "1",
+                "GROUP_RANK": "1",
+                "TORCHELASTIC_RUN_ID": "x",
+                "WORLD_SIZE": "9",
+            },
+            2,
+            None,
+        ),
+        ({"LOCAL_RANK": "1", "MASTER_PORT": "2"}, 1, None),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, 1, None),
+        ({"NODE_RANK": "1"}, 2, None),
+    ],
+)
+def test_a_rank_that_another_job_left(environment: dict[str, str], nodes: int, wording: str | None) -> None:
+    if wording is None:
+        check_ranks(environment, nodes=nodes)
+        return
+    with pytest.raises(UserError, match=wording):
+        check_ranks(environment, nodes=nodes)
