@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from sppo_lightning.types import Message, UserError
 
@@ -98,6 +98,8 @@ def parse_turns(value: Any, where: str, field: str) -> tuple[Message, ...]:
 def _parse_turn(turn: Any, where: str, shape: str) -> Message:
     if not isinstance(turn, dict):
         raise UserError(f"{where}: {shape}, got {_short(turn)}")
+    role: Any
+    content: Any
     if "role" not in turn and "from" in turn:
         role, content = _sharegpt_role(turn["from"], where), turn.get("value")
     else:
@@ -109,7 +111,7 @@ def _parse_turn(turn: Any, where: str, shape: str) -> Message:
         content = "\n".join(_text_part(part, where) for part in content)
     if not isinstance(role, str) or not isinstance(content, str):
         raise UserError(f"{where}: {shape}, got {_short(turn)}")
-    return Message(role=role, content=content, **extra)  # type: ignore[typeddict-item]
+    return cast(Message, {"role": role, "content": content, **extra})
 
 
 def _sharegpt_role(name: Any, where: str) -> str:
