@@ -113,12 +113,12 @@ class ContinuousBatchingGenerator(Generator):
         assert self._policy is not None
         owners = [index for index in positions for _ in range(max(1, len(requests[index].seeds)))]
         prompts = [requests[index].token_ids for index in owners]
-        requests = [EngineRequest(prompt, self.longest_response(len(prompt))) for prompt in prompts]
+        queue = [EngineRequest(prompt, self.longest_response(len(prompt))) for prompt in prompts]
         seed = derive_seed(*(seed for index in positions for seed in requests[index].seeds))
         purpose = Purpose(self._sampling(greedy=greedy), sorted(self._policy.end_token_ids))
         finished: dict[int, dict[int, Response]] = {}
         try:
-            for row, output in self._engine.run(requests, purpose, seed=seed):
+            for row, output in self._engine.run(queue, purpose, seed=seed):
                 index = owners[row]
                 have = finished.setdefault(index, {})
                 have[row] = self.as_response(output.generated_tokens, self._policy)

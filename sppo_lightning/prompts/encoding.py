@@ -105,7 +105,7 @@ def template_token_ids(
     _check_is_used(tokenizer, messages, tools)
     try:
         encoded = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
+            cast(Any, [dict(message) for message in messages]),
             tools=list(tools) if tools else None,
             add_generation_prompt=add_generation_prompt,
             tokenize=True,
@@ -213,7 +213,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     for token_id in reversed(token_ids):
         if token_id in special:
             end = token_id
-        elif tokenizer.decode([token_id]).strip():
+        elif str(tokenizer.decode([token_id])).strip():
             break
     return end
 

@@ -44,6 +44,7 @@ def zstd(content: bytes) -> bytes:
         ("p.tsv", b'prompt\tnote\na\t1\n"b"\t2\n'),
         ("p.txt", b"\xef\xbb\xbfa\r\n\r\nb"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_file_of_any_format_is_read(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
