@@ -113,8 +113,8 @@ def test_the_good_arguments_come_as_far_as_the_weights(arguments: Arguments, wei
         ("p.jsonl", b'{"prompt": "caf\xe9"}', r"p\.jsonl:1: not UTF-8 \(byte 15\): save the file as UTF-8"),
         ("p.json", b'[{"prompt": "caf\xe9"}]', r"p\.json:1: not UTF-8 \(byte 16\): save the file as UTF-8"),
         ("p.csv", b"prompt\ncaf\xe9\n", r"p\.csv:2: not UTF-8 \(byte 3\): save the file as UTF-8"),
-        ("p.csv", b"question\na\n", r"p\.csv:2: needs a 'prompt' .*; its fields are: question"),
-        ("p.jsonl", b'{"question": "a"}', r"p\.jsonl:1: needs a 'prompt' .*; its fields are: question"),
+        ("p.csv", b"query\na\n", r"p\.csv:2: no prompt is recognised; its fields are: query"),
+        ("p.jsonl", b'{"query": "a"}', r"p\.jsonl:1: no prompt is recognised; its fields are: query"),
         (
             "p.jsonl",
             b'{"id": "a", "prompt": "x"}\n{"id": "a", "prompt": "y"}\n',
@@ -145,9 +145,9 @@ def test_prompt_files(
 
 
 def test_parquet_without_prompts(arguments: Arguments, refused: Refused, tmp_path: Path) -> None:
-    pq.write_table(pa.table({"question": ["a"]}), tmp_path / "p.parquet")
+    pq.write_table(pa.table({"query": ["a"]}), tmp_path / "p.parquet")
     line = refused(arguments(data__prompts=tmp_path / "p.parquet"))
-    assert re.search(r"p\.parquet:row 1: needs a 'prompt' .*; its fields are: question", line)
+    assert re.search(r"p\.parquet:row 1: no prompt is recognised; its fields are: query", line)
 
 
 @pytest.mark.parametrize("name", ["p.parquet", "p.arrow"])
