@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -213,13 +214,11 @@ class IterationState:
         store = self.folder.iteration(iteration)
         manifest = store.read_manifest()
         assert manifest is not None
-        return difficulty_after(
-            store.kept_shards().difficulty_rewards(),
-            self.known,
-            iteration=iteration,
-            smoothing=float(manifest["smoothing"]),
-            at_random=bool(manifest.get("reestimated_at_random")),
-        )
+        updated = partial(difficulty_after, iteration=iteration, smoothing=float(manifest["smoothing"]))
+        probed, others = store.kept_shards().difficulty_rewards()
+        at_random = bool(manifest.get("reestimated_at_random"))
+        table = updated(probed, self.known, at_random=at_random)
+        return updated(others, table, at_random=False)
 
     def metrics(self) -> dict[str, float]:
         """Return what the loggers get at the current iteration's start."""

@@ -170,8 +170,8 @@ class ShardStore:
                 found.setdefault(prompt_id, array("d")).append(reward)
         return found
 
-    def difficulty_rewards(self) -> dict[str, array[float]]:
-        """Return the rewards that difficulties come from: the probe's, or all of a prompt that was not probed.
+    def difficulty_rewards(self) -> tuple[dict[str, array[float]], dict[str, array[float]]]:
+        """Return the rewards that difficulties come from: the probe's, and those of prompts that were not probed.
 
         Not the top-up's of a probed prompt: only selected ones have them, and they were selected by their probe.
         """
@@ -179,7 +179,7 @@ class ShardStore:
         for path in self._paths("probe"):
             probed.update(read_table(path, _ID_SCHEMA)["prompt_id"].to_pylist())
         later = {name: rewards for name, rewards in self.rewards("topup").items() if name not in probed}
-        return {**self.rewards("probe"), **later}
+        return self.rewards("probe"), later
 
     def measured(self, name: str, prompt_ids: Sequence[str]) -> ProbeResponses:
         """Return what can be measured of the usable responses to ``prompt_ids``, packed, in that order."""
