@@ -12,7 +12,7 @@ from sppo_lightning.callbacks.base import SelfPlayCallback
 from sppo_lightning.policy.sharding import local
 from sppo_lightning.training.batching import PairBatch
 
-FIRST_FACTORS = ("lora_A.default.weight", "lora_embedding_A.default")
+FIRST_FACTORS = ("lora_A.default.weight", "lora_embedding_B.default")
 SAMPLE = 1 << 20  # weights that are compared
 
 
@@ -29,7 +29,7 @@ class WeightUpdateCheck(SelfPlayCallback):
         """Copy some of the largest trained matrix, of a run that begins."""
         if trainer.global_step == 0:
             trained = {name: item for name, item in pl_module.named_parameters() if item.requires_grad}
-            # the first factor of a fresh adapter has no gradient at first: the second one is 0
+            # one factor of a fresh adapter has no gradient at first, since the other one is 0
             moving = {
                 name: item for name, item in trained.items() if not name.endswith(FIRST_FACTORS)
             } or trained

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from sppo_lightning.rewards.protocol import Reward
 from sppo_lightning.types import Prompt
@@ -56,6 +56,8 @@ class FunctionReward(Reward):
             found = self.function([prompt.text for prompt in prompts], list(responses), fields)
         else:
             found = self.function(**self._arguments(prompts, responses, fields))
+        if not isinstance(found, list):
+            return cast("list[float]", found)  # which the caller refuses by name
         return [math.nan if reward is None else reward for reward in found]
 
     def _arguments(

@@ -97,11 +97,18 @@ def test_a_killed_run_ends_as_the_one_that_was_not(resumed: Path) -> None:
         )
 
 
+def comparable(values: Any) -> Any:
+    """Leave out the mean rewards and parts of an iteration, which are taken over other samples now."""
+    if not isinstance(values, dict):
+        return values
+    return {name: value for name, value in values.items() if not name.startswith("iteration/reward/")}
+
+
 def test_its_manifests_count_the_same(resumed: Path) -> None:
     kept = ("iteration", "complete", "counts", "dropped", "responses", "seed", "metrics")
     found, expected = (
         {
-            name: {key: manifest[key] for key in kept}
+            name: {key: comparable(manifest[key]) for key in kept}
             for name, manifest in content(run, "iterations/*/*.json").items()
         }
         for run in (resumed, RECORDED / "finished")
@@ -115,7 +122,7 @@ def test_its_metrics_have_neither_gaps_nor_repeats(resumed: Path) -> None:
             rows = [
                 {name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)
             ]
-        named = [{name: value for name, value in row.items() if not name.startswith(UNLIKE)} for row in rows]
+        named = [comparable({k: v for k, v in row.items() if not k.startswith(UNLIKE)}) for row in rows]
         return [row for row in named if row.keys() != {"step"}]
 
     found, expected = rows(resumed), rows(RECORDED / "finished")

@@ -486,7 +486,7 @@ def test_a_long_response_among_short_ones_does_not_halve_for_ever() -> None:
 
 
 ALONE = (
-    r"^one conversation of 30 tokens does not fit into the memory of cpu beside the reward model: set its "
+    r"^one conversation of 30 tokens does not fit into the memory of cpu next to the reward model: set its "
     r"max_tokens, or quantization: nf4$"
 )
 

@@ -174,7 +174,7 @@ def test_a_micro_step_waits_for_nothing(
     module.policy = new_model(kind).train()
     module.trainer = SimpleNamespace(accumulate_grad_batches=2, world_size=1)  # type: ignore[assignment]
     batch = batch_of(pairs_of(), forward.layout(2))
-    batch = batch._replace(slot=batch.slot._replace(last_in_step=False))
+    batch = batch._replace(slot=batch.slot._replace(last_in_step=False, step=1))
     with Waits() as waits, Reads() as reads:
         module.training_step(batch, 1).backward()
     found = {package for _, package in waits.found + reads.found}
