@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sppo_lightning.cli.parse_errors import check_config_files, explain
-from sppo_lightning.prompts.files import FORMATS
+from sppo_lightning.prompts.formats import FORMATS
 from sppo_lightning.prompts.reading import read_prompts
 from sppo_lightning.resume.metrics_csv import MetricsCSV
 from sppo_lightning.store.integrity import check_iterations

@@ -12,7 +12,8 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from sppo_lightning.prompts.files import Record, files_of, records
+from sppo_lightning.prompts.files import files_of, records
+from sppo_lightning.prompts.formats import Record
 from sppo_lightning.prompts.shapes import shape_of
 from sppo_lightning.prompts.table import PromptTable, user_text
 from sppo_lightning.types import Message, Prompt, UserError

@@ -1,0 +1,218 @@
+"""The records of one file, by its format, and where each one stands.
+
+Text formats are read here, line by line, so that an error names its line; Arrow is read by ``datasets``.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from sppo_lightning.types import UserError, first_line
+
+Record = tuple[str, Mapping[str, Any]]  # where it stands, for error messages; its fields
+
+
+def format_of(file: Path) -> str | None:
+    """Return the ending that says how a file is read, its compression left out; ``None``: it is not."""
+    name = Path(file.name.lower())
+    if name.suffix in COMPRESSIONS:
+        name = name.with_suffix("")
+        return name.suffix if name.suffix in TEXT_FORMATS else None
+    return name.suffix if name.suffix in FORMATS else None
+
+
+def file_records(file: Path, key: str) -> Iterator[Record]:
+    """Yield the records of a file.
+
+    Args:
+        file: of one of :data:`FORMATS`.
+        key: config key, for errors.
+
+    Raises:
+        UserError: naming the file and line, if it cannot be read.
+    """
+    ending = format_of(file)
+    if ending is None:
+        raise UserError(
+            f"{key}: {file} is none of {', '.join(FORMATS)}; text formats may be compressed ({', '.join(COMPRESSIONS)})"
+        )
+    try:
+        yield from FORMATS[ending](file)
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise UserError(
+            f"{key}: {file} cannot be read ({getattr(error, 'strerror', None) or first_line(error)})"
+        ) from error
+
+
+def _open(file: Path) -> IO[bytes]:
+    """Open a file for reading, decompressed."""
+    opener = COMPRESSIONS.get(file.suffix.lower())
+    opened: IO[bytes] = file.open("rb") if opener is None else opener(file)
+    return opened
+
+
+def _open_zstd(file: Path) -> IO[bytes]:
+    import pyarrow
+
+    stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(file)), "zstd")
+    return io.BufferedReader(stream)
+
+
+COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstd,
+}
+
+
+def _lines(file: Path) -> Iterator[tuple[str, str]]:
+    """Yield where each line stands, and the line with its end."""
+    with _open(file) as lines:
+        for number, line in enumerate(lines, start=1):
+            yield f"{file}:{number}", _text(line, file, number)
+
+
+def _text(content: bytes, file: Path, line: int) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = line + content.count(b"\n", 0, error.start)
+        raise UserError(f"{file}:{number}: not UTF-8 (byte {error.start}): save the file as UTF-8") from error
+
+
+def _jsonl_records(file: Path) -> Iterator[Record]:
+    for where, line in _lines(file):
+        if line.strip():
+            yield where, _object(_parsed(line, where, "each line must be one JSON object"), where)
+
+
+def _parsed(text: str, where: str, expected: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where}: broken JSON, {error.msg.removesuffix(' at')} at column {error.colno}: {expected}"
+        ) from error
+    except RecursionError as error:
+        raise UserError(f"{where}: JSON that is nested too deep") from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise UserError(f"{where}: {first_line(error).partition(':')[0]}: write it as a text") from error
+
+
+def _json_records(file: Path) -> Iterator[Record]:
+    """Read a list of records, or, as ``datasets`` does, lines of one record each."""
+    with _open(file) as content:
+        text = _text(content.read(), file, 1)
+    if not text.strip():
+        return
+    if text.lstrip().startswith("{"):
+        yield from _jsonl_records(file)
+        return
+    expected = "the file must be one JSON list, or one JSON object a line"
+    try:
+        items = json.loads(text)
+    except json.JSONDecodeError as error:
+        items = _parsed(text, f"{file}:{error.lineno}", expected)
+    except (RecursionError, ValueError):
+        items = _parsed(text, str(file), expected)
+    if not isinstance(items, list):
+        raise UserError(f"{file}: expected a JSON list of prompt records; for one record a line use .jsonl")
+    for number, item in enumerate(items, start=1):
+        yield f"{file}:record {number}", _object(item, f"{file}:record {number}")
+
+
+def _object(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a JSON object with a 'prompt' field, got {type(value).__name__}")
+    return value
+
+
+def _text_records(file: Path) -> Iterator[Record]:
+    for where, line in _lines(file):
+        if line.strip():
+            yield where, {"prompt": line.rstrip("\r\n")}
+
+
+def _csv_records(file: Path, delimiter: str = ",") -> Iterator[Record]:
+    """Read cells as they are written: no number, date or missing value is guessed from a text."""
+    csv.field_size_limit(2**31 - 1)  # the default refuses prompts over 128 KiB
+    rows = csv.reader((line for _, line in _lines(file)), strict=True, delimiter=delimiter)
+    sign = {",": "a comma", "\t": "a tab"}[delimiter]
+    try:
+        header = next(rows, [])
+        twice = next((name for name in header if name and header.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"{file}:1: two columns are called {twice!r}: rename one")
+        for row in rows:
+            where = f"{file}:{rows.line_num}"
+            if row and len(row) != len(header):
+                raise UserError(
+                    f"{where}: {len(row)} cells under {len(header)} columns: put quotes around a cell that holds {sign}"
+                )
+            if row:
+                yield where, {name: cell for name, cell in zip(header, row, strict=True) if cell}
+    except csv.Error as error:
+        raise UserError(f"{file}:{rows.line_num}: broken CSV, {error}: check the quotes") from error
+
+
+def _tsv_records(file: Path) -> Iterator[Record]:
+    return _csv_records(file, "\t")
+
+
+def _parquet_records(file: Path) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+            for fields in batch.to_pylist():
+                number += 1
+                yield f"{file}:row {number}", fields
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{file}: cannot be read as Parquet: {first_line(error)}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: after row {number} a text is not UTF-8: write it anew") from error
+
+
+def _arrow_records(file: Path) -> Iterator[Record]:
+    import datasets
+    import pyarrow
+
+    try:
+        table = datasets.Dataset.from_file(str(file))
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as Arrow: {first_line(error)}") from error
+    yield from dataset_records(table, str(file))
+
+
+TEXT_FORMATS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _jsonl_records,
+    ".ndjson": _jsonl_records,
+    ".json": _json_records,
+    ".csv": _csv_records,
+    ".tsv": _tsv_records,
+    ".txt": _text_records,
+}
+FORMATS = {**TEXT_FORMATS, ".parquet": _parquet_records, ".arrow": _arrow_records}
+
+
+def dataset_records(table: Iterable[Mapping[str, Any]], name: str) -> Iterator[Record]:
+    """Yield the rows of a table of ``datasets``; ``name``: of it, for errors."""
+    row = 0
+    try:
+        for row, fields in enumerate(table, start=1):
+            yield f"{name}:row {row}", fields
+    except Exception as error:  # of any column's own reader
+        raise UserError(
+            f"{name}: what comes after row {row} cannot be read ({first_line(error)}): write the data set anew"
+        ) from error
