@@ -115,6 +115,7 @@ class SelfPlayProgress(SelfPlayCallback, ProgressBar):
                 ncols=None if live else 110,
                 mininterval=0.2 if live else SECONDS_BETWEEN_LINES,
                 leave=True,
+                miniters=0,
                 smoothing=0,  # the time left by the mean speed so far: batches are few and unlike each other
             )
             self._shown = 0

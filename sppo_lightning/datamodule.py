@@ -191,10 +191,11 @@ class SelfPlayDataModule(pl.LightningDataModule):
                 f"data.keep_iterations={self.keep_iterations} deletes what a checkpoint has finished, but "
                 "trainer.enable_checkpointing=false writes none: leave out one of them"
             )
-        day = self.module.policy_spec.config.template_date
-        set_template_clock(None if day is None else date.fromisoformat(day))
         disable_slurm_requeue(self.trainer)
         self.ranks = open_ranks(self.trainer, self.folder.root)
+        # of one process: others may have started on another side of midnight
+        day = self.ranks.same(self.module.policy_spec.config.template_date)
+        set_template_clock(None if day is None else date.fromisoformat(day))
         if stage == "fit" and is_dev_run(self.trainer):
             read_stage_prompts(self.prompt_sets, stage)
             self.rules = shrink(self.prompt_sets, self.rules)

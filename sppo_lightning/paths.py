@@ -24,6 +24,8 @@ def expand_path(path: str, *, key: str) -> str:
         raise UserError(
             f"{key}={path!r} is a URL: only folders and files of this machine or a mounted disk work"
         )
+    if os.path.lexists(path):
+        return path
     found = os.path.expanduser(os.path.expandvars(path))
     unset = re.search(r"\$(\w+|\{[^}]*\})", found)
     if unset:

@@ -191,6 +191,8 @@ class SelfPlayCLI(LightningCLI):
             "trainer.precision": fast_precision(config.trainer.accelerator),
             "model.policy.template_date": date.today().isoformat(),
         }
+        if config.trainer.plugins:  # one of them may be a precision
+            del defaults["trainer.precision"]
         for key, value in defaults.items():
             if config[key] is None:
                 holds_run, recorded = recorded_setting(self.folder, key)

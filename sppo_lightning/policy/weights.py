@@ -37,7 +37,8 @@ def read_model(
         UserError: naming the first weights that are missing, or the file that cannot be read.
     """
     safe = {} if "gguf_file" in options else {"use_safetensors": True}
-    check_files(Path(location), given)
+    if "gguf_file" not in options:
+        check_files(Path(location), given)
     try:
         model, info = loader.from_pretrained(location, output_loading_info=True, **safe, **options)
     except OSError as error:
@@ -114,5 +115,6 @@ def _hint(missing: list[str], unexpected: list[str]) -> str:
 
 def _check_finite(model: PreTrainedModel, given: str) -> None:
     for name, weight in model.named_parameters():
-        if weight.is_floating_point() and weight.device.type != "meta" and not torch.isfinite(weight).all():
+        readable = weight.is_floating_point() and weight.element_size() > 1 and weight.device.type != "meta"
+        if readable and not torch.isfinite(weight).all():
             raise UserError(f"{given}: the weight {name} holds NaN or infinity")

@@ -67,12 +67,16 @@ def _saved_dataset(folder: Path) -> bool:
 def _readable(folder: Path) -> tuple[list[Path], list[Path]]:
     """Return the readable files of a folder, and the others; of its subfolders only if it has none of its own."""
     for found in (folder.iterdir(), folder.rglob("*")):
-        files = sorted(file for file in found if file.is_file() and not file.name.startswith("."))
+        files = sorted(file for file in found if file.is_file() and not _is_hidden(file.relative_to(folder)))
         # a text file in a folder is more often a README than prompts
         read = [file for file in files if format_of(file) not in (None, ".txt") and file.name not in ABOUT]
         if read:
             return read, [file for file in files if file not in read]
     return [], files
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _folder_records(folder: Path, split: str | None, key: str) -> Iterator[Record]:

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -46,7 +47,7 @@ def file_records(file: Path, key: str) -> Iterator[Record]:
         )
     try:
         yield from FORMATS[ending](file)
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UserError(
             f"{key}: {file} cannot be read ({getattr(error, 'strerror', None) or first_line(error)})"
         ) from error

@@ -57,16 +57,19 @@ def recorded_setting(folder: RunFolder, key: str) -> tuple[bool, Any]:
     Args:
         folder: of the run.
         key: dotted.
+
+    Raises:
+        UserError: if the config cannot be read.
     """
     if not folder.config.exists():
         return False, None
     try:
-        value = yaml.safe_load(folder.config.read_bytes())
+        value = dict(yaml.safe_load(folder.config.read_bytes()))
         for name in key.split("."):
-            value = value[name]
-    except DAMAGED:  # a damaged file is named when the configs are compared
-        return True, None
-    return True, value
+            value = value.get(name) or {}
+    except DAMAGED as error:
+        raise UserError(f"{folder.config} is damaged: {_WRITE_CONFIG}") from error
+    return True, value or None
 
 
 def resume_path(

@@ -14,6 +14,13 @@ if TYPE_CHECKING:
 
 HEADS = ("score.", "classifier.", "classification_head.")
 """How names of a classification head begin: the adapter brings it, its base has none."""
+LAST_LAYERS = (
+    "score.weight",
+    "classifier.weight",
+    "classifier.out_proj.weight",
+    "classification_head.out_proj.weight",
+)
+"""How names of a head's last weights end, which has a row for each logit."""
 
 
 class RewardAdapter(NamedTuple):
@@ -90,7 +97,7 @@ def reward_adapter(pretrained: str, base: str | None, *, key: str) -> RewardAdap
             shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise UserError(f"{given} cannot be read as an adapter ({first_line(error)})") from error
-    heads = [shape for name, shape in shapes.items() if name.endswith("score.weight") or "classifier" in name]
+    heads = [shape for name, shape in shapes.items() if name.endswith(LAST_LAYERS)]
     if task != "SEQ_CLS" or not heads:
         raise UserError(
             f"{given} is an adapter for {task or 'no task'}, which gives no reward: give one that was trained for "

@@ -123,15 +123,15 @@ class SequenceClassificationReward(Reward):
         return load_tokenizer(location, key=KEY, trust_remote_code=self.trust_remote_code)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Require conversations that the reward model can read; each sequence of roles is tried once."""
+        """Require conversations that the reward model can read; each sequence of roles and fields is tried once."""
         assert self._tokenizer is not None
-        tried: set[tuple[str, ...]] = set()
+        tried: set[tuple[tuple[str, ...], ...]] = set()
         for prompt in prompts:
-            roles = tuple(turn["role"] for turn in prompt.messages)
-            if roles in tried:
+            turns = tuple((turn["role"], *sorted(turn)) for turn in prompt.messages)
+            if turns in tried:
                 continue
-            tried.add(roles)
-            if self._tokenizer.chat_template is None and len(roles) > 1:
+            tried.add(turns)
+            if self._tokenizer.chat_template is None and len(turns) > 1:
                 raise UserError(
                     f"prompt {prompt.id!r} has several messages, but the reward model {self.pretrained!r} has no chat "
                     "template and reads one text: use single prompts, or another data.reward"

@@ -36,6 +36,8 @@ class FunctionReward(Reward):
         self._columns: set[str] | None = None  # that the function takes; None: it is not of TRL's signature
         self._takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
         names = [one.name for one in parameters]
+        by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        self._required = {one.name for one in parameters if one.default is one.empty and one.kind in by_name}
         if "completions" in names:
             self._columns = set(names)
             missing = [one.name for one in parameters if one.name in UNKNOWN and one.default is one.empty]
@@ -65,7 +67,8 @@ class FunctionReward(Reward):
     ) -> dict[str, Any]:
         """Return what TRL would call the function with."""
         assert self._columns is not None
-        names = sorted({name for record in fields for name in record} - {"prompt", "completion", "messages"})
+        there = {name for record in fields for name in record} | self._required
+        names = sorted(there - {"prompt", "completion", "messages", "prompts", "completions"})
         arguments: dict[str, Any] = {name: [record.get(name) for record in fields] for name in names}
         if self.conversational:
             arguments["prompts"] = [list(prompt.messages) for prompt in prompts]

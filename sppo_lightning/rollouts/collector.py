@@ -108,6 +108,8 @@ class Collector:
         Shards that are already there are not made again.
         """
         shards = self._shards(requests)
+        if self.ranks.rank == 0:
+            store.quarantine_beyond(name, len(shards))
         self._generate(store, name, shards, policy=policy, iteration=iteration, phase=phase, greedy=False)
         self._score(store, name, shards, iteration=iteration, opponents=None, unfinished=self.unfinished)
         self._check_shared(store, name, shards)
@@ -181,6 +183,37 @@ class Collector:
         phase: Phase,
         greedy: bool,
     ) -> None:
+        failing: list[int] = []  # shards written here that hold failures
+        try:
+            self._sample(
+                store,
+                name,
+                shards,
+                policy=policy,
+                iteration=iteration,
+                phase=phase,
+                greedy=greedy,
+                failing=failing,
+            )
+            self.ranks.barrier(f"generated {name}")
+        except UserError:  # of this process or another: they are asked for again once the cause is mended
+            for number in failing:
+                store.path(name, number).unlink(missing_ok=True)
+            raise
+
+    def _sample(
+        self,
+        store: ShardStore,
+        name: str,
+        shards: list[Sequence[RolloutRequest]],
+        *,
+        policy: PolicySource,
+        iteration: int,
+        phase: Phase,
+        greedy: bool,
+        failing: list[int],
+    ) -> None:
+        """Sample the shards that are missing; ``failing`` gets the numbers of those that hold failures."""
         rows_there = policy.embedding_rows
         missing = [
             number
@@ -195,7 +228,6 @@ class Collector:
             watch = FailureWatch(self.max_failed_share, requested)
             self.notify(phase, iteration, done, total, tokens)
             self.generator.load(policy)
-            failing: list[int] = []  # shards written here that hold failures
             for number in missing:
                 shard = list(shards[number])
                 rows: list[list[Rollout]] = [[] for _ in shard]
@@ -228,12 +260,7 @@ class Collector:
                         "without a response: it must answer every request"
                     )
                 responses, error = _with_known_ids([row for group in rows for row in group], rows_there)
-                try:
-                    watch.add(ScoredRows(responses, error))
-                except UserError:  # not stored, so that they are asked for again once the cause is mended
-                    for earlier in failing:
-                        store.path(name, earlier).unlink()
-                    raise
+                watch.add(ScoredRows(responses, error))
                 if any(row.drop_reason is not None for row in responses):
                     failing.append(number)
                 if phase == "probing" and iteration == 0 and number == missing[0]:
@@ -241,7 +268,6 @@ class Collector:
                 store.write(name, number, responses, prompts=_prompt_digests(shard))
             self.generator.on_batch_progress = None
             self.generator.unload()
-        self.ranks.barrier(f"generated {name}")
 
     def _look_at_lengths(self, responses: Sequence[Rollout], policy: PolicySource) -> None:
         """Say it, once a run, if hardly a response has ended by itself."""
@@ -272,6 +298,37 @@ class Collector:
         opponents: Mapping[str, str] | None,
         unfinished: UnfinishedRule,
     ) -> None:
+        unscored: dict[
+            int, list[Rollout]
+        ] = {}  # rows of the shards scored here that hold failures, as they were
+        try:
+            self._score_pending(
+                store,
+                name,
+                shards,
+                iteration=iteration,
+                opponents=opponents,
+                unfinished=unfinished,
+                unscored=unscored,
+            )
+            self.ranks.barrier(f"scored {name}")
+        except UserError:  # of this process or another: they are scored again once the cause is mended
+            for number, rows in unscored.items():
+                store.write(name, number, rows, prompts=_prompt_digests(shards[number]))
+            raise
+
+    def _score_pending(
+        self,
+        store: ShardStore,
+        name: str,
+        shards: list[Sequence[RolloutRequest]],
+        *,
+        iteration: int,
+        opponents: Mapping[str, str] | None,
+        unfinished: UnfinishedRule,
+        unscored: dict[int, list[Rollout]],
+    ) -> None:
+        """Score the shards that are not; ``unscored`` gets the rows of those in which rewards failed."""
         mine = self._mine(shards)
         pending = [number for number in mine if not _key(store, name, number).scored]
         total = sum(len(shards[number]) for number in pending)
@@ -288,6 +345,10 @@ class Collector:
                 prompts = {item.prompt.prompt.id: item.prompt.prompt for item in shard}
                 scored = score_rows(self.reward, rows, prompts, opponents=opponents)
                 watch.add(scored)
+                if any(
+                    new.drop_reason != old.drop_reason for new, old in zip(scored.rows, rows, strict=True)
+                ):
+                    unscored[number] = rows
                 store.write(
                     name,
                     number,
@@ -298,7 +359,6 @@ class Collector:
                 tokens += sum(len(row.token_ids) for row in rows)
                 self.notify("scoring", iteration, done, total, tokens)
             self.reward.unload()
-        self.ranks.barrier(f"scored {name}")
 
     def _watch(self, store: ShardStore, name: str, numbers: Sequence[int]) -> FailureWatch:
         """Return the watch over a phase, which remembers the shards that were scored before."""

@@ -26,6 +26,7 @@ from sppo_lightning.store.rows import (
     usable_rows,
 )
 from sppo_lightning.store.tables import check_token_ids, read_table, row_count, write_table
+from sppo_lightning.system.durable import quarantine
 from sppo_lightning.types import FINISH_REASONS, Rollout, ScoredRollout
 
 Row = TypeVar("Row", bound=ScoredRollout)
@@ -77,6 +78,16 @@ class ShardStore:
     def path(self, name: str, number: int) -> Path:
         """Return where shard ``number`` of ``name`` lies."""
         return self.folder / f"{name}-{number:05d}.parquet"
+
+    def quarantine_beyond(self, name: str, shards: int) -> None:
+        """Quarantine shards of ``name`` from number ``shards`` on, if others were found damaged before.
+
+        A probe that was sampled again may have changed the selection, so that fewer top-up shards are asked for.
+        """
+        if self.has_quarantined:
+            for path in self._paths(name):
+                if int(path.stem.rpartition("-")[2]) >= shards:
+                    quarantine(path)
 
     @property
     def has_quarantined(self) -> bool:

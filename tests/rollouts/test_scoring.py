@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.fakes import UNSAMPLED, Digits, Echo, collector, encoded, files, same, wanted_of
+from support.fakes import UNSAMPLED, Alone, Digits, Echo, collector, encoded, files, same, wanted_of
 
 from sppo_lightning.generation import PromptResponses, SampleRequest
 from sppo_lightning.rewards import FunctionReward, Reward
@@ -564,3 +564,44 @@ def test_responses_that_an_engine_failed_are_asked_for_again(store: ShardStore) 
     engine.down = False
     found = collected(store, collector(generator=engine, reward=Lengths()), count=6)
     assert all(row.usable for row in found)
+
+
+class Leaving(Alone):
+    """A process that learns at a barrier that another one failed."""
+
+    def __init__(self, at: str) -> None:
+        self.at = at
+
+    def barrier(self, name: str) -> None:
+        if name.startswith(self.at):
+            raise UserError("process 1 failed: its server is gone")
+
+
+class Patchy(Echo):
+    """One response of the second prompt fails."""
+
+    def response(self, prompt: tuple[int, ...], seed: int) -> Response:
+        found = super().response(prompt, seed)
+        return Response((), "", "failed", "server_time_out") if prompt[-1] == 2 else found
+
+
+def test_failures_are_taken_back_where_another_process_ends_the_phase(store: ShardStore) -> None:
+    """Else whose shards they are would decide whether they are asked for again."""
+    with pytest.raises(UserError, match="process 1 failed"):
+        collected(store, collector(generator=Patchy(), reward=Lengths(), ranks=Leaving("generated")), count=6)
+    assert [path.name for path in sorted(store.folder.iterdir())] == [
+        "probe-00001.parquet",
+        "probe-00002.parquet",
+    ]
+
+
+def test_scores_that_failed_are_taken_back_too(store: ShardStore) -> None:
+    rows = collected(store, collector(reward=Digits()), count=6)
+    for number in range(3):
+        unscored = [replace(row, reward=None, reward_parts={}) for row in store.read("probe", number) or []]
+        store.write("probe", number, unscored)
+    with pytest.raises(UserError, match="process 1 failed"):
+        collected(store, collector(reward=Fragile(rows[0].response), ranks=Leaving("scored")), count=6)
+    scored = [all(row.reward is not None for row in store.read("probe", number) or []) for number in range(3)]
+    assert scored == [False, True, True]
+    assert collected(store, collector(reward=Digits()), count=6)[:4] == rows[:4]
