@@ -7,9 +7,11 @@ if __name__ != "sppo_lightning.callbacks":
 
 from sppo_lightning.callbacks.base import SelfPlayCallback
 from sppo_lightning.callbacks.checkpoint import RunCheckpoint
+from sppo_lightning.callbacks.diagnostics import LearningDiagnostics
 from sppo_lightning.callbacks.difficulty import DifficultyReestimation
 from sppo_lightning.callbacks.displacement import DisplacementWarning
 from sppo_lightning.callbacks.export import PolicyExport
+from sppo_lightning.callbacks.gate import IterationGate
 from sppo_lightning.callbacks.initial_evaluation import InitialEvaluation
 from sppo_lightning.callbacks.memory import PhaseMemory
 from sppo_lightning.callbacks.progress import SelfPlayProgress
@@ -22,6 +24,8 @@ __all__ = [
     "DifficultyReestimation",
     "DisplacementWarning",
     "InitialEvaluation",
+    "IterationGate",
+    "LearningDiagnostics",
     "PhaseMemory",
     "PhaseTimes",
     "PolicyExport",

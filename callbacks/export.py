@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,18 +13,22 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from sppo_lightning.callbacks.base import SelfPlayCallback
 from sppo_lightning.datamodule import SelfPlayDataModule
+from sppo_lightning.evaluation.gate import best_result, read_decisions
+from sppo_lightning.evaluation.results import held_out_results
 from sppo_lightning.export.finished_run import RECORD
 from sppo_lightning.policy.trained import TrainedPolicy
 from sppo_lightning.store.run_folder import RunFolder
-from sppo_lightning.system.durable import sync_folder, sync_tree, write_atomically
+from sppo_lightning.system.durable import fresh_folder, replace_folder, restore_replaced, write_atomically
 from sppo_lightning.training.hardware import is_dev_run
 
 
 class PolicyExport(SelfPlayCallback):
-    """Keeps ``policy/`` at the latest finished iteration: model, tokenizer, chat template, generation config.
+    """Keeps ``policy/`` at the latest finished iteration, and ``best/`` at the best by held-out reward.
 
-    A policy with an adapter is written in PEFT's layout. The folder is replaced as a whole; its ``run.json`` says which
-    iteration it comes out of, and the policy's fingerprint.
+    Model, tokenizer, chat template, generation config; a policy with an adapter is written in PEFT's layout. A folder
+    is replaced as a whole; its ``run.json`` says which iteration the policy comes out of (-1: the initial policy, where
+    the run reverted to it), its fingerprint and, in ``best/``, its held-out reward with standard error. As long as no
+    iteration is better than the initial policy, there is no ``best/``.
 
     Args:
         keep_every_iteration: also keep ``policies/000``, ``policies/001``, … one for each iteration.
@@ -33,45 +38,51 @@ class PolicyExport(SelfPlayCallback):
         self.keep_every_iteration = keep_every_iteration
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Put back the folder that a killed run was about to replace."""
-        folder = RunFolder(Path(trainer.default_root_dir)).policy
-        if trainer.is_global_zero and not folder.exists() and _stale(folder).exists():
-            _stale(folder).rename(folder)
+        """Put back the folders that a killed run was about to replace."""
+        run = RunFolder(Path(trainer.default_root_dir))
+        if trainer.is_global_zero:
+            for folder in (run.policy, run.best):
+                restore_replaced(folder)
 
     def on_iteration_end(self, trainer: pl.Trainer, data: SelfPlayDataModule, iteration: int) -> None:
         """Export the policy."""
         if is_dev_run(trainer):
             return
-        policy = data.module.trained_policy
-        self.export(policy, data.folder.policy, iteration=iteration)
+        folder, policy = data.folder, data.module.trained_policy
+        standing = data.policy_after(iteration + 1)
+        self.export(policy, folder.policy, iteration=standing - 1)
         if self.keep_every_iteration:
-            self.export(policy, data.folder.kept_policy(iteration), iteration=iteration)
+            self.export(policy, folder.kept_policy(iteration), iteration=standing - 1)
+        finished, reward, stderr = data.ranks.same(self._best(folder, iteration + 1))
+        if finished == standing == iteration + 1:
+            self.export(
+                policy,
+                folder.best,
+                iteration=iteration,
+                more={"held_out": {"reward": reward, "stderr": stderr}},
+            )
 
-    def export(self, policy: TrainedPolicy, folder: Path, *, iteration: int) -> None:
+    def _best(self, folder: RunFolder, finished: int) -> tuple[int, float, float]:
+        """Return the finished iterations of the best policy so far, -1 if none was evaluated, and its reward."""
+        best = best_result(held_out_results(folder, finished), read_decisions(folder))
+        return (-1, math.nan, math.nan) if best is None else (best.finished, best.reward, best.stderr)
+
+    def export(
+        self, policy: TrainedPolicy, folder: Path, *, iteration: int, more: Mapping[str, Any] | None = None
+    ) -> None:
         """Write the policy into ``folder``, replacing what is there in one step; all processes call it together.
 
         Args:
             policy: to be written.
             folder: where to.
-            iteration: self-play iteration that it comes out of.
+            iteration: self-play iteration that it comes out of; -1: the initial policy.
+            more: of what its record holds.
         """
-        fresh = folder.with_name(f".{folder.name}.new")
-        stale, first = _stale(folder), cast(Any, rank_zero_only).rank == 0
-        if first:
-            for leftover in (fresh, stale):
-                shutil.rmtree(leftover, ignore_errors=True)
+        first = cast(Any, rank_zero_only).rank == 0
+        fresh = fresh_folder(folder, clear=first)
         policy.save(fresh, is_rank0=first)
-        record = {"iteration": iteration, "fingerprint": policy.current().fingerprint()}
+        record = {"iteration": iteration, "fingerprint": policy.current().fingerprint(), **(more or {})}
         if not first:
             return
         write_atomically(fresh / RECORD, json.dumps(record, indent=2).encode())
-        sync_tree(fresh)
-        if folder.exists():
-            folder.rename(stale)
-        fresh.rename(folder)
-        sync_folder(folder.parent)
-        shutil.rmtree(stale, ignore_errors=True)
-
-
-def _stale(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
+        replace_folder(folder, fresh)

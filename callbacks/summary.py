@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from sppo_lightning.callbacks.base import SelfPlayCallback
 from sppo_lightning.datamodule import self_play_data
+from sppo_lightning.evaluation.gate import best_result, read_decisions
 from sppo_lightning.evaluation.held_out import load_evaluation
 from sppo_lightning.evaluation.results import HEADINGS, held_out_results
 from sppo_lightning.store.run_folder import RunFolder
@@ -57,9 +58,14 @@ class RunSummary(SelfPlayCallback):
             )
         lines += self._evaluations(folder, iterations)
         lines += [
+            f"  after {item.finished} iteration(s), {item.action}: {'; '.join(item.reasons)}"
+            for item in read_decisions(folder)
+            if item.reasons
+        ]
+        lines += [
             "",
             "Where everything lies",
-            f"  {folder.policy}        the trained policy, a Hugging Face folder",
+            *_policies(folder, iterations),
             f"  {folder.metrics}   every metric; curves: "
             f"tensorboard --logdir {shlex.quote(str(folder.root))}",
             *(
@@ -96,6 +102,24 @@ class RunSummary(SelfPlayCallback):
                     f"    after  ({now[row.prompt_id].reward:.2f})  {_line(now[row.prompt_id].response)}",
                 ]
         return lines
+
+
+def _policies(folder: RunFolder, iterations: int) -> list[str]:
+    """Return what ``policy/`` and ``best/`` hold."""
+    decisions = read_decisions(folder)
+    last = decisions[-1].policy if decisions else iterations
+    lines = [f"  {folder.policy}        {_policy(last)}, a Hugging Face folder"]
+    best = best_result(held_out_results(folder, iterations), decisions)
+    if best is not None and best.finished > 0:
+        reward = f"held-out reward {best.reward:.3f} ± {best.stderr:.3f}"
+        lines.append(f"  {folder.best}          the best: {_policy(best.finished)}, {reward}")
+    elif best is not None:
+        lines.append("  No iteration had a better held-out reward than the initial policy.")
+    return lines
+
+
+def _policy(finished: int) -> str:
+    return f"the policy after {finished} iteration(s)" if finished else "the initial policy"
 
 
 def _line(text: str, width: int = 96) -> str:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from sppo_lightning.difficulty import Reestimation, StatisticsTable
+from sppo_lightning.evaluation.divergence import AnswerReader
 from sppo_lightning.evaluation.held_out import EvaluationLoader, HeldOut, write_predictions
 from sppo_lightning.generation import Generator
 from sppo_lightning.iteration.builder import IterationBuilder
@@ -369,10 +370,32 @@ class SelfPlayDataModule(pl.LightningDataModule):
         position = fit_position(self.trainer)
         return position.epoch_is_over and position.trained % self.epochs_per_iteration == 0
 
+    @property
+    def finished_iterations(self) -> int:
+        """Iterations that the loaded checkpoint has finished."""
+        return self._state.finished
+
+    def reverted(self, finished: int, *, to: int) -> None:
+        """Take note that the policy is an earlier one again.
+
+        Args:
+            finished: iterations that the policy was trained for that was given up.
+            to: iterations that the policy was trained for which the run goes on from.
+        """
+        self._state.reverted = (finished, to)
+
+    def policy_after(self, finished: int) -> int:
+        """Return the iterations that the policy was trained for which the run has after ``finished`` iterations."""
+        return self._state.evaluated_as(finished)
+
+    def iteration_metrics(self) -> dict[str, float]:
+        """Return what the loggers get about the current iteration's data."""
+        return self._state.metrics()
+
     def _log_iteration(self) -> None:
         """Log what the current iteration's data is like, before its first step."""
         assert self.trainer is not None
-        metrics = self._state.metrics()
+        metrics = self.iteration_metrics()
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, step=self.trainer.global_step)
 
@@ -417,7 +440,16 @@ class SelfPlayDataModule(pl.LightningDataModule):
         assert self.trainer is not None
         position = fit_position(self.trainer)
         trained = (position.trained + position.inside) // self.epochs_per_iteration
-        return max(trained, self._state.finished)
+        return self._state.evaluated_as(max(trained, self._state.finished))
+
+    def answer_reader(self) -> AnswerReader:
+        """Return what reads held-out answers with the policy as it is now."""
+        return AnswerReader(
+            self._encoded("eval_prompts"),
+            self.module.reference.policy_logps_by_token,
+            self._pair_layout,
+            self.rules.batch_size,
+        )
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Answer ``predict_prompts`` greedily into ``predictions.jsonl``."""

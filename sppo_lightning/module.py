@@ -215,7 +215,7 @@ class PreferenceModule(SelfPlayModule):
             torch.manual_seed(
                 derive_seed(slot.seed, "step", self.trainer.global_step, self.trainer.global_rank)
             )
-        rate = self.learning_rate * self.lr_schedule.factor(slot.step, slot.steps)
+        rate = self.learning_rate * self.learning_rate_factor * self.lr_schedule.factor(slot.step, slot.steps)
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -246,6 +246,11 @@ class PreferenceModule(SelfPlayModule):
                 optimizer.zero_grad()  # Lightning would, but only after the next forward, whose peak they add to
                 if batch.slot.ends_iteration and not self.carry_optimizer:
                     reset_state(optimizer)  # before the next iteration samples, rather than when it trains
+
+    def reset_optimizers(self) -> None:
+        """Clear what the optimizers know."""
+        for optimizer in self.trainer.optimizers:
+            reset_state(optimizer)
 
     # -------------------------------------------------------------- evaluation
 

@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from sppo_lightning.callbacks import (
     DisplacementWarning,
     InitialEvaluation,
+    LearningDiagnostics,
     PhaseMemory,
     PhaseTimes,
     PolicyExport,
@@ -252,7 +253,13 @@ class SelfPlayCLI(LightningCLI):
         given = config.get("callbacks") or []
         given = [*(given if isinstance(given, list) else [given]), *callbacks]
         defaults: list[Callback] = [PhaseTimes(), PhaseMemory(), InitialEvaluation(), WeightUpdateCheck()]
-        defaults += [DisplacementWarning(), SampleTable(), PolicyExport(), RunSummary()]
+        defaults += [
+            LearningDiagnostics(),
+            DisplacementWarning(),
+            SampleTable(),
+            PolicyExport(),
+            RunSummary(),
+        ]
         if config["enable_progress_bar"] is not False:
             defaults.append(SelfPlayProgress())
         if config["enable_checkpointing"] is not False:

@@ -16,7 +16,7 @@ import torch
 from sppo_lightning.export.card import model_card
 from sppo_lightning.export.check import Check, check_export
 from sppo_lightning.export.exporter import Exporter
-from sppo_lightning.export.finished_run import open_run
+from sppo_lightning.export.finished_run import best_iteration, open_run
 from sppo_lightning.export.formats import GGUFReadyModel, HFModel, MergedModel, PEFTAdapter
 from sppo_lightning.export.saved_policy import SavedPolicy
 from sppo_lightning.policy.pretrained import DTYPES
@@ -35,7 +35,7 @@ def export(
     run: str,
     format: Exporter,
     output: str | None = None,
-    iteration: int | None = None,
+    iteration: int | Literal["best"] | None = None,
     dtype: Dtype = "auto",
     device: str = "cpu",
 ) -> Path:
@@ -56,7 +56,9 @@ def export(
             where there is an adapter, with what llama.cpp's convert_hf_to_gguf.py looks for; or the class path of an
             exporter of your own, with its arguments as ``--format.NAME VALUE``.
         output: folder to write, absent or empty; default: ``export-<format>`` in the run's folder.
-        iteration: self-play iteration whose policy to take; default: the last finished one.
+        iteration: self-play iteration whose policy to take, from 0; ``best``: that of ``best/``, the one with the best
+            held-out reward; default: that of ``policy/``, the last finished one or, after a step back that was
+            reverted, the one that the run went on from.
         dtype: of the written weights; ``auto``: as trained (float32) where no adapter is merged, else the dtype that
             the base's config names (float32 for a .gguf file).
         device: where the check computes, e.g. ``cuda``.
@@ -68,6 +70,16 @@ def export(
         UserError: if the run cannot be exported so, or the export is not the trained policy.
     """
     source = open_run(Path(run), iteration=iteration)
+    best = best_iteration(source.folder)
+    print(
+        f"Exporting the policy of iteration {source.iteration}"
+        + (
+            "."
+            if best in (None, source.iteration)
+            else f"; the best by held-out reward is iteration {best}'s (--iteration best)."
+        ),
+        file=sys.stderr,
+    )
     wanted = DTYPES.get(dtype)
     format.validate(source, dtype=wanted)
     name = format.name or type(format).__name__

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import yaml
@@ -112,12 +112,13 @@ class FinishedRun:
         return _read_json(self.policy_folder / ADAPTER_CONFIG)
 
 
-def open_run(root: Path, *, iteration: int | None = None) -> FinishedRun:
+def open_run(root: Path, *, iteration: int | Literal["best"] | None = None) -> FinishedRun:
     """Find a policy of a run.
 
     Args:
         root: the run's folder.
-        iteration: self-play iteration to take the policy from; ``None``: the last finished one.
+        iteration: self-play iteration to take the policy from; ``best``: that of ``best/``; ``None``: that of
+            ``policy/``, the last finished one unless the run reverted to an earlier one.
 
     Raises:
         UserError: if this is no run, or the policy is not there.
@@ -151,18 +152,35 @@ def open_run(root: Path, *, iteration: int | None = None) -> FinishedRun:
             f"{root} has no finished iteration yet, so that there is no policy to export: run fit to the end of an "
             "iteration"
         )
+    if iteration == "best":
+        best = best_iteration(folder)
+        if best is None:
+            raise UserError(
+                f"{folder.best} is not there: no finished iteration had a better held-out reward than the initial "
+                "policy, or the run had no data.eval_prompts; leave --iteration out for the last one"
+            )
+        return FinishedRun(folder, config, _on_its_base(policy, folder.best), best, folder.best)
+    if latest < 0 and iteration is None:
+        raise UserError(
+            f"{root} reverted to the policy that it started from, {policy.pretrained}: there is nothing else to export"
+        )
     kept_place = folder.kept_policy(latest if iteration is None else iteration)
     if iteration is None:
         iteration = latest
     elif kept_place.is_dir():
         place = kept_place
     elif iteration != latest:
-        kept = sorted({*folder.kept_policies(), latest})
+        kept = sorted({*folder.kept_policies(), *([latest] if latest >= 0 else [])})
         raise UserError(
             f"{root} holds no policy of iteration {iteration}, only of {', '.join(map(str, kept))}: name one of those "
             "(callback PolicyExport with keep_every_iteration: true keeps all)"
         )
     return FinishedRun(folder, config, _on_its_base(policy, place), iteration, place)
+
+
+def best_iteration(folder: RunFolder) -> int | None:
+    """Return the iteration that ``best/`` comes out of; ``None`` if it is not there."""
+    return _iteration_of(folder.best, folder) if folder.best.is_dir() else None
 
 
 def _on_its_base(policy: PolicyConfig, place: Path) -> PolicyConfig:

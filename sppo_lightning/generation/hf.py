@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -226,7 +227,9 @@ class HFGenerator(Generator):
             [request.token_ids for request in batch], self.max_new_tokens, device
         )
         cache = reserved_cache(cast(Any, model).config)
+        begun = time.monotonic()
         logits = read(model, input_ids, mask[:, :width], positions, cache)
+        read_seconds = time.monotonic() - begun
         copies = torch.tensor([max(1, len(request.seeds)) for request in batch], device=device)
         source = torch.arange(len(batch), device=device).repeat_interleave(copies)
         logits, position = logits[source], positions[source, -1]
@@ -251,7 +254,9 @@ class HFGenerator(Generator):
                 if self.on_batch_progress is not None:
                     sampled += len(alive)
                     share = max((step + 1) / self.max_new_tokens, 1 - left / len(source))
-                    self.on_batch_progress(len(batch) * share, sampled)
+                    spent = time.monotonic() - begun
+                    whole = read_seconds + (spent - read_seconds) / share  # prompts are read once, before all
+                    self.on_batch_progress(len(batch) * min(spent / whole, 1.0), sampled)
                 if left == 0:
                     break
                 if steps.worth_compacting(left, len(alive)):

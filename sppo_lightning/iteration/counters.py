@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from sppo_lightning.iteration.diversity import Diversity
 from sppo_lightning.types import ScoredRollout
 
 
@@ -24,28 +25,33 @@ class ResponseCounters:
         self._prompt_means = 0.0
         self._part_means: defaultdict[str, float] = defaultdict(float)
         self._part_prompts: Counter[str] = Counter()
+        self._diversity = Diversity()
 
     def add(self, rows: Sequence[ScoredRollout], *, probed: range | None = None) -> None:
         """Count all responses to one prompt.
 
         Args:
             rows: the responses.
-            probed: sample indices whose rewards count in the means; ``None``: all. The others are there because these
-                were good.
+            probed: sample indices that count in means and diversity; ``None``: all. The others are there because
+                these were good.
         """
         self._sampled += len(rows)
         rewards: list[float] = []
+        answers: list[tuple[int, ...]] = []
         parts: defaultdict[str, list[float]] = defaultdict(list)
         for row in rows:
+            counts = probed is None or row.sample_index in probed
             if row.finish_reason != "failed":
                 self._answered += 1
                 self._tokens += row.length
                 self._cut += row.finish_reason == "length"
+                if counts:
+                    answers.append(row.token_ids)
             if not row.usable:
                 self._dropped[row.drop_reason or "non_finite_reward"] += 1
                 continue
             self._usable += 1
-            if probed is not None and row.sample_index not in probed:
+            if not counts:
                 continue
             rewards.append(row.reward or 0.0)
             for name, value in row.reward_parts.items():
@@ -57,6 +63,7 @@ class ResponseCounters:
         for name, values in parts.items():
             self._part_prompts[name] += 1
             self._part_means[name] += sum(values) / len(values)
+        self._diversity.add(answers, rewards)
 
     def counts(self) -> dict[str, Any]:
         """Return how many responses were sampled, are usable, and were dropped by reason."""
@@ -76,6 +83,7 @@ class ResponseCounters:
             "iteration/reward/mean": self._prompt_means / max(self._scored_prompts, 1),
             "iteration/response_length/mean": self._tokens / self._answered,
             "iteration/response_unfinished/share": self._cut / self._answered,
+            **self._diversity.metrics(),
             **parts,
             **reasons,
         }

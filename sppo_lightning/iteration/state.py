@@ -42,6 +42,9 @@ class IterationState:
         self.pairs = PairTable.collect([])  # of that iteration, in pair order; not in a checkpoint
         self.due: Reestimation | None = None  # when the next iteration starts
         self.finished = 0  # iterations that the loaded checkpoint has finished
+        self.reverted: tuple[int, int] | None = (
+            None  # iterations of the policy given up, and of the one after
+        )
         self._rule_states: Mapping[str, Any] | None = None  # what the rules know; None: they are fresh
         self._orders: list[Tensor] = []  # of the current iteration's pairs, one an epoch
         self._first_step = 0  # optimizer steps of the run before the current iteration
@@ -137,6 +140,10 @@ class IterationState:
             return first + self.epochs
         # the last epoch's end may still have to come
         return first + min(consumed // len(self.pairs), self.epochs - 1)
+
+    def evaluated_as(self, finished: int) -> int:
+        """Return the iterations after which the policy was evaluated, ``finished`` unless the run reverted then."""
+        return self.reverted[1] if self.reverted is not None and self.reverted[0] == finished else finished
 
     @property
     def ends_inside(self) -> bool:
@@ -259,6 +266,7 @@ class IterationState:
                 "at_random": due.at_random,
             },
             "rule_states": self._rule_states,
+            "reverted": None if self.reverted is None else list(self.reverted),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -267,6 +275,8 @@ class IterationState:
         self.pairs, self._orders = PairTable.collect([]), []
         self.finished = state["finished"]
         self._rule_states = state.get("rule_states")
+        reverted = state.get("reverted")
+        self.reverted = None if reverted is None else (reverted[0], reverted[1])
         self._consumed = state["pairs_consumed"] if self.current >= 0 else None
         self._provenance = state["made_from"]
         self.known = StatisticsTable.from_state(state["table"])

@@ -170,6 +170,31 @@ def gather_full_model(
     return gathered
 
 
+def save_shards(weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write sharded weights, a part for each process; a collective.
+
+    Args:
+        weights: by name.
+        folder: where to.
+    """
+    from torch.distributed.checkpoint import state_dict_saver
+
+    state_dict_saver.save(dict(weights), checkpoint_id=folder)
+
+
+def load_shards(weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Overwrite sharded weights with those that :func:`save_shards` wrote, by any number of processes; a collective.
+
+    Args:
+        weights: by name, changed in place.
+        folder: where they are; its metadata has been checked.
+    """
+    from torch.distributed.checkpoint import state_dict_loader
+
+    with torch.no_grad():
+        state_dict_loader.load(dict(weights), checkpoint_id=folder)
+
+
 def load_rest(checkpoint: Path, module: nn.Module, optimizers: Sequence[Optimizer]) -> set[str]:
     """Load what a checkpoint holds in addition to a module's weights, a collective; return the names of its weights.
 

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sppo_lightning.policy import loading, sharding
@@ -26,10 +29,12 @@ from sppo_lightning.policy.snapshot import (
     UnshardedSnapshot,
 )
 from sppo_lightning.policy.spec import PolicySpec
-from sppo_lightning.types import UserError
+from sppo_lightning.types import UserError, first_line
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+KEPT_WEIGHTS = "weights.safetensors"
 
 
 @dataclass(eq=False)
@@ -102,6 +107,23 @@ class TrainedPolicy(ABC):
         """
 
     @abstractmethod
+    def keep(self, folder: Path, *, is_rank0: bool) -> None:
+        """Write the trained weights as they are, for :meth:`restore`; all processes call it together.
+
+        Args:
+            folder: where to; not there yet.
+            is_rank0: whether this process is the one that writes full weights.
+        """
+
+    @abstractmethod
+    def restore(self, folder: Path) -> None:
+        """Take the weights that :meth:`keep` wrote, to the last bit; all processes call it together.
+
+        Raises:
+            UserError: if they cannot be read, or are another model's.
+        """
+
+    @abstractmethod
     def cleanup_sampling_weights(self) -> None:
         """Remove what syncing the sampling weights or a killed run wrote, once no process samples any more."""
 
@@ -131,6 +153,28 @@ class UnshardedPolicy(TrainedPolicy):
         """Write the policy, on rank 0."""
         if is_rank0:
             self.current().export(folder)
+
+    def keep(self, folder: Path, *, is_rank0: bool) -> None:
+        """Write one file, on rank 0."""
+        if is_rank0:
+            folder.mkdir(parents=True)
+            save_file(copied_weights(self.model), folder / KEPT_WEIGHTS)
+
+    def restore(self, folder: Path) -> None:
+        """Read the file, by every process."""
+        path = folder / KEPT_WEIGHTS
+        try:
+            weights = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be read ({first_line(error)}): restore it from a copy") from error
+        trained = _trained(self.model)
+        if {name: value.shape for name, value in weights.items()} != {
+            name: parameter.shape for name, parameter in trained.items()
+        }:
+            raise UserError(f"{path} holds other weights than those that are trained: restore it from a copy")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(weights[name])
 
     def cleanup_sampling_weights(self) -> None:
         """Do nothing: nothing was written."""
@@ -168,6 +212,14 @@ class ShardedPolicy(TrainedPolicy):
         if model is not None:
             write_folder(model, self.spec.tokenizer, folder)
 
+    def keep(self, folder: Path, *, is_rank0: bool) -> None:
+        """Write a part for each process."""
+        sharding.save_shards(_trained(self.model), folder)
+
+    def restore(self, folder: Path) -> None:
+        """Read what this process holds."""
+        sharding.load_shards(_trained(self.model), folder)
+
     def cleanup_sampling_weights(self) -> None:
         """Remove the workspace."""
         if sharding.is_rank0(self.mesh):
@@ -182,6 +234,10 @@ class ShardedPolicy(TrainedPolicy):
 
     def _read_again(self) -> nn.Module:
         return _load_sharded(self.spec, self.mesh)
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def load_trained_policy(

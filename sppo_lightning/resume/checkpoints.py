@@ -181,12 +181,18 @@ def check_checkpoint(path: Path, name: str) -> None:
             f"{name}={str(path)!r} is no checkpoint, or was cut short: restore it from a copy, or name another "
             "with --ckpt_path"
         )
-    if (path / METADATA).is_file():  # else the sizes of its files say what is gone
-        _check_metadata(path / METADATA)
+    check_sharded_metadata(path)
 
 
-def _check_metadata(path: Path) -> None:
-    """Refuse a sharded checkpoint's metadata that would run code: torch unpickles it, whatever it holds."""
+def check_sharded_metadata(folder: Path) -> None:
+    """Refuse a sharded checkpoint's metadata that would run code: torch unpickles it, whatever it holds.
+
+    Raises:
+        UserError: naming the file. Nothing is said where there is none: the sizes of a checkpoint's files tell.
+    """
+    path = folder / METADATA
+    if not path.is_file():
+        return
     try:
         _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
     except Exception as error:  # a pickle of somebody else can raise anything

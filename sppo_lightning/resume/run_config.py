@@ -26,7 +26,7 @@ DAMAGED = (
     RecursionError,
 )  # of a config.yaml
 TRAINER_KEYS = ("precision", "gradient_clip_val", "gradient_clip_algorithm")
-RULE_CALLBACK = "DifficultyReestimation"
+RULE_CALLBACKS = ("DifficultyReestimation", "IterationGate")  # those that decide results
 _WRITE_CONFIG = (
     "restore it from a copy, or, if you are sure that this is the config of that run, write it by giving the same "
     "command with --print_config and sending its output there; otherwise use another trainer.default_root_dir"
@@ -157,17 +157,17 @@ def check_same_run(folder: RunFolder, config: Mapping[str, Any], sections: Mappi
 def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parts of a config that may decide a run's results."""
     trainer = config["trainer"]
-    callbacks = trainer.get("callbacks") or []
-    rules = [
-        callback.get("init_args") or {}
-        for callback in (callbacks if isinstance(callbacks, list) else [callbacks])
-        if str(callback["class_path"]).endswith(RULE_CALLBACK)
-    ]
+    given = trainer.get("callbacks") or []
+    callbacks = given if isinstance(given, list) else [given]
+    rules = {
+        name: next((item for item in reversed(callbacks) if str(item["class_path"]).endswith(name)), None)
+        for name in RULE_CALLBACKS
+    }
     return {
         **{name: config[name] for name in ("seed_everything", "model", "data")},
         "trainer": {
             **{name: trainer.get(name) for name in TRAINER_KEYS},
-            "callbacks": {RULE_CALLBACK: rules[-1] if rules else None},
+            "callbacks": rules,
         },
     }
 

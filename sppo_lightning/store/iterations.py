@@ -101,6 +101,21 @@ class IterationStore:
         return self.folder / "pairs.parquet"
 
     @property
+    def diagnostics_path(self) -> Path:
+        """What the iteration did to the policy, in numbers."""
+        return self.folder / "diagnostics.json"
+
+    def read_diagnostics(self) -> dict[str, float]:
+        """Return them by metric name; none where they are missing or damaged."""
+        try:
+            return {
+                name: float(value)
+                for name, value in read_checksummed(self.diagnostics_path.read_bytes()).items()
+            }
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    @property
     def complete(self) -> bool:
         """Whether the iteration's data is final."""
         manifest = self.read_manifest()

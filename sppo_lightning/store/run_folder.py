@@ -64,6 +64,20 @@ class RunFolder:
         """The policy of the latest finished iteration."""
         return self.root / "policy"
 
+    @property
+    def best(self) -> Path:
+        """The policy with the best held-out reward of all finished iterations."""
+        return self.root / "best"
+
+    @property
+    def gate(self) -> Path:
+        """What was decided about the policy at each iteration's end."""
+        return self.root / "gate.json"
+
+    def kept_weights(self, finished: int) -> Path:
+        """Return where the trained weights after ``finished`` iterations are kept, for a run to revert to."""
+        return self.root / "checkpoints" / f"weights-{finished:03d}"
+
     def kept_policy(self, iteration: int) -> Path:
         """Return the folder of an earlier iteration's policy, where those are kept."""
         return self.root / "policies" / f"{iteration:03d}"

@@ -94,6 +94,40 @@ def sync_tree(folder: Path) -> None:
                 os.fsync(content.fileno())
 
 
+def replace_folder(folder: Path, fresh: Path) -> None:
+    """Let a folder that is whole take another's name and place; :func:`restore_replaced` mends a kill in between."""
+    stale = _stale(folder)
+    sync_tree(fresh)
+    if folder.exists():
+        folder.rename(stale)
+    fresh.rename(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(stale, ignore_errors=True)
+
+
+def fresh_folder(folder: Path, *, clear: bool) -> Path:
+    """Return the name under which :func:`replace_folder`'s new folder is written.
+
+    Args:
+        folder: to be replaced.
+        clear: remove what a killed run left; by one process.
+    """
+    fresh = folder.with_name(f".{folder.name}.new")
+    for leftover in (fresh, _stale(folder)) if clear else ():
+        shutil.rmtree(leftover, ignore_errors=True)
+    return fresh
+
+
+def restore_replaced(folder: Path) -> None:
+    """Put back a folder that a killed :func:`replace_folder` was about to replace."""
+    if not folder.exists() and _stale(folder).exists():
+        _stale(folder).rename(folder)
+
+
+def _stale(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
 def _make_folder(folder: Path) -> None:
     fresh = list(takewhile(lambda place: not place.exists(), (folder, *folder.parents)))
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ STEP_METRICS = (
     "logps/chosen",
     "logps/rejected",
 )
-LOG_RATIOS = ("logratios/chosen", "logratios/rejected")
+LOG_RATIOS = ("logratios/chosen", "logratios/rejected", "logratios/chosen_fell")
 
 
 class StepMetrics(Metric):
@@ -52,6 +52,7 @@ class StepMetrics(Metric):
             "logps/rejected": policy.rejected,
             "logratios/chosen": policy.chosen - reference.chosen,
             "logratios/rejected": policy.rejected - reference.rejected,
+            "logratios/chosen_fell": (policy.chosen < reference.chosen).to(margin.dtype),
             **terms.parts,
         }
         rows = [(values[name].detach() * weights).sum() for name in self.names]

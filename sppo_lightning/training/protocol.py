@@ -28,6 +28,7 @@ class SelfPlayModule(pl.LightningModule, ABC):
         pair_forward: how log-probs are computed.
         optimizer_factory: makes the optimizer; ``None``: the default.
         carry_optimizer: whether its state is kept while the next iteration samples.
+        learning_rate_factor: scales the rate from here on; a callback may lower it.
     """
 
     policy_spec: PolicySpec
@@ -36,6 +37,7 @@ class SelfPlayModule(pl.LightningModule, ABC):
     pair_forward: PairForward
     optimizer_factory: OptimizerFactory | None
     carry_optimizer: bool
+    learning_rate_factor: float = 1.0
 
     @property
     @abstractmethod
@@ -46,6 +48,10 @@ class SelfPlayModule(pl.LightningModule, ABC):
     @abstractmethod
     def compute_dtype(self) -> torch.dtype:
         """Dtype of the Trainer's matrix products."""
+
+    @abstractmethod
+    def reset_optimizers(self) -> None:
+        """Clear what the optimizers know: the weights are no longer those that it is about."""
 
     @abstractmethod
     def check(self) -> None:

@@ -86,7 +86,15 @@ class FrozenReference:
     def logps_by_token(self, batch: PairBatch) -> PairLogps:
         """Return the log-probs of a batch's response tokens, ``[B, T]`` each, float64, nats, on the CPU."""
         assert self._held is not None, "held() comes first"
-        model = self._held.model
+        return self._read(self._held.model, batch)
+
+    def policy_logps_by_token(self, batch: PairBatch) -> PairLogps:
+        """Return the same of the policy as it is now."""
+        model = self._policy().model
+        with without_dropout(model):
+            return self._read(model, batch)
+
+    def _read(self, model: nn.Module, batch: PairBatch) -> PairLogps:
         rows = move_data_to_device(batch.rows, next(model.parameters()).device)
         with torch.no_grad(), self._trainer().precision_plugin.forward_context():
             logps = self._forward.logps_by_token(model, rows)
