@@ -66,6 +66,9 @@ class SelfPlayDataModule(pl.LightningDataModule):
         pairing: a prompt's pairs of a chosen and a rejected response; default ``BestWorst``.
         pair_selection: which pairs to keep, given their statistics; default ``AllPairs``.
         eval_prompts: held-out prompts, evaluated before the first and after each iteration.
+        eval_share: share of ``prompts`` that is held out instead, and not trained on, where ``eval_prompts`` is not
+            set: at most 200 prompts, and none where that would be fewer than 20. ``None``: none; the command line's
+            default is 0.1.
         test_prompts: held-out prompts of ``test``.
         predict_prompts: prompts of ``predict``.
         columns: the files' own names of ``prompt``, ``answer`` and ``id``, where they have others; for all prompts.
@@ -110,6 +113,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         pairing: Pairing | None = None,
         pair_selection: Selection | None = None,
         eval_prompts: Sources | None = None,
+        eval_share: float | None = None,
         test_prompts: Sources | None = None,
         predict_prompts: Sources | None = None,
         columns: dict[str, str] | None = None,
@@ -135,6 +139,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
             if value is not None and value < 1:
                 raise ValueError(f"data.{name}={value} must be at least 1")
         check_columns(columns or {})
+        if eval_share is not None and not 0 <= eval_share < 1:
+            raise ValueError(f"data.eval_share={eval_share} must lie in [0, 1)")
         if not 0 <= max_failed_share <= 1:
             raise ValueError(f"data.max_failed_share={max_failed_share} must lie in [0, 1]")
         self.unfinished = UnfinishedRule(unfinished, unfinished_penalty)
@@ -173,6 +179,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
             max_prompt_tokens,
             system_prompt,
             columns or {},
+            eval_share or 0.0,
+            seed,
         )
         self.stop = StopSignal()
         self.ranks: FileRanks = FileRanks(

@@ -191,6 +191,7 @@ class SelfPlayCLI(LightningCLI):
         defaults = {
             "trainer.precision": fast_precision(config.trainer.accelerator),
             "model.policy.template_date": date.today().isoformat(),
+            "data.eval_share": 0.1 if config.data.eval_prompts is None else None,
         }
         if config.trainer.plugins:  # one of them may be a precision
             del defaults["trainer.precision"]

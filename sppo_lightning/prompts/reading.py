@@ -157,17 +157,17 @@ def check_disjoint(train: Iterable[Prompt], held_out: Sequence[Prompt], *, key: 
     Raises:
         UserError: naming one overlapping prompt.
     """
-    kept_apart = {_spoken(prompt) for prompt in held_out}
-    seen = {spoken: prompt.id for prompt in train if (spoken := _spoken(prompt)) in kept_apart}
-    shared = [prompt for prompt in held_out if _spoken(prompt) in seen] if seen else []
+    kept_apart = {digest_of_turns(prompt) for prompt in held_out}
+    seen = {spoken: prompt.id for prompt in train if (spoken := digest_of_turns(prompt)) in kept_apart}
+    shared = [prompt for prompt in held_out if digest_of_turns(prompt) in seen] if seen else []
     if shared:
         raise UserError(
             f"{len(shared)} of {len(held_out)} prompts of {key} are also in data.prompts (first: "
-            f"{shared[0].id!r} = training prompt {seen[_spoken(shared[0])]!r}): remove them on one side"
+            f"{shared[0].id!r} = training prompt {seen[digest_of_turns(shared[0])]!r}): remove them on one side"
         )
 
 
-def _spoken(prompt: Prompt) -> bytes:
+def digest_of_turns(prompt: Prompt) -> bytes:
     """Return a digest of what is said, without the white space around it, which makes no other prompt."""
     turns = [[turn["role"], turn["content"].strip(), *_more(turn)] for turn in prompt.messages]
     return hashlib.blake2b(json.dumps(turns, default=str).encode(), digest_size=16).digest()

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from sppo_lightning.prompts.encoding import PromptError, encode_prompts
-from sppo_lightning.prompts.reading import locate, read_prompts
+from sppo_lightning.prompts.reading import digest_of_turns, locate, read_prompts
 from sppo_lightning.prompts.table import EncodedPrompts, PromptTable
+from sppo_lightning.seeding import random_keys
 from sppo_lightning.types import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MOST_HELD_OUT = 200
+LEAST_HELD_OUT = 20
 LISTED = 10  # ids of dropped prompts that are shown
 
 
@@ -27,6 +30,9 @@ class PromptSets:
         max_tokens: longer prompts are left out.
         system_prompt: opens the conversations that have no system message.
         columns: the files' own names of ``prompt``, ``answer`` and ``id``.
+        eval_share: share of ``prompts`` to hold out as ``eval_prompts`` where none are named, at most
+            :data:`MOST_HELD_OUT`; none are where that would be fewer than :data:`LEAST_HELD_OUT`.
+        seed: decides which.
     """
 
     def __init__(
@@ -35,18 +41,24 @@ class PromptSets:
         max_tokens: int,
         system_prompt: str | None = None,
         columns: Mapping[str, str] = MappingProxyType({}),
+        eval_share: float = 0.0,
+        seed: int = 0,
     ) -> None:
         self.sources = sources
         self.max_tokens = max_tokens
         self.system_prompt = system_prompt
         self.columns = columns
+        self.eval_share = 0.0 if sources.get("eval_prompts") is not None else eval_share
+        self.seed = seed
         self._read: dict[str, PromptTable] = {}
         self._encoded: dict[str, EncodedPrompts] = {}
         self._too_long: dict[str, list[str]] = {}
 
     def named(self, key: str) -> bool:
-        """Whether the config names prompts for ``key``."""
-        return self.sources[key] is not None
+        """Whether there are prompts for ``key``: named by the config, or held out."""
+        if key == "eval_prompts" and self.eval_share:
+            self.read("prompts")
+        return self.sources[key] is not None or key in self._read
 
     def read(self, key: str) -> PromptTable:
         """Return the prompts of ``key``.
@@ -54,12 +66,38 @@ class PromptSets:
         Raises:
             UserError: if the config names none, or they cannot be read.
         """
-        source = self.sources[key]
-        if source is None:
+        if not self.named(key) if key == "eval_prompts" else self.sources[key] is None:
             raise UserError(f"data.{key} is not set: name a prompt file")
         if key not in self._read:
+            source = self.sources[key]
+            assert source is not None
             self._read[key] = read_prompts(source, key=f"data.{key}", columns=self.columns)
+            if key == "prompts" and self.eval_share:
+                self._hold_out()
         return self._read[key]
+
+    def _hold_out(self) -> None:
+        """Take some of the training prompts as held-out ones; prompts that say the same stay together."""
+        prompts = self._read["prompts"]
+        count = min(MOST_HELD_OUT, int(self.eval_share * len(prompts)))
+        if count < LEAST_HELD_OUT:
+            rank_zero_info(
+                f"data.eval_prompts is not set, and {len(prompts)} prompts are too few to hold some out: nothing says "
+                "how the policy does on other prompts."
+            )
+            return
+        said = [digest_of_turns(prompt).hex() for prompt in prompts]
+        keys = random_keys(said, self.seed, "held out")
+        last = float(keys.sort().values[count - 1])
+        held_out = [key <= last for key in keys.tolist()]
+        for key, wanted in (("eval_prompts", True), ("prompts", False)):
+            self._read[key] = PromptTable(
+                prompt for prompt, held in zip(prompts, held_out, strict=True) if held is wanted
+            )
+        rank_zero_info(
+            f"data.eval_prompts is not set: {len(self._read['eval_prompts'])} of the {len(prompts)} prompts of "
+            f"data.prompts are held out, and not trained on (data.eval_share={self.eval_share:g}; 0: none)."
+        )
 
     def keep_first(self, key: str, count: int) -> None:
         """Leave out all but the first ``count`` prompts of ``key``."""
@@ -92,7 +130,7 @@ class PromptSets:
                     arguments=arguments or {},
                 )
             except PromptError as error:
-                source = self.sources[key]
+                source = self.sources[key] or self.sources["prompts"]
                 assert source is not None
                 place = locate(source, error.prompt_id, key=f"data.{key}", columns=self.columns)
                 raise UserError(f"{place}: {error}") from error
