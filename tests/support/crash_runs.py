@@ -29,6 +29,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "optimizer carried on": {"model__carry_optimizer": "true"},
     "nothing held out": {"data__eval_prompts": None},
+    "a gate that reverts": {"data__iterations": 3, "gate": {"tolerance": 0.0}},
+    "an adapter behind a gate that always reverts": {
+        **LORA,
+        "gate": {"bounds": {"learning/logratios/chosen_fell": -1.0}},
+    },
     "old iterations pruned": {"data__iterations": 3, "data__keep_iterations": 1},
 }
 
@@ -83,6 +88,9 @@ class Crashes:
             },
             {"class_path": "support.crashing.Marks"},
         ]
+        if "gate" in changes:
+            gate = {"class_path": "sppo_lightning.callbacks.IterationGate", "init_args": changes.pop("gate")}
+            callbacks.append(gate)
         settings = {
             "data__eval_prompts": self._folder / "eval.jsonl",
             "trainer__callbacks": json.dumps(callbacks),
