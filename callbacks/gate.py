@@ -145,11 +145,15 @@ class IterationGate(SelfPlayCallback):
             rows, best, diagnostics, tolerance=self.tolerance, bounds=self.bounds
         )
         factor = earlier[-1].learning_rate_factor if earlier else 1.0
-        if reasons and self.action == "revert":
+        action = self.action
+        if reasons and action == "revert" and not folder.kept_weights(before.finished).exists():
+            action = "warn"  # not to be undone
+            reasons.append(f"{folder.kept_weights(before.finished)}, to revert to, is not there")
+        if reasons and action == "revert":
             factor *= self.learning_rate_factor
         return Decision(
             finished=finished,
-            action=self.action if reasons else "accept",
+            action=action if reasons else "accept",
             reasons=tuple(reasons),
             best=finished if not reasons and difference > 0 else before.finished,
             difference=difference,
@@ -165,7 +169,7 @@ class IterationGate(SelfPlayCallback):
             return
         said = f"The policy after {finished} iteration(s) is a step back: {'; '.join(decision.reasons)}."
         if decision.action == "warn":
-            rank_zero_warn(f"{said} The run goes on from it (IterationGate.action=warn).")
+            rank_zero_warn(f"{said} The run goes on from it.")
         elif decision.action == "stop":
             rank_zero_warn(f"{said} The run ends here (IterationGate.action=stop).")
             trainer.should_stop = True

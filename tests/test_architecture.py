@@ -76,8 +76,9 @@ PUBLIC = {
         PolicySource PromptResponses SGLangWeights SampleRequest VLLMAdapter VLLMGenerator WeightSync
     """,
     "sppo_lightning.callbacks": """
-        DifficultyReestimation DisplacementWarning InitialEvaluation PhaseMemory PhaseTimes PolicyExport RunCheckpoint
-        RunSummary SampleTable SelfPlayCallback SelfPlayProgress WeightUpdateCheck
+        DifficultyReestimation DisplacementWarning InitialEvaluation IterationGate LearningDiagnostics PhaseMemory
+        PhaseTimes PolicyExport RunCheckpoint RunSummary SampleTable SelfPlayCallback SelfPlayProgress
+        WeightUpdateCheck
     """,
     "sppo_lightning.pair_forward": "AutoForward PairForward PlainForward SharedForward VarlenForward",
     "sppo_lightning.export": """

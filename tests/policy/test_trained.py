@@ -297,3 +297,55 @@ def swap_adapters(mesh: DeviceMesh, tiny: Path, folder: Path) -> None:
 
 def test_sharded_adapters_are_swapped_and_put_back(tiny_policy: Path, tmp_path: Path) -> None:
     together(swap_adapters, tiny_policy, tmp_path)
+
+
+# ------------------------------------------------------------- weights kept to revert to
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_kept_weights_come_back_to_the_last_bit(
+    tiny_policy: Path, tmp_path: Path, lora: LoRAConfig | None
+) -> None:
+    policy = loaded(tiny_policy, tmp_path, None, lora=lora)
+    change(policy)
+    kept, digest = copied_weights(policy.model), policy.current().fingerprint()
+    policy.keep(tmp_path / "elsewhere", is_rank0=False)
+    assert not (tmp_path / "elsewhere").exists()
+    policy.keep(tmp_path / "kept", is_rank0=True)
+    change(policy)
+    assert policy.current().fingerprint() != digest
+    policy.restore(tmp_path / "kept")
+    assert policy.current().fingerprint() == digest
+    found = copied_weights(policy.model)
+    assert all(torch.equal(found[name], value) for name, value in kept.items())
+
+
+def test_weights_of_another_policy_or_none_are_not_restored(tiny_policy: Path, tmp_path: Path) -> None:
+    policy = loaded(tiny_policy, tmp_path, None)
+    loaded(tiny_policy, tmp_path, None, lora=LORA).keep(tmp_path / "adapter", is_rank0=True)
+    digest = policy.current().fingerprint()
+    with pytest.raises(UserError, match=r"weights\.safetensors holds other weights"):
+        policy.restore(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"weights\.safetensors cannot be read"):
+        policy.restore(tmp_path / "nowhere")
+    assert policy.current().fingerprint() == digest
+
+
+def keep_shards(mesh: DeviceMesh, tiny: Path, folder: Path, lora: LoRAConfig | None) -> None:
+    policy = loaded(tiny, folder, mesh, lora=lora)
+    change(policy)
+    kept, digest = copied_weights(policy.model), policy.current().fingerprint()
+    policy.keep(folder / "kept", is_rank0=mesh.get_local_rank() == 0)
+    change(policy)
+    assert policy.current().fingerprint() != digest
+    policy.restore(folder / "kept")
+    assert policy.current().fingerprint() == digest
+    found = copied_weights(policy.model)
+    assert all(torch.equal(found[name], value) for name, value in kept.items())
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_kept_shards_come_back_to_the_last_bit(
+    tiny_policy: Path, tmp_path: Path, lora: LoRAConfig | None
+) -> None:
+    together(keep_shards, tiny_policy, tmp_path, lora)

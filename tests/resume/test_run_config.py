@@ -336,7 +336,7 @@ def test_a_secret_may_change_and_is_never_shown(tmp_path: Path) -> None:
             "trainer__callbacks",
             None,
             [class_of("callbacks.DifficultyReestimation", share=0.5)],
-            "trainer.callbacks.DifficultyReestimation.share=None, but this config has 0.5",
+            "trainer.callbacks.DifficultyReestimation.class_path=None, but this config has",
         ),
         (
             "data__selection",

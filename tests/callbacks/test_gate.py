@@ -1,0 +1,158 @@
+"""The gate between iterations, and what it decides on, in whole runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.runs import cli_arguments
+
+from sppo_lightning.__main__ import main
+from sppo_lightning.callbacks import IterationGate
+from sppo_lightning.evaluation.gate import Decision, read_decisions
+from sppo_lightning.export.finished_run import open_run
+from sppo_lightning.store.run_folder import RunFolder
+from sppo_lightning.types import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ALWAYS = {"bounds": {"val/kl/initial": -100.0}}  # no policy passes
+NEVER = {"tolerance": 1e6}
+
+
+def arguments(policy: Path, prompts: Path, root: Path, gate: dict[str, Any], **changes: Any) -> list[str]:
+    settings = {
+        "data__eval_prompts": prompts / "eval.jsonl",
+        "trainer__callbacks": json.dumps(
+            [{"class_path": "sppo_lightning.callbacks.IterationGate", "init_args": gate}]
+        ),
+        **changes,
+    }
+    return ["fit", *cli_arguments(policy, prompts / "train.jsonl", root, **settings)]
+
+
+@pytest.fixture
+def fit(
+    tiny_policy: Path, counting_prompts: Path, tmp_path: Path
+) -> Callable[..., tuple[RunFolder, list[Decision]]]:
+    def run(gate: dict[str, Any], **changes: Any) -> tuple[RunFolder, list[Decision]]:
+        main(arguments(tiny_policy, counting_prompts, tmp_path / "run", gate, **changes))
+        folder = RunFolder(tmp_path / "run")
+        return folder, read_decisions(folder)
+
+    return run
+
+
+Fit = Callable[..., tuple[RunFolder, list[Decision]]]
+
+
+def logged(folder: RunFolder, name: str) -> list[float]:
+    with folder.metrics.open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def test_a_step_back_is_reverted_with_a_smaller_rate(
+    fit: Fit, tiny_policy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing passes: each iteration samples from the initial policy, and the run ends with it to the last bit."""
+    folder, decisions = fit(ALWAYS)
+    assert [(item.finished, item.action, item.best) for item in decisions] == [
+        (1, "revert", 0),
+        (2, "revert", 0),
+    ]
+    assert [item.learning_rate_factor for item in decisions] == [0.5, 0.25]
+    prints = [folder.iteration(n).read_manifest() or {} for n in range(2)]
+    assert prints[0]["policy_fingerprint"] == prints[1]["policy_fingerprint"]
+    found, given = (load_file(path / "model.safetensors") for path in (folder.policy, tiny_policy))
+    assert all(torch.equal(found[name], value) for name, value in given.items())
+    assert json.loads((folder.policy / "run.json").read_text())["iteration"] == -1
+    assert not folder.best.exists()
+    rates = logged(folder, "train/lr")
+    half = len(rates) // 2
+    assert rates[half:] == pytest.approx([rate / 2 for rate in rates[:half]])
+    state = torch.load(folder.last_checkpoint, weights_only=True)
+    assert all(not optimizer["state"] for optimizer in state["optimizer_states"])
+    said = capsys.readouterr().out
+    assert "the initial policy, a Hugging Face folder" in said
+    assert "after 1 iteration(s), revert: val/kl/initial is" in said
+    with pytest.raises(UserError, match="reverted to the policy that it started from"):
+        open_run(folder.root)
+
+
+def test_the_policy_that_stays_is_kept_as_best(fit: Fit) -> None:
+    """Whatever the rewards do, ``best/`` is the policy with the highest mean, which ``export`` can take."""
+    folder, decisions = fit(NEVER, data__iterations=3)
+    assert [item.action for item in decisions] == ["accept"] * 3
+    rewards = logged(folder, "val/reward/mean")
+    best = max(range(4), key=lambda finished: (rewards[finished], -finished))
+    assert decisions[-1].best == best
+    if best == 0:
+        assert not folder.best.exists()
+        return
+    record = json.loads((folder.best / "run.json").read_text())
+    assert record["iteration"] == best - 1
+    assert record["held_out"]["reward"] == pytest.approx(rewards[best])
+    assert open_run(folder.root, iteration="best").iteration == best - 1
+    assert [path.name for path in folder.last_checkpoint.parent.glob("weights-*")] == [f"weights-{best:03d}"]
+
+
+def test_a_run_that_is_stopped_ends_and_is_not_resumed_by_accident(
+    fit: Fit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, decisions = fit({**ALWAYS, "action": "stop"}, data__iterations=3)
+    assert [(item.finished, item.action) for item in decisions] == [(1, "stop")]
+    assert not folder.iteration(1).folder.exists()
+    with pytest.raises(SystemExit):
+        fit({**ALWAYS, "action": "stop"}, data__iterations=3)
+    assert "IterationGate stopped this run after 1 iteration(s): to go on" in capsys.readouterr().err
+    _, decisions = fit({**ALWAYS, "action": "warn"}, data__iterations=3)
+    assert [(item.finished, item.action) for item in decisions] == [(1, "stop"), (2, "warn"), (3, "warn")]
+
+
+def test_a_reverted_policy_is_validated_as_what_it_is(
+    fit: Fit, tiny_policy: Path, counting_prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = fit(ALWAYS, data__iterations=1)
+    args = arguments(tiny_policy, counting_prompts, folder.root, ALWAYS, data__iterations=1)
+    capsys.readouterr()
+    main(["validate", *args[1:], "--ckpt_path", str(folder.last_checkpoint)])
+    initial = logged(folder, "val/reward/mean")[0]
+    assert f"{initial:.4f}"[:6] in capsys.readouterr().out
+
+
+def test_other_settings_of_the_gate_are_another_run(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(NEVER, data__iterations=1)
+    with pytest.raises(SystemExit):
+        fit({"tolerance": 2.0}, data__iterations=1)
+    assert (
+        "trainer.callbacks.IterationGate.init_args.tolerance=1000000.0, but this config has 2.0"
+        in capsys.readouterr().err
+    )
+
+
+def test_without_kept_weights_there_is_a_warning_only(fit: Fit) -> None:
+    """The run was begun by a gate that stops, so that the initial policy's weights were not kept."""
+    fit({**ALWAYS, "action": "stop"})
+    _, decisions = fit(ALWAYS)
+    assert [item.action for item in decisions] == ["stop", "warn"]
+    assert decisions[1].reasons[1].endswith("checkpoints/weights-000, to revert to, is not there")
+    assert decisions[1].learning_rate_factor == 1.0
+
+
+def test_a_gate_needs_held_out_prompts(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        fit({}, data__eval_prompts=None)
+    assert (
+        "IterationGate compares policies on held-out prompts, and there are none" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("settings", [{"tolerance": -1.0}, {"learning_rate_factor": 0.0}])
+def test_settings_that_make_no_sense(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"IterationGate.{next(iter(settings))}="):
+        IterationGate(**settings)
