@@ -464,7 +464,9 @@ class SelfPlayDataModule(pl.LightningDataModule):
         self._listen()
         prompts, policy = self._encoded("predict_prompts"), self.module.trained_policy.current()
         lines = write_predictions(self.folder, prompts, self._collector(), policy)
-        rank_zero_info(f"{len(lines)} answers written to {self.folder.predictions}")
+        finished = self._finished_iterations()
+        who = f"the policy after {finished} iteration(s)" if finished else "the initial policy"
+        rank_zero_info(f"{len(lines)} answers of {who} written to {self.folder.predictions}")
         return DataLoader(cast(Any, lines), batch_size=None)
 
     # ------------------------------------------------------------- checkpoints

@@ -175,6 +175,7 @@ class UnshardedPolicy(TrainedPolicy):
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(weights[name])
+        self._current = None
 
     def cleanup_sampling_weights(self) -> None:
         """Do nothing: nothing was written."""
@@ -219,6 +220,7 @@ class ShardedPolicy(TrainedPolicy):
     def restore(self, folder: Path) -> None:
         """Read what this process holds."""
         sharding.load_shards(_trained(self.model), folder)
+        self._current = None  # shards that are overwritten in place count as no change of the whole
 
     def cleanup_sampling_weights(self) -> None:
         """Remove the workspace."""
