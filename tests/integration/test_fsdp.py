@@ -30,6 +30,17 @@ INITIAL = {
     "trainer__gradient_clip_val": 0.5,
 }
 
+REVERTED = {
+    "trainer__callbacks": json.dumps(
+        [
+            {
+                "class_path": "sppo_lightning.callbacks.IterationGate",
+                "init_args": {"bounds": {"val/kl/initial": -100.0}},  # no policy passes
+            }
+        ]
+    )
+}
+
 
 class KilledAt(pl.Callback):
     """Ends the process, as a kill does, at the start of the training step that the environment names."""
@@ -112,7 +123,9 @@ def fingerprints(run: Path) -> list[str]:
     return [manifest["policy_fingerprint"], manifest["reference_fingerprint"]]
 
 
-@pytest.mark.parametrize("settings", [{}, INITIAL, LORA], ids=["full", "initial", "lora"])
+@pytest.mark.parametrize(
+    "settings", [{}, INITIAL, LORA, REVERTED], ids=["full", "initial", "lora", "reverted"]
+)
 def test_two_processes_that_share_the_weights_make_the_run_of_one(
     arguments: Arguments, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
