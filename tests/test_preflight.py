@@ -81,7 +81,8 @@ def test_a_rule_that_reads_win_probabilities_needs_a_reward_that_gives_them() ->
 
 
 @pytest.mark.parametrize(
-    "loss", [SPPOSoftLoss(0.1), CombinedLoss({"a": DPOLoss(0.1), "b": SPPOSoftLoss(0.1)}, {"a": 1.0, "b": 1.0})]
+    "loss",
+    [SPPOSoftLoss(0.1), CombinedLoss({"a": DPOLoss(0.1), "b": SPPOSoftLoss(0.1)}, {"a": 1.0, "b": 1.0})],
 )
 def test_a_loss_that_reads_win_probabilities_needs_a_reward_that_gives_them(loss: PreferenceLoss) -> None:
     plain = FunctionReward(score)

@@ -104,6 +104,9 @@ class DPOPLoss(PreferenceLoss):
 
     .. math:: L = -\log\sigma(\beta(d_w - d_l - λ\max(0, -d_w)))
 
+    Its gradient jumps where ``d_w`` is 0. Under ``reference: previous_iteration`` every iteration starts there, and
+    rounding decides whether the first step pays.
+
     Args:
         beta: strength of the pull towards the reference, per nat; greater than 0.
         penalty: λ, in nats of margin for each nat that the chosen response has lost; 0 or more. The paper takes 50.
