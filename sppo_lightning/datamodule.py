@@ -38,7 +38,7 @@ from sppo_lightning.store.pairs import PairTable
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.rendezvous import FileRanks
 from sppo_lightning.system.signals import StopSignal
-from sppo_lightning.training.batching import PairBatch, PairDataset
+from sppo_lightning.training.batching import PairBatch, PairDataset, check_pairs
 from sppo_lightning.training.hardware import disable_slurm_requeue, is_dev_run, open_ranks
 from sppo_lightning.training.protocol import PhaseObserver, SamplingObserver, SelfPlayModule
 from sppo_lightning.types import PhaseProgress, ResumeMode, UserError, first_line
@@ -299,6 +299,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
             )
         else:
             self._state.reopen(embedding_rows=policy.embedding_rows)
+        check_pairs(self.pairs, self.module.loss)
         sampler = self._state.steps(epoch_in_iteration, global_step=step)
         if self.steps_taken == 0:
             self._log_iteration()

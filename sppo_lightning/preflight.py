@@ -65,7 +65,7 @@ def prepare_run(
     if stage == "fit":
         check_comparative(reward, rules)
         check_win_probabilities(reward, rules)
-        check_loss(module.loss, rules)
+        check_loss(module.loss, rules, reward)
         if not generator.reproducible:
             rank_zero_info(
                 f"data.generator {type(generator).__name__}: responses depend on more than their seeds. A run that is "
@@ -155,19 +155,22 @@ def check_sizes(rules: IterationRules, prompt_ids: Sequence[str]) -> None:
 def check_comparative(reward: Reward, rules: IterationRules) -> None:
     """Refuse what a reward that compares a prompt's responses with each other cannot give.
 
-    Its mean over a prompt's responses is the same for every prompt, so that there is no difficulty; and responses
-    that are sampled in two steps would be compared apart.
+    Responses that are sampled in two steps would be compared apart; and where the rewards themselves are comparisons,
+    their mean over a prompt's responses is the same for every prompt, so that there is no difficulty.
 
     Raises:
         UserError: naming the key to change.
     """
     if not reward.comparative:
         return
-    name = f"data.reward {type(reward).__name__} compares a prompt's responses with each other"
     if rules.probe_samples < rules.samples_per_prompt:
         raise UserError(
-            f"{name}, so that all have to be there at once: set data.probe_samples={rules.samples_per_prompt}"
+            f"data.reward {type(reward).__name__} compares a prompt's responses with each other, so that all have to "
+            f"be there at once: set data.probe_samples={rules.samples_per_prompt}"
         )
+    if reward.gives_difficulty:
+        return
+    name = f"data.reward {type(reward).__name__} compares a prompt's responses with each other"
     for slot, rule in (("selection", rules.selection), ("pair_selection", rules.pair_selection)):
         if {"difficulty", "mean_reward"} & set(rule.requires):
             raise UserError(
@@ -195,12 +198,17 @@ def check_win_probabilities(reward: Reward, rules: IterationRules) -> None:
         )
 
 
-def check_loss(loss: PreferenceLoss, rules: IterationRules) -> None:
-    """Refuse a rule that reads the reference's log-probs where the loss has none computed.
+def check_loss(loss: PreferenceLoss, rules: IterationRules, reward: Reward) -> None:
+    """Refuse a loss that reads what the reward does not give, and a rule that reads what the loss has not computed.
 
     Raises:
-        UserError: naming the column.
+        UserError: naming the key to change.
     """
+    if loss.needs_win_probabilities and not reward.gives_win_probabilities:
+        raise UserError(
+            f"model.loss {type(loss).__name__} needs win probabilities, but data.reward {type(reward).__name__} gives "
+            "none: use PairwiseReward, put the reward into WinProbabilityReward, or use another loss"
+        )
     rule = rules.pair_selection
     missing = [name for name in rule.requires if name.startswith("reference_")]
     if missing and not loss.needs_reference:

@@ -13,9 +13,17 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from sppo_lightning.generation import HFGenerator
 from sppo_lightning.iteration.rules import IterationRules
+from sppo_lightning.losses import CombinedLoss, DPOLoss, PreferenceLoss, SPPOSoftLoss
 from sppo_lightning.pairing import BestWorst
-from sppo_lightning.preflight import check_context, check_sizes, check_win_probabilities, rope_switch
-from sppo_lightning.rewards import FunctionJudge, FunctionReward, PairwiseReward
+from sppo_lightning.preflight import (
+    check_comparative,
+    check_context,
+    check_loss,
+    check_sizes,
+    check_win_probabilities,
+    rope_switch,
+)
+from sppo_lightning.rewards import FunctionJudge, FunctionReward, PairwiseReward, WinProbabilityReward
 from sppo_lightning.selection import AllPairs
 from sppo_lightning.types import UserError
 
@@ -70,6 +78,35 @@ def test_a_rule_that_reads_win_probabilities_needs_a_reward_that_gives_them() ->
         check_win_probabilities(FunctionReward(score), wanting)
     check_win_probabilities(FunctionReward(score), rules())
     check_win_probabilities(PairwiseReward(FunctionJudge(lambda prompt, first, second: 0.5)), wanting)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [SPPOSoftLoss(0.1), CombinedLoss({"a": DPOLoss(0.1), "b": SPPOSoftLoss(0.1)}, {"a": 1.0, "b": 1.0})],
+)
+def test_a_loss_that_reads_win_probabilities_needs_a_reward_that_gives_them(loss: PreferenceLoss) -> None:
+    plain = FunctionReward(score)
+    message = (
+        rf"^model\.loss {type(loss).__name__} needs win probabilities, but data\.reward FunctionReward gives none: use "
+        r"PairwiseReward, put the reward into WinProbabilityReward, or use another loss$"
+    )
+    with pytest.raises(UserError, match=message):
+        check_loss(loss, rules(), plain)
+    check_loss(loss, rules(), WinProbabilityReward(plain, scale=1.0))
+    check_loss(loss, rules(), PairwiseReward(FunctionJudge(lambda prompt, first, second: 0.5)))
+    check_loss(DPOLoss(0.1), rules(), plain)
+
+
+def test_win_probabilities_of_a_reward_leave_its_difficulty_to_select_by() -> None:
+    """Unlike a judge's, which have the same mean for every prompt; but all responses have to be there at once."""
+    reward = WinProbabilityReward(FunctionReward(score), scale=1.0)
+    assert "difficulty" in rules().selection.requires
+    check_comparative(reward, rules(probe_samples=4))
+    with pytest.raises(UserError, match=r"there at once: set data\.probe_samples=4$"):
+        check_comparative(reward, rules(probe_samples=2))
+    judged = PairwiseReward(FunctionJudge(lambda prompt, first, second: 0.5))
+    with pytest.raises(UserError, match=r"every prompt has the same mean reward and data\.selection Easiest"):
+        check_comparative(judged, rules(probe_samples=4))
 
 
 # --------------------------------------------------------------------- LongRoPE

@@ -48,6 +48,11 @@ class Reward(ABC):
         """Whether a score compares a prompt's responses with each other: all come in one call, side by side."""
         return False
 
+    @property
+    def gives_difficulty(self) -> bool:
+        """Whether a prompt's mean reward says how hard it is; comparisons have the same mean for every prompt."""
+        return not self.comparative
+
     @abstractmethod
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[float] | Scores:
         """Return one reward for each (prompt, response); responses to the same prompt are neighbours."""

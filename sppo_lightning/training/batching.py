@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from sppo_lightning.losses import LossInputs, PairLogps, PairValues
+from sppo_lightning.losses import LossInputs, PairLogps, PairValues, PreferenceLoss
 from sppo_lightning.pair_forward.layouts import PairLayout, PairRows
+from sppo_lightning.store.pairs import PairTable
 from sppo_lightning.types import PreferencePair, UserError
 
 
@@ -231,6 +232,24 @@ def _padded(tokens: Sequence[tuple[Sequence[float], Sequence[float]]]) -> list[T
         [[*side, *[0.0] * (longest - len(side))] for side in sides] for sides in zip(*tokens, strict=True)
     ]
     return [torch.tensor(side, dtype=torch.float64) for side in rows]
+
+
+def check_pairs(pairs: PairTable, loss: PreferenceLoss) -> None:
+    """Refuse pairs without the win probabilities that a loss reads, as it would be NaN.
+
+    Raises:
+        UserError: naming the first such pair's prompt.
+    """
+    if not loss.needs_win_probabilities:
+        return
+    known = pairs.statistics()
+    lacking = known["chosen_win_probability"].isnan() | known["rejected_win_probability"].isnan()
+    if bool(lacking.any()):
+        first = pairs.prompt_ids[int(lacking.nonzero()[0])]
+        raise UserError(
+            f"model.loss {type(loss).__name__} needs win probabilities, but {int(lacking.sum())} of {len(pairs)} pairs "
+            f"have none, first that of prompt {first!r}: use another loss, or a reward that gives one for each response"
+        )
 
 
 class PairDataset(Dataset[PairBatch | None]):

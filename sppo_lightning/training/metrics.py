@@ -33,6 +33,12 @@ class StepMetrics(Metric):
     def __init__(self, loss: PreferenceLoss) -> None:
         super().__init__()
         self.names = (*STEP_METRICS, *(LOG_RATIOS if loss.needs_reference else ()), *loss.parts)
+        taken = [part for part in loss.parts if self.names.count(part) > 1 or part == "lr"]
+        if taken:
+            raise ValueError(
+                f"model.loss {type(loss).__name__}: its part {taken[0]!r} would be logged as train/{taken[0]}, where "
+                "something else is logged: give it another name"
+            )
         self.add_state(
             "sums", torch.zeros(len(self.names) + 1), dist_reduce_fx="sum"
         )  # the last one counts pairs

@@ -10,13 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sppo_lightning.losses import DPOLoss, SPPOSoftLoss
 from sppo_lightning.pair_forward.layouts import PairLayout, PlainLayout, SharedLayout
+from sppo_lightning.store.pairs import PairTable
 from sppo_lightning.training.batching import (
     MicroBatch,
     PairDataset,
     StepSampler,
     StepSlot,
     accumulation_steps,
+    check_pairs,
     collate,
     pairs_consumed,
     steps_taken,
@@ -308,3 +311,17 @@ def test_a_dataset_hands_out_micro_batches() -> None:
     assert batch.reference.chosen.tolist() == [-2.1, -0.1, -0.1]
     assert batch.weights.tolist() == [1, 1, 0]
     assert batch.slot == SLOT
+
+
+def test_pairs_without_win_probabilities_are_refused_to_a_loss_that_reads_them() -> None:
+    """As an older version stored them, or a reward that gave some a NaN."""
+    stored = [
+        PreferencePair(f"p{number}", (1,), (2,), (3,), "", "", 1.0, 0.0, 0.0, 0.0, *wins)
+        for number, wins in enumerate([(0.75, 0.25), (0.75, math.nan), (math.nan, math.nan)])
+    ]
+    message = r"^model\.loss SPPOSoftLoss needs win probabilities, but 2 of 3 pairs have none, first that of prompt 'p1"
+    with pytest.raises(UserError, match=message):
+        check_pairs(PairTable.collect(stored), SPPOSoftLoss(0.1))
+    check_pairs(PairTable.collect(stored), DPOLoss(0.1))
+    check_pairs(PairTable.collect(stored[:1]), SPPOSoftLoss(0.1))
+    check_pairs(PairTable.collect([]), SPPOSoftLoss(0.1))
