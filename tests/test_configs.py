@@ -14,7 +14,7 @@ import yaml
 from sppo_lightning.__main__ import main
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "recipes")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
