@@ -27,6 +27,7 @@ from sppo_lightning.training.hardware import is_dev_run
 from sppo_lightning.types import UserError
 
 Action = Literal["warn", "stop", "revert"]
+DIAGNOSTICS = ("learning/", "val/", "iteration/")
 
 
 class IterationGate(SelfPlayCallback):
@@ -61,6 +62,11 @@ class IterationGate(SelfPlayCallback):
             raise ValueError(f"IterationGate.tolerance={tolerance} must be 0 or more")
         if not 0 < learning_rate_factor <= 1:
             raise ValueError(f"IterationGate.learning_rate_factor={learning_rate_factor} must lie in (0, 1]")
+        for name in bounds or {}:
+            if not name.startswith(DIAGNOSTICS):
+                raise ValueError(
+                    f"IterationGate.bounds: {name!r} is no diagnostic; their names begin with {', '.join(DIAGNOSTICS)}"
+                )
         self.action = action
         self.tolerance = tolerance
         self.bounds = bounds or {}
@@ -141,6 +147,10 @@ class IterationGate(SelfPlayCallback):
             **data.iteration_metrics(),
             **folder.iteration(finished - 1).read_diagnostics(),
         }
+        for name in self.bounds.keys() - diagnostics.keys():
+            rank_zero_warn(
+                f"IterationGate.bounds: {name} was not measured in iteration {finished - 1}, and bounds nothing."
+            )
         reasons, difference, stderr = steps_back(
             rows, best, diagnostics, tolerance=self.tolerance, bounds=self.bounds
         )

@@ -247,11 +247,6 @@ class PreferenceModule(SelfPlayModule):
                 if batch.slot.ends_iteration and not self.carry_optimizer:
                     reset_state(optimizer)  # before the next iteration samples, rather than when it trains
 
-    def reset_optimizers(self) -> None:
-        """Clear what the optimizers know."""
-        for optimizer in self.trainer.optimizers:
-            reset_state(optimizer)
-
     # -------------------------------------------------------------- evaluation
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:

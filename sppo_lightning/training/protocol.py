@@ -13,7 +13,7 @@ from sppo_lightning.pair_forward import PairForward
 from sppo_lightning.pair_forward.layouts import PairLayout
 from sppo_lightning.policy.spec import PolicySpec
 from sppo_lightning.policy.trained import TrainedPolicy
-from sppo_lightning.training.optimizers import OptimizerFactory
+from sppo_lightning.training.optimizers import OptimizerFactory, reset_state
 from sppo_lightning.training.reference import FrozenReference
 from sppo_lightning.types import PhaseProgress
 
@@ -49,9 +49,10 @@ class SelfPlayModule(pl.LightningModule, ABC):
     def compute_dtype(self) -> torch.dtype:
         """Dtype of the Trainer's matrix products."""
 
-    @abstractmethod
     def reset_optimizers(self) -> None:
         """Clear what the optimizers know: the weights are no longer those that it is about."""
+        for optimizer in self.trainer.optimizers:
+            reset_state(optimizer)
 
     @abstractmethod
     def check(self) -> None:

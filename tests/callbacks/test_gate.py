@@ -152,7 +152,15 @@ def test_a_gate_needs_held_out_prompts(fit: Fit, capsys: pytest.CaptureFixture[s
     )
 
 
-@pytest.mark.parametrize("settings", [{"tolerance": -1.0}, {"learning_rate_factor": 0.0}])
+def test_a_bound_on_what_is_not_measured_is_named(fit: Fit) -> None:
+    with pytest.warns(match="val/reward_model/kl was not measured in iteration 0, and bounds nothing"):
+        _, decisions = fit({**NEVER, "bounds": {"val/reward_model/kl": 1.0}}, data__iterations=1)
+    assert decisions[0].action == "accept"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"tolerance": -1.0}, {"learning_rate_factor": 0.0}, {"bounds": {"kl": 1.0}}]
+)
 def test_settings_that_make_no_sense(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"IterationGate.{next(iter(settings))}="):
+    with pytest.raises(ValueError, match=f"IterationGate.{next(iter(settings))}"):
         IterationGate(**settings)
