@@ -164,3 +164,16 @@ def test_a_bound_on_what_is_not_measured_is_named(fit: Fit) -> None:
 def test_settings_that_make_no_sense(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"IterationGate.{next(iter(settings))}"):
         IterationGate(**settings)
+
+
+def test_a_collapse_is_undone(tiny_policy: Path, counting_prompts: Path, tmp_path: Path) -> None:
+    """A rate at which the policy comes to repeat one token: the run ends below the initial policy, but for the gate."""
+    settings = {"model__learning_rate": 1.0, "data__reward__function": "support.runs.variety_reward"}
+    last = {}
+    for action in ("warn", "revert"):
+        gate = {"tolerance": 0.0, "action": action}
+        main(arguments(tiny_policy, counting_prompts, tmp_path / action, gate, **settings))
+        folder = RunFolder(tmp_path / action)
+        rewards = logged(folder, "val/reward/mean")
+        last[action] = rewards[read_decisions(folder)[-1].policy] - rewards[0]
+    assert last["warn"] < 0 <= last["revert"]

@@ -14,6 +14,11 @@ def letter_reward(prompts: list[str], responses: list[str], metadata: list[dict[
     ]
 
 
+def variety_reward(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+    """How many characters a text has that are not alike."""
+    return [float(len(set(response))) for response in responses]
+
+
 def cli_arguments(policy: Path, prompts: Path, root: Path, **changes: Any) -> list[str]:
     """Arguments of a run that a laptop finishes in seconds."""
     settings: dict[str, Any] = {
