@@ -46,7 +46,8 @@ class PolicyConfidence(Weighting):
 class RewardGap(Weighting):
     r"""A pair weighs by the gap of its rewards: near-ties, whose labels are least sure, count least. For noisy rewards.
 
-    With P the probability that the chosen response is the better one under a Bradley-Terry model of the rewards:
+    A form of this project's own. With P the probability that the chosen response is the better one under a
+    Bradley-Terry model of the rewards:
 
     .. math:: w = P - (1 - P) = \tanh((r_w - r_l) / (2s)), \qquad P = \sigma((r_w - r_l)/s)
 
