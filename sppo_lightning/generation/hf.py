@@ -253,10 +253,11 @@ class HFGenerator(Generator):
                 left = int(active.sum())
                 if self.on_batch_progress is not None:
                     sampled += len(alive)
-                    share = max((step + 1) / self.max_new_tokens, 1 - left / len(source))
-                    spent = time.monotonic() - begun
-                    whole = read_seconds + (spent - read_seconds) / share  # prompts are read once, before all
-                    self.on_batch_progress(len(batch) * min(spent / whole, 1.0), sampled)
+                    self.on_batch_progress(
+                        len(batch)
+                        * self._share(step, left / len(source), read_seconds, time.monotonic() - begun),
+                        sampled,
+                    )
                 if left == 0:
                     break
                 if steps.worth_compacting(left, len(alive)):
@@ -268,6 +269,22 @@ class HFGenerator(Generator):
                 position = position + active  # one that is done stays in the model's table of positions
                 logits = steps.logits(picked, position)
         return [[token for token in row if token >= 0] for row in tokens.tolist()]
+
+    def _share(self, step: int, left: float, read_seconds: float, spent: float) -> float:
+        """Return how much of a batch's time has gone, in (0, 1].
+
+        Args:
+            step: tokens decoded after the first one, which comes of reading the prompts.
+            left: share of the responses that have not ended.
+            read_seconds: that reading the prompts took, once, before all.
+            spent: seconds in all.
+        """
+        if left == 0:
+            return 1.0
+        decoded = max(step / self.max_new_tokens, 1 - left)
+        if decoded == 0:  # nothing says yet how long a token takes
+            return 1 / self.max_new_tokens
+        return min(spent / (read_seconds + (spent - read_seconds) / decoded), 1.0)
 
     def _stop_test(self) -> Callable[[Tensor], Tensor] | None:
         """Return a test of responses ``[B, T]``, the newest token last, for a stop string, ``[B]``."""

@@ -102,10 +102,25 @@ def test_a_batch_says_how_far_it_is() -> None:
     requests = [SampleRequest(PROMPTS[0], (1, 2, 3)), SampleRequest(PROMPTS[0], (4,))]
     list(engine.generate(requests))
     assert [tokens for _, tokens in told] == [4 * (step + 1) for step in range(LONGEST)]
-    shares = [prompts for prompts, _ in told]
-    # what is left is judged by the time since the prompts were read, which is no part of what each token takes
-    assert all(2 * (step + 1) / LONGEST <= share <= 2 for step, share in enumerate(shares))
-    assert shares[-1] == 2
+    assert all(0 < prompts <= 2 for prompts, _ in told)
+    assert told[-1][0] == 2
+
+
+@pytest.mark.parametrize(
+    ("step", "left", "read", "spent", "share"),
+    [
+        (0, 1.0, 6.0, 6.0, 0.1),  # the first of ten tokens: nothing says how long one takes
+        (1, 1.0, 6.0, 7.0, 7 / 16),  # a second a token: ten after the six of the prompts
+        (5, 1.0, 6.0, 11.0, 11 / 16),
+        (5, 0.25, 6.0, 11.0, 11 / (6 + 5 / 0.75)),  # three quarters of the responses have ended
+        (5, 0.0, 6.0, 11.0, 1.0),
+    ],
+)
+def test_the_time_of_a_batch_is_that_of_its_prompts_and_of_its_tokens(
+    step: int, left: float, read: float, spent: float, share: float
+) -> None:
+    engine = HFGenerator(max_new_tokens=10, temperature=1.0)
+    assert engine._share(step, left, read, spent) == pytest.approx(share)
 
 
 def test_text_is_the_response_without_its_end_token_and_other_special_tokens() -> None:
