@@ -9,7 +9,7 @@ from sppo_lightning.types import PhaseProgress
 
 
 class SelfPlayCallback(pl.Callback):
-    """A callback of the self-play loop; a subclass overrides one of the three hooks, or any of Lightning's.
+    """A callback of the self-play loop; a subclass overrides one of the hooks, or any of Lightning's.
 
     One that overrides ``on_train_epoch_end`` calls ``super().on_train_epoch_end(...)``.
     """
@@ -19,6 +19,15 @@ class SelfPlayCallback(pl.Callback):
 
     def on_sampling_progress(self, trainer: pl.Trainer, progress: PhaseProgress) -> None:
         """Called several times a second while a batch is sampled: ``progress.under_way`` and tokens grow."""
+
+    def on_iteration_start(self, trainer: pl.Trainer, data: SelfPlayDataModule, iteration: int) -> None:
+        """Called before an iteration samples anything, on every process; not where a run resumes inside of one.
+
+        Args:
+            trainer: at the start of the iteration's first epoch.
+            data: its settings and folder.
+            iteration: the self-play iteration that starts, from 0.
+        """
 
     def on_iteration_end(self, trainer: pl.Trainer, data: SelfPlayDataModule, iteration: int) -> None:
         """Called once an iteration is trained and evaluated, before the next one samples, on every process.

@@ -112,7 +112,9 @@ class LearningDiagnostics(SelfPlayCallback):
             cut = sum(row.finish_reason == "length" for row in answered)
             metrics["val/response_unfinished/share"] = cut / len(answered)
         metrics["val/diversity/distinct_2"] = distinct_bigrams(now)
-        _name_reward_hacking(folder, finished, distinct_bigrams(initial), metrics["val/diversity/distinct_2"])
+        _name_reward_hacking(
+            folder, start, finished, distinct_bigrams(initial), metrics["val/diversity/distinct_2"]
+        )
         return metrics
 
     def _store(
@@ -154,14 +156,14 @@ def distinct_bigrams(rows: Sequence[Rollout]) -> float:
     return len(set(bigrams)) / len(bigrams) if bigrams else math.nan
 
 
-def _name_reward_hacking(folder: RunFolder, finished: int, before: float, after: float) -> None:
-    """Warn where the reward rose since the evaluation before, and what it should stand for fell."""
+def _name_reward_hacking(folder: RunFolder, start: int, finished: int, before: float, after: float) -> None:
+    """Warn where the reward rose since the policy that the iteration started from, and what it stands for fell."""
     results = {item.finished: item for item in held_out_results(folder, finished)}
-    now, last = results.get(finished), results.get(finished - 1)
+    now, last = results.get(finished), results.get(start)
     if now is None or last is None or not now.reward > last.reward:
         return
     signs = []
-    if finished > 1 and now.win_rate < last.win_rate:
+    if start > 0 and now.win_rate < last.win_rate:
         signs.append(
             f"the win rate against the initial policy fell from {last.win_rate:.1%} to {now.win_rate:.1%}"
         )

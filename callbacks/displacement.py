@@ -57,12 +57,12 @@ class DisplacementWarning(SelfPlayCallback):
             return
         self._last.append(ratios[0])
         drop = -sum(self._last) / len(self._last)
-        if len(self._last) == self.steps and drop > self.max_drop and not self._warned:
+        if len(self._last) == min(self.steps, batch.slot.steps) and drop > self.max_drop and not self._warned:
             self._warned = True
             rank_zero_warn(
                 f"Step {batch.slot.step + 1} of {batch.slot.steps} of this iteration: chosen responses have lost "
-                f"{drop:.1f} nat on average over the last {self.steps} steps, and the policy may forget how to answer. "
-                f"{HOLDS}"
+                f"{drop:.1f} nat on average over the last {len(self._last)} step(s), and the policy may forget how to "
+                f"answer. {HOLDS}"
             )
         elif batch.slot.ends_iteration and max(ratios) < 0:
             rank_zero_info(

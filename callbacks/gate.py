@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from sppo_lightning.callbacks.base import SelfPlayCallback
+from sppo_lightning.callbacks.export import PolicyExport
 from sppo_lightning.datamodule import SelfPlayDataModule, self_play_data
 from sppo_lightning.evaluation.gate import (
     Decision,
-    best_result,
     read_decisions,
     steps_back,
     write_decisions,
 )
 from sppo_lightning.evaluation.held_out import load_evaluation
-from sppo_lightning.evaluation.results import held_out_results
 from sppo_lightning.resume.checkpoints import check_sharded_metadata
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.durable import fresh_folder, replace_folder, restore_replaced
@@ -27,15 +26,19 @@ from sppo_lightning.training.hardware import is_dev_run
 from sppo_lightning.types import UserError
 
 Action = Literal["warn", "stop", "revert"]
-DIAGNOSTICS = ("learning/", "val/", "iteration/")
+DIAGNOSTICS = ("learning/", "val/")
 
 
 class IterationGate(SelfPlayCallback):
     """Compares the policy at each iteration's end with the best so far, and acts where it is a step back.
 
     A step back: its held-out reward lies below that of the best policy so far (the initial one included) by more than
-    ``tolerance`` standard errors of their paired difference, or a diagnostic is over its bound. What was decided is
-    stored in ``gate.json``, and a run that is resumed decides the same.
+    ``tolerance`` standard errors of their paired difference, more of its answers have no reward, or a diagnostic is
+    over its bound. What was decided is stored in ``gate.json``, and a run that is resumed decides the same.
+
+    A chance fall passes the tolerance too: of policies that are all alike, about one in six falls by more than 1
+    standard error, one in forty by more than 2, and more against the best of several. The best one's reward was
+    selected on these prompts, and is optimistic: ``data.test_prompts`` tell.
 
     To revert, the trained weights of the best policy are kept in ``checkpoints/weights-NNN``.
 
@@ -44,7 +47,7 @@ class IterationGate(SelfPlayCallback):
             smaller learning rate.
         tolerance: standard errors that the held-out reward may fall, 0 or more.
         bounds: largest values of diagnostics, by the names that ``LearningDiagnostics`` logs them under, e.g.
-            ``val/response_length/growth``.
+            ``val/response_length/growth``, or the evaluation, e.g. ``val/failed/share``.
         learning_rate_factor: scales the learning rate after each step back that is reverted, in (0, 1].
     """
 
@@ -54,7 +57,7 @@ class IterationGate(SelfPlayCallback):
     def __init__(
         self,
         action: Action = "revert",
-        tolerance: float = 1.0,
+        tolerance: float = 2.0,
         bounds: dict[str, float] | None = None,
         learning_rate_factor: float = 0.5,
     ) -> None:
@@ -73,8 +76,15 @@ class IterationGate(SelfPlayCallback):
         self.learning_rate_factor = learning_rate_factor
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Require held-out prompts; put back what a killed run was about to replace."""
-        data = self_play_data(trainer)
+        """Require held-out prompts, and to come before the export; put back what a killed run was about to replace."""
+        data, callbacks = self_play_data(trainer), list(cast(Any, trainer).callbacks)
+        if any(isinstance(other, IterationGate) for other in callbacks if other is not self):
+            raise UserError("trainer.callbacks has two of IterationGate: leave one out")
+        if any(isinstance(other, PolicyExport) for other in callbacks[: callbacks.index(self)]):
+            raise UserError(
+                "trainer.callbacks has PolicyExport before IterationGate, and would export what the gate gives up: put "
+                "IterationGate first"
+            )
         if stage != "fit" or is_dev_run(trainer):
             return
         if not data.prompt_sets.named("eval_prompts"):
@@ -86,17 +96,16 @@ class IterationGate(SelfPlayCallback):
             for path in data.folder.last_checkpoint.parent.glob(".weights-*.old"):
                 restore_replaced(path.with_name(path.name.removeprefix(".").removesuffix(".old")))
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_iteration_start(self, trainer: pl.Trainer, data: SelfPlayDataModule, iteration: int) -> None:
         """Refuse to go on with a run that was stopped."""
-        data = self_play_data(trainer)
-        finished = data.finished_iterations
-        stopped = any(
-            item.finished == finished and item.action == "stop" for item in self._decided(data, finished)
-        )
-        if stopped and self.action == "stop" and not is_dev_run(trainer):
+        if is_dev_run(trainer) or self.action != "stop":
+            return
+        if any(
+            item.finished == iteration and item.action == "stop" for item in self._decided(data, iteration)
+        ):
             raise UserError(
-                f"IterationGate stopped this run after {finished} iteration(s): to go on with it, set the callback's "
-                "action to warn or revert"
+                f"IterationGate stopped this run after {iteration} iteration(s): to go on from the policy that it "
+                "refused, set the callback's action to warn or revert"
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -116,9 +125,19 @@ class IterationGate(SelfPlayCallback):
         if is_dev_run(trainer):
             return
         earlier = self._decided(data, iteration)
-        decided = self._decide(data, iteration + 1, earlier) if data.ranks.rank == 0 else None
+        fingerprint = data.module.trained_policy.current().fingerprint()
+        decided = (
+            self._before(data, iteration + 1, fingerprint)
+            or self._decide(trainer, data, iteration + 1, earlier, fingerprint)
+            if data.ranks.rank == 0
+            else None
+        )
         state = data.ranks.same(None if decided is None else decided.state())
         if state is None:
+            rank_zero_warn(
+                f"IterationGate decides nothing about the policy after {iteration + 1} iteration(s): its held-out "
+                "answers, or those of the best policy so far, are not there."
+            )
             return
         decision = Decision.from_state(state)
         if trainer.is_global_zero:
@@ -136,17 +155,27 @@ class IterationGate(SelfPlayCallback):
         states = data.ranks.same([item.state() for item in found if item.finished <= finished])
         return [Decision.from_state(state) for state in states]
 
-    def _decide(self, data: SelfPlayDataModule, finished: int, earlier: list[Decision]) -> Decision | None:
+    def _before(self, data: SelfPlayDataModule, finished: int, fingerprint: str) -> Decision | None:
+        """Return what was decided about this very policy before a kill, if it can be done now."""
+        found = next((item for item in read_decisions(data.folder) if item.finished == finished), None)
+        same = found is not None and found.fingerprint == fingerprint
+        return found if same and found is not None and found.action in ("accept", self.action) else None
+
+    def _decide(
+        self,
+        trainer: pl.Trainer,
+        data: SelfPlayDataModule,
+        finished: int,
+        earlier: list[Decision],
+        fingerprint: str,
+    ) -> Decision | None:
         folder = data.folder
-        before = best_result(held_out_results(folder, finished - 1), earlier)
-        rows = load_evaluation(folder.evaluation(f"{finished:03d}"))
-        best = None if before is None else load_evaluation(folder.evaluation(f"{before.finished:03d}"))
-        if before is None or rows is None or best is None:
+        before = earlier[-1].best if earlier else 0
+        rows, best = (load_evaluation(folder.evaluation(f"{number:03d}")) for number in (finished, before))
+        if rows is None or best is None:
             return None
-        diagnostics = {
-            **data.iteration_metrics(),
-            **folder.iteration(finished - 1).read_diagnostics(),
-        }
+        evaluated = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        diagnostics = {**evaluated, **folder.iteration(finished - 1).read_diagnostics()}
         for name in self.bounds.keys() - diagnostics.keys():
             rank_zero_warn(
                 f"IterationGate.bounds: {name} was not measured in iteration {finished - 1}, and bounds nothing."
@@ -156,19 +185,26 @@ class IterationGate(SelfPlayCallback):
         )
         factor = earlier[-1].learning_rate_factor if earlier else 1.0
         action = self.action
-        if reasons and action == "revert" and not folder.kept_weights(before.finished).exists():
+        if (
+            reasons
+            and action == "revert"
+            and not data.module.trained_policy.keeps(folder.kept_weights(before))
+        ):
             action = "warn"  # not to be undone
-            reasons.append(f"{folder.kept_weights(before.finished)}, to revert to, is not there")
+            reasons.append(
+                f"{folder.kept_weights(before)}, to revert to, is not there, or of another strategy"
+            )
         if reasons and action == "revert":
             factor *= self.learning_rate_factor
         return Decision(
             finished=finished,
             action=action if reasons else "accept",
             reasons=tuple(reasons),
-            best=finished if not reasons and difference > 0 else before.finished,
+            best=finished if not reasons and difference > 0 else before,
             difference=difference,
             stderr=stderr,
             learning_rate_factor=factor,
+            fingerprint=fingerprint,
         )
 
     def _act(self, trainer: pl.Trainer, data: SelfPlayDataModule, decision: Decision) -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from sppo_lightning.callbacks.base import SelfPlayCallback
 from sppo_lightning.datamodule import self_play_data
-from sppo_lightning.evaluation.gate import best_result, read_decisions
+from sppo_lightning.evaluation.gate import best_finished, read_decisions
 from sppo_lightning.evaluation.held_out import load_evaluation
 from sppo_lightning.evaluation.results import HEADINGS, held_out_results
 from sppo_lightning.store.run_folder import RunFolder
@@ -109,9 +109,10 @@ def _policies(folder: RunFolder, iterations: int) -> list[str]:
     decisions = read_decisions(folder)
     last = decisions[-1].policy if decisions else iterations
     lines = [f"  {folder.policy}        {_policy(last)}, a Hugging Face folder"]
-    best = best_result(held_out_results(folder, iterations), decisions)
+    number = best_finished(folder, iterations)
+    best = next((item for item in held_out_results(folder, iterations) if item.finished == number), None)
     if best is not None and best.finished > 0:
-        reward = f"held-out reward {best.reward:.3f} ± {best.stderr:.3f}"
+        reward = f"held-out reward {best.reward:.3f} ± {best.stderr:.3f}, selected on these prompts"
         lines.append(f"  {folder.best}          the best: {_policy(best.finished)}, {reward}")
     elif best is not None:
         lines.append("  No iteration had a better held-out reward than the initial policy.")

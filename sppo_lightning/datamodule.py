@@ -40,7 +40,12 @@ from sppo_lightning.system.rendezvous import FileRanks
 from sppo_lightning.system.signals import StopSignal
 from sppo_lightning.training.batching import PairBatch, PairDataset, check_pairs
 from sppo_lightning.training.hardware import disable_slurm_requeue, is_dev_run, open_ranks
-from sppo_lightning.training.protocol import PhaseObserver, SamplingObserver, SelfPlayModule
+from sppo_lightning.training.protocol import (
+    IterationObserver,
+    PhaseObserver,
+    SamplingObserver,
+    SelfPlayModule,
+)
 from sppo_lightning.types import PhaseProgress, ResumeMode, UserError, first_line
 
 Sources = str | list[str]
@@ -141,6 +146,11 @@ class SelfPlayDataModule(pl.LightningDataModule):
         check_columns(columns or {})
         if eval_share is not None and not 0 <= eval_share < 1:
             raise ValueError(f"data.eval_share={eval_share} must lie in [0, 1)")
+        if eval_share and eval_prompts is not None:
+            raise ValueError(
+                f"data.eval_share={eval_share} holds prompts out where data.eval_prompts is not set: leave out one of "
+                "the two"
+            )
         if not 0 <= max_failed_share <= 1:
             raise ValueError(f"data.max_failed_share={max_failed_share} must lie in [0, 1]")
         self.unfinished = UnfinishedRule(unfinished, unfinished_penalty)
@@ -212,7 +222,10 @@ class SelfPlayDataModule(pl.LightningDataModule):
         if is_dev_run(self.trainer):
             own = tempfile.mkdtemp(prefix="sppo-dev-") if self.ranks.rank == 0 else ""
             self.folder = RunFolder(Path(self.ranks.same(own)))
+        reverted = self._state.reverted
         self._state = self._fresh_state()
+        if stage != "fit":  # of the policy that fit has left in memory
+            self._state.reverted = reverted
 
     def _fresh_state(self) -> IterationState:
         return IterationState(self.folder, self.rules, epochs=self.epochs_per_iteration, ranks=self.ranks)
@@ -288,6 +301,9 @@ class SelfPlayDataModule(pl.LightningDataModule):
         epoch = min(self.trainer.current_epoch, self.rules.iterations * epochs - 1)
         iteration, epoch_in_iteration = divmod(epoch, epochs)
         if iteration > self._state.current:
+            for callback in cast(Any, self.trainer).callbacks:
+                if isinstance(callback, IterationObserver):
+                    callback.on_iteration_start(self.trainer, self, iteration)
             if iteration == 0 and self.prompt_sets.named("eval_prompts"):
                 self._held_out("eval_prompts").measure(0)
             self._state.enter(
@@ -378,11 +394,6 @@ class SelfPlayDataModule(pl.LightningDataModule):
         assert self.trainer is not None
         position = fit_position(self.trainer)
         return position.epoch_is_over and position.trained % self.epochs_per_iteration == 0
-
-    @property
-    def finished_iterations(self) -> int:
-        """Iterations that the loaded checkpoint has finished."""
-        return self._state.finished
 
     def reverted(self, finished: int, *, to: int) -> None:
         """Take note that the policy is an earlier one again.

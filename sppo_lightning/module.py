@@ -100,6 +100,7 @@ class PreferenceModule(SelfPlayModule):
         self._deferred = DeferredOptimizers()  # while sharded weights are loaded
         self._pair_layout: PairLayout | None = None
         self._iteration_is_trained = False
+        self._optimizers_are_reset = False
 
     # ------------------------------------------------------------------ set-up
 
@@ -207,6 +208,8 @@ class PreferenceModule(SelfPlayModule):
         self.trained_policy.cleanup_sampling_weights()
         self.policy.train()
         self._iteration_is_trained = False
+        if self.learning_rate_factor != 1:
+            check_updates_survive(self._trainable(), self.learning_rate * self.learning_rate_factor)
 
     def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
         """Set the learning rate, a function of the step in the iteration."""
@@ -241,11 +244,17 @@ class PreferenceModule(SelfPlayModule):
             self._iteration_is_trained = True
             return
         if batch.slot.last_in_step:
+            self._optimizers_are_reset = False
             self._iteration_is_trained = batch.slot.ends_iteration
             for optimizer in self.trainer.optimizers:
                 optimizer.zero_grad()  # Lightning would, but only after the next forward, whose peak they add to
                 if batch.slot.ends_iteration and not self.carry_optimizer:
                     reset_state(optimizer)  # before the next iteration samples, rather than when it trains
+
+    def reset_optimizers(self) -> None:
+        """Clear what the optimizers know, and keep no state of theirs until they step again."""
+        super().reset_optimizers()
+        self._optimizers_are_reset = True
 
     # -------------------------------------------------------------- evaluation
 
@@ -279,7 +288,7 @@ class PreferenceModule(SelfPlayModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep no optimizer state that has been reset."""
-        if self._iteration_is_trained and not self.carry_optimizer:
+        if self._optimizers_are_reset or (self._iteration_is_trained and not self.carry_optimizer):
             leave_out_optimizer_state(checkpoint, self.trainer.optimizers)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from sppo_lightning.callbacks import (
     DisplacementWarning,
     InitialEvaluation,
+    IterationGate,
     LearningDiagnostics,
     PhaseMemory,
     PhaseTimes,
@@ -270,6 +271,7 @@ class SelfPlayCLI(LightningCLI):
             kind = ProgressBar if isinstance(item, ProgressBar) else type(item)
             if not any(isinstance(other, kind) for other in given):
                 given.append(item)
+        given.sort(key=lambda item: not isinstance(item, IterationGate))  # before what exports and saves
         return self.trainer_class(**{**config, "callbacks": given, "logger": self._loggers(config["logger"])})
 
     def _loggers(self, given: Any) -> list[Logger]:

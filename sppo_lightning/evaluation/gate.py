@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sppo_lightning.evaluation.held_out import paired_difference
-from sppo_lightning.evaluation.results import HeldOutResult
+from sppo_lightning.evaluation.held_out import load_evaluation, paired_difference
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.durable import read_checksummed, with_checksum, write_atomically
-from sppo_lightning.types import Rollout
+from sppo_lightning.types import Rollout, UserError, first_line
+
+MORE_FAILED = 0.05  # of the held-out answers, which a policy may fail in addition
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Decision:
         difference: mean held-out reward less that of the best before, prompt by prompt; NaN: not known.
         stderr: of that difference.
         learning_rate_factor: of all iterations from here on.
+        fingerprint: of the policy.
     """
 
     finished: int
@@ -35,6 +37,7 @@ class Decision:
     difference: float
     stderr: float
     learning_rate_factor: float
+    fingerprint: str
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Decision:
@@ -53,12 +56,21 @@ class Decision:
 
 
 def read_decisions(folder: RunFolder) -> list[Decision]:
-    """Return what was decided so far, in order; empty where no gate watched."""
+    """Return what was decided so far, in order; empty where no gate watched.
+
+    Raises:
+        UserError: if the file is damaged: nothing else knows at which rate the run goes on.
+    """
+    if not folder.gate.exists():
+        return []
     try:
         found = read_checksummed(folder.gate.read_bytes())["decisions"]
         return [Decision.from_state(item) for item in found]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder.gate} is damaged ({first_line(error)}): restore it from a copy, or start anew in another "
+            "trainer.default_root_dir"
+        ) from error
 
 
 def write_decisions(folder: RunFolder, decisions: Sequence[Decision]) -> None:
@@ -81,7 +93,7 @@ def steps_back(
         best: those of the best policy before.
         diagnostics: what was measured, by metric name.
         tolerance: standard errors of the difference that the reward may fall.
-        bounds: largest values of diagnostics; one that was not measured passes.
+        bounds: largest values of diagnostics; NaN is over any, and one that was not measured passes.
     """
     difference = paired_difference(rows, best)
     reasons = []
@@ -90,20 +102,39 @@ def steps_back(
         reasons.append(
             f"its held-out reward is {-difference.mean:.3f} ± {difference.stderr:.3f} below the best so far"
         )
+    failed, before = (failed_share(each) for each in (rows, best))
+    if failed > before + MORE_FAILED:
+        reasons.append(
+            f"{failed:.1%} of its held-out answers have no reward, of the best so far {before:.1%}"
+        )
     for name, bound in bounds.items():
-        value = diagnostics.get(name, math.nan)
-        if value > bound:
+        if name in diagnostics and not (value := diagnostics[name]) <= bound:
             reasons.append(f"{name} is {value:.3g}, over {bound:g}")
     return reasons, difference.mean, difference.stderr
 
 
-def best_result(results: Sequence[HeldOutResult], decisions: Sequence[Decision]) -> HeldOutResult | None:
-    """Return the evaluation with the highest mean reward, the earliest of equals, of policies that were not refused.
+def failed_share(rows: Sequence[Rollout]) -> float:
+    """Return the share of answers without a finite reward."""
+    return sum(row.reward is None or not math.isfinite(row.reward) for row in rows) / max(len(rows), 1)
+
+
+def best_finished(folder: RunFolder, iterations: int) -> int | None:
+    """Return the iterations after which the policy was best; ``None`` if the initial one was not evaluated.
+
+    As the run's gate has decided. Without one, each policy is compared with the best before it, prompt by prompt.
 
     Args:
-        results: of a run.
-        decisions: of its gate, if it had one.
+        folder: the run.
+        iterations: the last one that counts.
     """
-    refused = {item.finished for item in decisions if item.action != "accept"}
-    accepted = [item for item in results if item.finished not in refused and not math.isnan(item.reward)]
-    return max(accepted, key=lambda item: (item.reward, -item.finished), default=None)
+    decided = [item for item in read_decisions(folder) if item.finished <= iterations]
+    if decided:
+        return decided[-1].best
+    best, found = load_evaluation(folder.evaluation("000")), 0
+    if best is None:
+        return None
+    for finished in range(1, iterations + 1):
+        rows = load_evaluation(folder.evaluation(f"{finished:03d}"))
+        if rows is not None and paired_difference(rows, best).mean > 0:
+            best, found = rows, finished
+    return found

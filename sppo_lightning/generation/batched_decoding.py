@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from sppo_lightning.generation.cache import reserved_cache
+from sppo_lightning.generation.cache import ReservedLayer, reserved_cache
 from sppo_lightning.generation.cache_size import RowBytes, held_bytes
-from sppo_lightning.generation.steps import PlainSteps, left_padded, read
+from sppo_lightning.generation.steps import WORTH_SHARING, PlainSteps, left_padded, read, read_prompts
 from sppo_lightning.policy.agreement import compare_logits, product_dtype
 from sppo_lightning.policy.anatomy import unwrapped
 from sppo_lightning.policy.rounding import off_by_a_rounding
@@ -33,6 +33,7 @@ class Batching(NamedTuple):
 
     padded: bool  # whether their prompts may differ in length
     row: RowBytes
+    shares_prefix: bool = False  # whether what all prompts begin with may be read once
 
 
 def check_batching(model: nn.Module) -> Batching:
@@ -48,7 +49,7 @@ def check_batching(model: nn.Module) -> Batching:
     """
     name = type(unwrapped(model)).__name__
     try:
-        return Batching(True, _row(model, UNLIKE))
+        return Batching(True, _row(model, UNLIKE), _shares_prefix(model))
     except _UnsuitableError as error:
         unlike = error
     try:
@@ -60,6 +61,30 @@ def check_batching(model: nn.Module) -> Batching:
         ) from error
     logger.info("%s reads prompts of one length at a time: where they are padded, %s", name, unlike)
     return found
+
+
+@torch.inference_mode()
+def _shares_prefix(model: nn.Module) -> bool:
+    """Whether prompts give the same logits, then and a token later, where what they begin with is read once."""
+    config = cast(Any, unwrapped(model)).config
+    if not all(isinstance(layer, ReservedLayer) for layer in reserved_cache(config).layers):
+        return False  # states, or windows, which count places of the cache
+    device, dtype = next(model.parameters()).device, product_dtype(model)
+    (first, second), after = _drawn(model, UNLIKE)
+    begin = [*second, *first][:WORTH_SHARING]
+    prompts = [begin + first, begin + second]
+    ids, mask, positions = left_padded(prompts, 1, device)
+    width, source = ids.shape[1], torch.arange(len(prompts), device=device)
+    tokens, found = torch.tensor([row[0] for row in after[: len(prompts)]], device=device), []
+    for shares in (False, True):
+        cache = reserved_cache(config)
+        logits = read_prompts(model, prompts, ids, mask[:, :width], positions, cache, shares_prefix=shares)
+        with PlainSteps(model, cache, source, mask.clone(), width) as steps:
+            found.append(torch.stack([logits, steps.logits(tokens, positions[:, -1] + 1)]))
+    agreement = compare_logits(*found, dtype=dtype)
+    if not agreement.holds:
+        logger.info("Each prompt is read whole: what they share would give other log-probs, by %s", agreement)
+    return agreement.holds
 
 
 class _UnsuitableError(Exception):

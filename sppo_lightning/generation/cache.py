@@ -50,6 +50,21 @@ class ReservedLayer(DynamicLayer):
         super().reorder_cache(beam_idx)
         self._buffers = None
 
+    def move(self, source: Tensor) -> None:
+        """Let each row have its tokens at other places.
+
+        Args:
+            source: ``[B, T]`` present place of each token.
+        """
+        assert self.keys is not None
+        assert self.values is not None
+        index = source[:, None, :, None]
+        self.keys, self.values = (
+            states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[3]))
+            for states in (self.keys, self.values)
+        )
+        self._buffers = None
+
 
 def reserved_cache(config: Any) -> DynamicCache:
     """Return an empty cache for a model; layers other than full attention are transformers' own."""

@@ -216,10 +216,11 @@ class HFGenerator(Generator):
         """Return the sampled token ids of every response, in request order."""
         from sppo_lightning.generation.cache import reserved_cache
         from sppo_lightning.generation.fixed_steps import FixedSteps
-        from sppo_lightning.generation.steps import PlainSteps, left_padded, read
+        from sppo_lightning.generation.steps import PlainSteps, left_padded, read_prompts
 
         model = self._model
         assert model is not None
+        assert self._batching is not None
         device = self._device
         lengths = [len(request.token_ids) for request in batch]
         width = max(lengths)
@@ -228,7 +229,15 @@ class HFGenerator(Generator):
         )
         cache = reserved_cache(cast(Any, model).config)
         begun = time.monotonic()
-        logits = read(model, input_ids, mask[:, :width], positions, cache)
+        logits = read_prompts(
+            model,
+            [request.token_ids for request in batch],
+            input_ids,
+            mask[:, :width],
+            positions,
+            cache,
+            shares_prefix=self._batching.shares_prefix,
+        )
         read_seconds = time.monotonic() - begun
         copies = torch.tensor([max(1, len(request.seeds)) for request in batch], device=device)
         source = torch.arange(len(batch), device=device).repeat_interleave(copies)

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from sppo_lightning.generation.cache import ReservedLayer
 from sppo_lightning.policy.anatomy import unwrapped
+
+WORTH_SHARING = 8  # tokens from which on a pass more pays
 
 
 class DecodingSteps(ABC):
@@ -106,6 +109,63 @@ def left_padded(
         mask[row, width - len(prompt) : width] = 1
     positions = (mask[:, :width].cumsum(-1) - 1).clamp_(min=0)
     return ids.to(device), mask.to(device), positions.to(device)
+
+
+def read_prompts(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    tokens: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+    cache: DynamicCache,
+    *,
+    shares_prefix: bool,
+) -> Tensor:
+    """Read prompts into an empty cache, what all of them begin with only once; return the logits after each.
+
+    A chat template's system prompt is often half of a short prompt. What the cache holds then is where it would be if
+    each prompt had been read by itself.
+
+    Args:
+        model: a causal language model.
+        prompts: P of them.
+        tokens: ``[P, T]``, as :func:`left_padded` returns them.
+        mask: ``[P, T]``, the same.
+        positions: ``[P, T]``, the same.
+        cache: empty.
+        shares_prefix: whether the model may, see :class:`~.batched_decoding.Batching`.
+
+    Returns:
+        ``[P, V]`` float32.
+    """
+    shared = common_prefix(prompts) if shares_prefix and len(prompts) > 1 else 0
+    if shared < WORTH_SHARING:
+        return read(model, tokens, mask, positions, cache)
+    width, device = tokens.shape[1], tokens.device
+    places = torch.arange(width, device=device)
+    start = torch.tensor([prompts[0][:shared]], device=device)
+    read(model, start, torch.ones_like(start), places[None, :shared], cache)
+    cache.reorder_cache(cast(Any, torch.zeros(len(prompts), dtype=torch.long, device=device)))
+    padding = width - mask.sum(-1, keepdim=True)  # [P, 1]
+    # the padding lies behind the shared tokens for now
+    held = (places < shared) | (places >= shared + padding)
+    logits = read(model, tokens[:, shared:], held.to(mask.dtype), positions[:, shared:], cache)
+    source = torch.where(
+        places < padding, places + shared, torch.where(places < padding + shared, places - padding, places)
+    )
+    for layer in cache.layers:
+        cast(ReservedLayer, layer).move(source)
+    return logits
+
+
+def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all prompts begin with, less than the shortest one has."""
+    ordered = sorted(map(tuple, prompts))
+    first, last = ordered[0], ordered[-1]  # of all, these two differ soonest
+    same = next(
+        (n for n, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first)
+    )
+    return min(same, min(map(len, prompts)) - 1)
 
 
 def read(

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from sppo_lightning.policy.anatomy import decoder_layers, unwrapped
-from sppo_lightning.types import UserError
+from sppo_lightning.types import UserError, first_line
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -188,11 +188,18 @@ def load_shards(weights: Mapping[str, Tensor], folder: Path) -> None:
     Args:
         weights: by name, changed in place.
         folder: where they are; its metadata has been checked.
+
+    Raises:
+        UserError: if they cannot be read, or are another model's.
     """
     from torch.distributed.checkpoint import state_dict_loader
+    from torch.distributed.checkpoint.api import CheckpointException
 
-    with torch.no_grad():
-        state_dict_loader.load(dict(weights), checkpoint_id=folder)
+    try:
+        with torch.no_grad():
+            state_dict_loader.load(dict(weights), checkpoint_id=folder)
+    except CheckpointException as error:
+        raise UserError(f"{folder} cannot be read ({first_line(error)}): restore it from a copy") from error
 
 
 def load_rest(checkpoint: Path, module: nn.Module, optimizers: Sequence[Optimizer]) -> set[str]:

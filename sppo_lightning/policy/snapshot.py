@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +20,7 @@ from sppo_lightning.policy.folder import write_folder
 from sppo_lightning.policy.lora import adapter_is_off
 from sppo_lightning.policy.sharding import gather_full_model
 from sppo_lightning.policy.spec import PolicySpec
+from sppo_lightning.system.durable import link_weights
 from sppo_lightning.types import Ranks, UserError
 
 if TYPE_CHECKING:
@@ -162,7 +161,7 @@ class ShardedSnapshot(PolicySnapshot):
     def export(self, folder: Path) -> None:
         """Copy the folder, whose weights are in the compute dtype."""
         assert self._synced, "sync_sampling_weights() comes first"
-        shutil.copytree(self._folder, folder, copy_function=_linked)
+        shutil.copytree(self._folder, folder, copy_function=link_weights)
 
 
 class ShardedInitialSnapshot(PolicySnapshot):
@@ -201,12 +200,3 @@ def _refuse_adapter_that_is_off(model: nn.Module) -> None:
             "the initial policy of a run with lora is its adapter switched off, which no folder holds: evaluate "
             "it in fit, or with generator HFGenerator"
         )
-
-
-def _linked(source: str, target: str) -> str:
-    """Link weights, which nobody writes into, and copy everything else."""
-    if source.endswith(".safetensors"):
-        with suppress(OSError):  # another file system, or one without links
-            os.link(source, target)
-            return target
-    return shutil.copy2(source, target)

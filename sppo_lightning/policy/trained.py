@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 KEPT_WEIGHTS = "weights.safetensors"
+SHARDS_METADATA = ".metadata"  # as torch names it
 
 
 @dataclass(eq=False)
@@ -116,6 +117,10 @@ class TrainedPolicy(ABC):
         """
 
     @abstractmethod
+    def keeps(self, folder: Path) -> bool:
+        """Return whether a folder holds weights that :meth:`restore` may take."""
+
+    @abstractmethod
     def restore(self, folder: Path) -> None:
         """Take the weights that :meth:`keep` wrote, to the last bit; all processes call it together.
 
@@ -159,6 +164,10 @@ class UnshardedPolicy(TrainedPolicy):
         if is_rank0:
             folder.mkdir(parents=True)
             save_file(copied_weights(self.model), folder / KEPT_WEIGHTS)
+
+    def keeps(self, folder: Path) -> bool:
+        """Return whether the file is there."""
+        return (folder / KEPT_WEIGHTS).is_file()
 
     def restore(self, folder: Path) -> None:
         """Read the file, by every process."""
@@ -216,6 +225,10 @@ class ShardedPolicy(TrainedPolicy):
     def keep(self, folder: Path, *, is_rank0: bool) -> None:
         """Write a part for each process."""
         sharding.save_shards(_trained(self.model), folder)
+
+    def keeps(self, folder: Path) -> bool:
+        """Return whether the parts are there."""
+        return (folder / SHARDS_METADATA).is_file()
 
     def restore(self, folder: Path) -> None:
         """Read what this process holds."""

@@ -48,7 +48,7 @@ class PromptSets:
         self.max_tokens = max_tokens
         self.system_prompt = system_prompt
         self.columns = columns
-        self.eval_share = 0.0 if sources.get("eval_prompts") is not None else eval_share
+        self.eval_share = eval_share
         self.seed = seed
         self._read: dict[str, PromptTable] = {}
         self._encoded: dict[str, EncodedPrompts] = {}

@@ -124,6 +124,15 @@ def restore_replaced(folder: Path) -> None:
         _stale(folder).rename(folder)
 
 
+def link_weights(source: str, target: str) -> str:
+    """Link a file of weights, which nobody writes into, and copy any other; for :func:`shutil.copytree`."""
+    if source.endswith(".safetensors"):
+        with suppress(OSError):  # another file system, or one without links
+            os.link(source, target)
+            return target
+    return shutil.copy2(source, target)
+
+
 def _stale(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 

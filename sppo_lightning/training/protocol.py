@@ -76,6 +76,14 @@ class PhaseObserver(Protocol):
 
 
 @runtime_checkable
+class IterationObserver(Protocol):
+    """Whoever wants to know that an iteration starts, among the Trainer's callbacks."""
+
+    def on_iteration_start(self, trainer: pl.Trainer, data: Any, iteration: int, /) -> Any:
+        """Called before an iteration samples anything, on every process."""
+
+
+@runtime_checkable
 class SamplingObserver(Protocol):
     """Whoever wants to follow the sampling of a batch, among the Trainer's callbacks."""
 

@@ -139,7 +139,7 @@ def test_a_reward_that_rises_alone_is_named(
     evaluated(folder, 2, *rewards)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        _name_reward_hacking(folder, 2, 0.9, diversity)
+        _name_reward_hacking(folder, 1, 2, 0.9, diversity)
     found = [str(item.message) for item in caught if "reward hacking" in str(item.message)]
     assert len(found) == len(said)
     assert all(part in text for part, text in zip(said, found, strict=True))

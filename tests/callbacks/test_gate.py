@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 from support.runs import cli_arguments
 
 from sppo_lightning.__main__ import main
-from sppo_lightning.callbacks import IterationGate
+from sppo_lightning.callbacks import IterationGate, PolicyExport
 from sppo_lightning.evaluation.gate import Decision, read_decisions
 from sppo_lightning.export.finished_run import open_run
 from sppo_lightning.store.run_folder import RunFolder
@@ -89,8 +91,8 @@ def test_the_policy_that_stays_is_kept_as_best(fit: Fit) -> None:
     folder, decisions = fit(NEVER, data__iterations=3)
     assert [item.action for item in decisions] == ["accept"] * 3
     rewards = logged(folder, "val/reward/mean")
-    best = max(range(4), key=lambda finished: (rewards[finished], -finished))
-    assert decisions[-1].best == best
+    best = decisions[-1].best
+    assert rewards[best] == max(rewards)
     if best == 0:
         assert not folder.best.exists()
         return
@@ -109,7 +111,11 @@ def test_a_run_that_is_stopped_ends_and_is_not_resumed_by_accident(
     assert not folder.iteration(1).folder.exists()
     with pytest.raises(SystemExit):
         fit({**ALWAYS, "action": "stop"}, data__iterations=3)
-    assert "IterationGate stopped this run after 1 iteration(s): to go on" in capsys.readouterr().err
+    assert (
+        "IterationGate stopped this run after 1 iteration(s): to go on from the policy that it refused"
+        in (capsys.readouterr().err)
+    )
+    assert not folder.iteration(1).folder.exists()  # nothing was sampled
     _, decisions = fit({**ALWAYS, "action": "warn"}, data__iterations=3)
     assert [(item.finished, item.action) for item in decisions] == [(1, "stop"), (2, "warn"), (3, "warn")]
 
@@ -128,9 +134,9 @@ def test_a_reverted_policy_is_validated_as_what_it_is(
 def test_other_settings_of_the_gate_are_another_run(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     fit(NEVER, data__iterations=1)
     with pytest.raises(SystemExit):
-        fit({"tolerance": 2.0}, data__iterations=1)
+        fit({"tolerance": 3.0}, data__iterations=1)
     assert (
-        "trainer.callbacks.IterationGate.init_args.tolerance=1000000.0, but this config has 2.0"
+        "trainer.callbacks.IterationGate.init_args.tolerance=1000000.0, but this config has 3.0"
         in capsys.readouterr().err
     )
 
@@ -140,8 +146,54 @@ def test_without_kept_weights_there_is_a_warning_only(fit: Fit) -> None:
     fit({**ALWAYS, "action": "stop"})
     _, decisions = fit(ALWAYS)
     assert [item.action for item in decisions] == ["stop", "warn"]
-    assert decisions[1].reasons[1].endswith("checkpoints/weights-000, to revert to, is not there")
+    assert decisions[1].reasons[1].endswith("weights-000, to revert to, is not there, or of another strategy")
     assert decisions[1].learning_rate_factor == 1.0
+
+
+def test_what_the_gate_refuses_is_not_exported_whatever_the_order(
+    fit: Fit, tiny_policy: Path, counting_prompts: Path, tmp_path: Path
+) -> None:
+    """The command line puts the gate first, and no policy is kept under the number of one that was given up."""
+    classes = ("PolicyExport", {"keep_every_iteration": True}), ("IterationGate", ALWAYS)
+    callbacks = [
+        {"class_path": f"sppo_lightning.callbacks.{name}", "init_args": args} for name, args in classes
+    ]
+    folder, _ = fit(ALWAYS, trainer__callbacks=json.dumps(callbacks))
+    assert json.loads((folder.policy / "run.json").read_text())["iteration"] == -1
+    assert folder.kept_policies() == []
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "error"),
+    [
+        (
+            (PolicyExport, IterationGate),
+            "has PolicyExport before IterationGate, and would export what the gate",
+        ),
+        ((IterationGate, IterationGate), "has two of IterationGate"),
+    ],
+)
+def test_callbacks_that_do_not_go_together(
+    monkeypatch: pytest.MonkeyPatch, callbacks: tuple[type, ...], error: str
+) -> None:
+    made = [kind() for kind in callbacks]
+    monkeypatch.setattr("sppo_lightning.callbacks.gate.self_play_data", lambda trainer: None)
+    trainer: Any = SimpleNamespace(callbacks=made)
+    with pytest.raises(UserError, match=error):
+        made[1].setup(trainer, trainer, "fit")
+
+
+def test_a_decision_about_the_same_policy_stands(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, tiny_policy: Path, counting_prompts: Path
+) -> None:
+    """Of a run that was killed between its decision and its checkpoint: what is measured anew may round otherwise."""
+    folder, decisions = fit(NEVER, data__iterations=1)
+    kept = folder.gate.read_bytes()
+    shutil.rmtree(folder.last_checkpoint.parent)
+    monkeypatch.setattr("sppo_lightning.callbacks.gate.steps_back", lambda *_, **__: (["other"], -1.0, 0.1))
+    _, again = fit(NEVER, data__iterations=1)
+    assert again == decisions
+    assert folder.gate.read_bytes() == kept
 
 
 def test_a_gate_needs_held_out_prompts(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:

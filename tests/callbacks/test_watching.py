@@ -79,7 +79,7 @@ def test_a_fall_is_named_in_its_first_steps_once_an_iteration() -> None:
     """Means of two steps: -2, -5, -8; the bound of 4 is passed at the third step."""
     found = steps_said(-1.0, -3.0, -7.0, -9.0, max_drop=4.0, steps=2)
     assert [text.split(":")[0] for text in found] == ["Step 3 of 4 of this iteration"] * 2
-    assert "chosen responses have lost 5.0 nat on average over the last 2 steps" in found[0]
+    assert "chosen responses have lost 5.0 nat on average over the last 2 step(s)" in found[0]
 
 
 def test_a_single_bad_step_is_no_fall() -> None:

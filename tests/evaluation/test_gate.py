@@ -9,15 +9,14 @@ import pytest
 
 from sppo_lightning.evaluation.gate import (
     Decision,
-    best_result,
+    best_finished,
     read_decisions,
     steps_back,
     write_decisions,
 )
-from sppo_lightning.evaluation.held_out import PairedDifference
-from sppo_lightning.evaluation.results import HeldOutResult
 from sppo_lightning.store.run_folder import RunFolder
-from sppo_lightning.types import Rollout
+from sppo_lightning.store.shards import write_rollouts
+from sppo_lightning.types import Rollout, UserError
 
 
 def answers(*rewards: float) -> list[Rollout]:
@@ -25,11 +24,11 @@ def answers(*rewards: float) -> list[Rollout]:
 
 
 def decision(finished: int, action: str, best: int) -> Decision:
-    return Decision(finished, action, (), best, 0.0, 0.0, 1.0)
+    return Decision(finished, action, (), best, 0.0, 0.0, 1.0, "a policy")
 
 
-def result(finished: int, reward: float) -> HeldOutResult:
-    return HeldOutResult(finished, reward, 0.1, PairedDifference(0.0, 0.1, 4), 0.5, 9.0)
+def evaluated(folder: RunFolder, finished: int, *rewards: float) -> None:
+    write_rollouts(folder.evaluation(f"{finished:03d}") / "rollouts.parquet", answers(*rewards))
 
 
 @pytest.mark.parametrize(("tolerance", "refused"), [(0.0, True), (0.99, True), (1.01, False)])
@@ -62,15 +61,33 @@ def test_a_diagnostic_over_its_bound() -> None:
         tolerance=1.0,
         bounds={"val/response_length/growth": 1.5, "val/kl/initial": 0.1, "other": 0.0, "unmeasured": 0.0},
     )
-    assert found == ["val/response_length/growth is 1.6, over 1.5"]
+    assert found == ["val/response_length/growth is 1.6, over 1.5", "other is nan, over 0"]
 
 
-def test_the_best_is_the_earliest_of_equals_that_was_not_refused() -> None:
-    results = [result(0, 0.1), result(1, 0.3), result(2, 0.5), result(3, 0.3), result(4, math.nan)]
-    assert best_result(results, []) == results[2]
-    assert best_result(results, [decision(2, "revert", 1)]) == results[1]
-    assert best_result(results[:1], []) == results[0]
-    assert best_result([], []) is None
+def test_answers_that_fail_are_no_way_out() -> None:
+    """The hard prompt of two has no reward any more: the others alone look better."""
+    found, *_ = steps_back(answers(1.0, math.nan), answers(0.5, 0.1), {}, tolerance=1.0, bounds={})
+    assert found == ["50.0% of its held-out answers have no reward, of the best so far 0.0%"]
+
+
+def test_the_best_is_found_prompt_by_prompt(tmp_path: Path) -> None:
+    """The third evaluation's mean over its own prompts is the highest, since a low one failed; it is no better."""
+    folder = RunFolder(tmp_path)
+    assert best_finished(folder, 3) is None
+    evaluated(folder, 0, 1.0, 0.0)
+    assert best_finished(folder, 3) == 0
+    evaluated(folder, 1, 1.0, 0.5)
+    evaluated(folder, 2, 1.0, math.nan)
+    evaluated(folder, 3, 1.0, 0.5)  # the earliest of equals stays
+    assert best_finished(folder, 3) == 1
+
+
+def test_the_best_is_what_the_gate_accepted(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for finished, reward in enumerate((0.1, 0.3, 0.5)):
+        evaluated(folder, finished, reward, reward)
+    write_decisions(folder, [decision(1, "accept", 1), decision(2, "revert", 1)])
+    assert best_finished(folder, 2) == 1
 
 
 def test_a_run_stands_where_it_reverted_to() -> None:
@@ -82,10 +99,11 @@ def test_decisions_are_stored(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert read_decisions(folder) == []
     stored = [
-        Decision(1, "accept", (), 1, 0.25, 0.125, 1.0),
-        Decision(2, "revert", ("a", "b"), 1, -0.5, 0.1, 0.5),
+        Decision(1, "accept", (), 1, 0.25, 0.125, 1.0, "one"),
+        Decision(2, "revert", ("a", "b"), 1, -0.5, 0.1, 0.5, "two"),
     ]
     write_decisions(folder, stored)
     assert read_decisions(folder) == stored
     folder.gate.write_text("{}")
-    assert read_decisions(folder) == []
+    with pytest.raises(UserError, match=r"gate\.json is damaged .*: restore it from a copy"):
+        read_decisions(folder)

@@ -16,7 +16,9 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from sppo_lightning.generation import HFGenerator, SampleRequest, batched_decoding, hf
 from sppo_lightning.generation.batched_decoding import Batching, check_batching
+from sppo_lightning.generation.cache import ReservedLayer
 from sppo_lightning.generation.cache_size import RowBytes
+from sppo_lightning.generation.steps import common_prefix
 from sppo_lightning.types import UserError
 
 TAKEN = sorted({*TRAINED_CONFIGS, *OTHER_CONFIGS} - {"bart", "bert"})
@@ -174,6 +176,7 @@ def test_a_model_is_checked_once() -> None:
     with forwards(source.model) as shapes:
         generator = engine(source)
         read = 1 + batched_decoding.BEFORE + batched_decoding.AFTER + len(batched_decoding.SOURCE)
+        read += 2 + 3  # two prompts and a token more, read whole, and what they begin with by itself
         assert len(shapes) == read
         generator.unload()
         generator.load(source)
@@ -200,3 +203,67 @@ def test_a_batch_size_takes_no_memory_into_account() -> None:
     with forwards(source.model) as shapes:
         answer(generator, requests)
     assert shapes[0] == (4, 9)
+
+
+# ------------------------------------------------------- what all prompts begin with
+
+SHARED = tuple(range(20, 40))
+LATER = [SHARED + tail for tail in ((5,), (6, 7, 8, 9, 10, 11), (5, 4, 3), (6, 7))]
+
+
+def answers_and_tokens_read(kind: str, *, shares: bool) -> tuple[list[list[tuple[int, ...]]], int]:
+    """Greedy and sampled answers, and how many tokens the model read for the prompts."""
+    model = tiny_model(kind)
+    generator = HFGenerator(max_new_tokens=5, temperature=1.0)
+    generator.load(Source(model, NEVER))
+    assert generator._batching is not None
+    generator._batching = generator._batching._replace(shares_prefix=shares)
+    read: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, given: read.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    requests = [SampleRequest(LATER[0], (1, 2)), *(SampleRequest(prompt, ()) for prompt in LATER[1:])]
+    found = {answer.request: answer for answer in generator.generate(requests)}
+    hook.remove()
+    decoded = [count for count in read if count <= 5]
+    return [[r.token_ids for r in found[n].responses] for n in range(len(requests))], sum(read) - sum(decoded)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "cohere", "gpt2", "opt", "granite"])
+def test_what_prompts_begin_with_is_read_once(kind: str) -> None:
+    """Twenty tokens, and the rest of each padded to six: 20 + 4 * 6 instead of 4 * 26."""
+    shared, read = answers_and_tokens_read(kind, shares=True)
+    plain, read_plain = answers_and_tokens_read(kind, shares=False)
+    assert shared == plain
+    assert (read, read_plain) == (20 + 4 * 6, 4 * 26)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shares"),
+    [("llama", True), ("qwen2", True), ("gemma3", False), ("mamba2", False), ("qwen3_5", False)],
+)
+def test_only_full_attention_shares_a_beginning(kind: str, shares: bool) -> None:
+    assert check_batching(tiny_model(kind)).shares_prefix is shares
+
+
+def test_keys_at_wrong_places_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ReservedLayer, "move", lambda self, source: None)
+    with caplog.at_level("INFO"):
+        assert not check_batching(tiny_model("llama")).shares_prefix
+    assert "Each prompt is read whole: what they share would give other log-probs" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shared"),
+    [
+        ([(1, 2, 3), (1, 2, 4)], 2),
+        ([(1, 2, 3), (1, 2, 3)], 2),  # each keeps a token of its own
+        ([(1, 2, 3, 4), (1, 2)], 1),
+        ([(2, 1), (1, 1)], 0),
+        ([(3,), (3,)], 0),
+    ],
+)
+def test_common_prefix(prompts: list[tuple[int, ...]], shared: int) -> None:
+    assert common_prefix(prompts) == shared

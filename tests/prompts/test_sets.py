@@ -57,7 +57,7 @@ def test_most_and_fewest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
         few.read("eval_prompts")
 
 
-@pytest.mark.parametrize(("share", "named", "held_out"), [(0.0, False, 0), (0.1, True, 1)])
+@pytest.mark.parametrize(("share", "named", "held_out"), [(0.0, False, 0), (0.0, True, 1)])
 def test_none_are_held_out_where_that_is_not_wanted(
     tmp_path: Path, share: float, named: bool, held_out: int
 ) -> None:
