@@ -33,7 +33,7 @@ class PolicyExport(SelfPlayCallback):
     Model, tokenizer, chat template, generation config; a policy with an adapter is written in PEFT's layout. A folder
     is replaced as a whole; its ``run.json`` says which iteration the policy comes out of (-1: the initial policy, where
     the run reverted to it), its fingerprint and, in ``best/``, its held-out reward with standard error. As long as no
-    iteration is better than the initial policy, there is no ``best/``. Its reward was selected on the held-out prompts: it
+    iteration is better than the initial policy, there is no ``best/``. Its reward was selected on those prompts: it
     is optimistic.
 
     Args:
