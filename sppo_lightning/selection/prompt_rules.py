@@ -164,7 +164,9 @@ class HighestRewardStd(HighestShare):
 
 
 class HighestRewardGap(HighestShare):
-    """The share of the prompts with the largest gap ``max r - min r`` (arXiv 2604.06268).
+    """The share of the prompts with the largest gap ``max r - min r``.
+
+    The reward variance of arXiv 2604.06268, with the range in place of the deviation.
 
     Args:
         fraction: share in (0, 1], or one for each iteration.
