@@ -50,6 +50,14 @@ class ProbeResponses:
         counts = self.starts.diff()
         return torch.arange(len(counts)).repeat_interleave(counts)
 
+    def taken(self, rows: Tensor) -> ProbeResponses:
+        """Return the responses to the prompts of some rows, ``[rows]`` int64, in that order."""
+        counts = self.starts.diff()[rows]
+        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        shift = (self.starts[rows] - starts[:-1]).repeat_interleave(counts)
+        places = shift + torch.arange(int(starts[-1]))
+        return ProbeResponses(self.rewards[places], self.lengths[places], self.finish_codes[places], starts)
+
     def ended_by(self, reason: FinishReason) -> Tensor:
         """Return where a response ended for ``reason``, ``[R]`` bool."""
         return self.finish_codes == FINISH_REASONS.index(reason)
@@ -62,6 +70,12 @@ def _not_here() -> Any:
     )
 
 
+def _no_metadata(name: str) -> Any:
+    raise UserError(
+        f"this table has no {name!r} of the prompts: name what a rule reads of them in its `prompt_fields`"
+    )
+
+
 @dataclass(frozen=True)
 class StatisticsTable:
     """Named columns with one row a prompt, or a pair; the table of ``data.selection`` has more to ask for.
@@ -71,6 +85,7 @@ class StatisticsTable:
         columns: ``[P]`` float64 each.
         read_responses: reads :attr:`responses`.
         read_history: reads :attr:`history`.
+        read_metadata: reads :meth:`metadata`.
     """
 
     prompt_ids: tuple[str, ...]
@@ -79,6 +94,7 @@ class StatisticsTable:
     read_history: Callable[[], tuple[StatisticsTable, ...]] = field(
         default=_not_here, repr=False, compare=False
     )
+    read_metadata: Callable[[str], tuple[Any, ...]] = field(default=_no_metadata, repr=False, compare=False)
 
     @property
     def responses(self) -> ProbeResponses:
@@ -92,6 +108,10 @@ class StatisticsTable:
         Tables with these rows, :data:`DIFFICULTY_COLUMNS` and ``selected`` (1 or 0); NaN where a prompt was not known.
         """
         return self.read_history()
+
+    def metadata(self, name: str) -> tuple[Any, ...]:
+        """Return what the prompt file says of each row's prompt under ``name``, read when first asked for."""
+        return self.read_metadata(name)
 
     def __post_init__(self) -> None:
         assert all(len(column) == len(self.prompt_ids) for column in self.columns.values())
@@ -120,6 +140,22 @@ class StatisticsTable:
         index = torch.tensor([position[prompt_id] for prompt_id in prompt_ids], dtype=torch.long)
         return StatisticsTable(
             tuple(prompt_ids), {name: column[index] for name, column in self.columns.items()}
+        )
+
+    def taken(self, rows: Tensor) -> StatisticsTable:
+        """Return some rows by their numbers, ``[rows]`` int64, in that order, with all that may be asked of them."""
+        places = rows.tolist()
+
+        def metadata(name: str) -> tuple[Any, ...]:
+            values = self.metadata(name)
+            return tuple(values[row] for row in places)
+
+        return StatisticsTable(
+            tuple(self.prompt_ids[row] for row in places),
+            {name: column[rows] for name, column in self.columns.items()},
+            read_responses=lambda: self.responses.taken(rows),
+            read_history=lambda: tuple(earlier.taken(rows) for earlier in self.history),
+            read_metadata=metadata,
         )
 
     def aligned(self, prompt_ids: tuple[str, ...]) -> StatisticsTable:

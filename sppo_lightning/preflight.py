@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
+from sppo_lightning.difficulty import StatisticsTable
 from sppo_lightning.generation import Generator
 from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.losses import PreferenceLoss
@@ -17,6 +18,7 @@ from sppo_lightning.memory.check import check_memory
 from sppo_lightning.memory.workload import PromptLengths, TrainingSettings, Workload
 from sppo_lightning.prompts.reading import check_disjoint
 from sppo_lightning.prompts.sets import PromptSets
+from sppo_lightning.prompts.table import PromptTable
 from sppo_lightning.rewards import Reward
 from sppo_lightning.selection import EasyToHard, HardToEasy
 from sppo_lightning.training.batching import accumulation_steps
@@ -56,6 +58,7 @@ def prepare_run(
     sets, rules, generator, reward = data.prompt_sets, data.rules, data.generator, data.reward
     keys = read_stage_prompts(sets, stage)
     if stage == "fit":
+        set_up_rules(rules, sets.read("prompts"))
         if not is_dev_run(trainer):
             check_trainer(trainer, epochs=rules.iterations * data.epochs_per_iteration)
         trainer.accumulate_grad_batches = accumulation_steps(
@@ -125,6 +128,7 @@ def shrink(sets: PromptSets, rules: IterationRules) -> IterationRules:
     """Keep one optimizer step's worth of prompts, with room for ties, and one iteration; for a dev run."""
     wanted = 2 * rules.pairs_per_step
     rules = replace(rules, iterations=1)
+    set_up_rules(rules, sets.read("prompts"))
     ids = sets.read("prompts").ids
     for count in range(wanted, len(ids), rules.pairs_per_step):
         if rules.expected_pairs(ids[:count], 0, each=1)[1] >= wanted:
@@ -152,6 +156,27 @@ def check_sizes(rules: IterationRules, prompt_ids: Sequence[str]) -> None:
             )
 
 
+def set_up_rules(rules: IterationRules, prompts: PromptTable) -> None:
+    """Show the rules the training prompts, once it is sure that each has what they read.
+
+    Raises:
+        UserError: naming the rule, the key and the first prompt without it.
+    """
+    for slot, rule in rules.keeping.items():
+        for name in rule.prompt_fields:
+            lacking = next((one.id for one in prompts if one.metadata.get(name) is None), None)
+            if lacking is not None:
+                raise UserError(
+                    f"data.{slot}: {type(rule).__name__} reads {name!r} of each prompt, but prompt {lacking!r} in "
+                    f"data.prompts has none: add {name!r} to the file, name another key, or use another rule"
+                )
+
+    def metadata(name: str) -> tuple[Any, ...]:
+        return tuple(one.metadata[name] for one in prompts)
+
+    rules.setup(StatisticsTable(tuple(prompts.ids), {}, read_metadata=metadata))
+
+
 def check_comparative(reward: Reward, rules: IterationRules) -> None:
     """Refuse what a reward that compares a prompt's responses with each other cannot give.
 
@@ -171,7 +196,7 @@ def check_comparative(reward: Reward, rules: IterationRules) -> None:
     if reward.gives_difficulty:
         return
     name = f"data.reward {type(reward).__name__} compares a prompt's responses with each other"
-    for slot, rule in (("selection", rules.selection), ("pair_selection", rules.pair_selection)):
+    for slot, rule in rules.keeping.items():
         if {"difficulty", "mean_reward"} & set(rule.requires):
             raise UserError(
                 f"{name}, so that every prompt has the same mean reward and data.{slot} {type(rule).__name__} has "

@@ -68,10 +68,16 @@ PUBLIC = {
     """,
     "sppo_lightning.schedules": "Constant Cosine LearningRateSchedule Linear",
     "sppo_lightning.selection": """
-        AllPairs AllPrompts Band Curriculum DisjointSplits DropHardest Easiest EasyToHard HardToEasy Hardest
-        RandomFraction RandomOrder RandomSubset Schedule Selection
+        AdaptiveTarget All AllOf AllPairs AllPrompts Band CategoryBandit Curriculum DifficultyPools DisjointSplits
+        DropHardest Easiest EasyToHard HardToEasy Hardest HighestLearnability HighestPVar HighestPerplexity
+        HighestRewardGap HighestRewardStd HighestShare LargestLogpMargin LowestPerplexity LowestShare MatchedRandom
+        MatchedRandomSubset PerCategory RIP RIPThresholds RandomFraction RandomOrder RandomSubset RewardBand Rule
+        Schedule Selection SkipTied SmallestLogpMargin
     """,
-    "sppo_lightning.pairing": "BestRandom BestWorst Choice Pairing Responses",
+    "sppo_lightning.pairing": """
+        BestMinimumOf BestNearest BestRandom BestWorst Choice LengthPenalizedBestWorst MarginThreshold
+        MatchedRandomPairs Outcome Pairing RandomPairs Responses TopPairs
+    """,
     "sppo_lightning.rewards": """
         CombinedReward Comparison FunctionJudge FunctionReward JSONRewards Judge LengthPenalty OpenAIJudge
         PairwiseReward Reward SGLangClassify ScoreFormat Scores SequenceClassificationReward ServerReward

@@ -22,10 +22,24 @@ from sppo_lightning.preflight import (
     check_sizes,
     check_win_probabilities,
     rope_switch,
+    set_up_rules,
 )
+from sppo_lightning.prompts.table import PromptTable
 from sppo_lightning.rewards import FunctionJudge, FunctionReward, PairwiseReward, WinProbabilityReward
-from sppo_lightning.selection import AllPairs
-from sppo_lightning.types import UserError
+from sppo_lightning.selection import (
+    AdaptiveTarget,
+    All,
+    AllOf,
+    AllPairs,
+    CategoryBandit,
+    DifficultyPools,
+    Easiest,
+    MatchedRandomSubset,
+    PerCategory,
+    Schedule,
+    SkipTied,
+)
+from sppo_lightning.types import Prompt, UserError
 
 IDS = [f"p{number}" for number in range(10)]
 
@@ -149,3 +163,52 @@ def test_one_long_neighbour_does_change_the_log_probs_of_such_a_model() -> None:
         mask = torch.tensor([[1] * 8 + [0] * 4, [1] * 12])
         together = model(torch.cat([padded, long]), attention_mask=mask).logits[:1, :8]
     assert not torch.allclose(alone, together, atol=1e-3)
+
+
+# ------------------------------------------------------------ what rules read of the prompts
+
+
+def prompt_table(*categories: object) -> PromptTable:
+    return PromptTable(
+        Prompt(f"p{number}", "Say it.", (), metadata={"category": category})
+        for number, category in enumerate(categories)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "slot"),
+    [
+        ({"selection": PerCategory(Easiest(0.5))}, "data.selection: PerCategory"),
+        ({"selection": AllOf([PerCategory(Easiest(0.5))])}, "data.selection: AllOf"),
+        ({"pair_selection": PerCategory(AllPairs())}, "data.pair_selection: PerCategory"),
+        ({"schedule": CategoryBandit(0.5)}, "data.schedule: CategoryBandit"),
+        ({"schedule": MatchedRandomSubset(CategoryBandit(0.5))}, "data.schedule: MatchedRandomSubset"),
+    ],
+)
+def test_a_key_that_a_prompt_lacks(changes: dict[str, Any], slot: str) -> None:
+    message = (
+        f"^{slot} reads 'category' of each prompt, but prompt 'p1' in data.prompts has none: add 'category' to the "
+        "file, name another key, or use another rule$"
+    )
+    with pytest.raises(UserError, match=message):
+        set_up_rules(rules(**changes), prompt_table("x", None, "y"))
+    set_up_rules(rules(**changes), prompt_table("x", 0, ""))  # what is there counts, whatever it is
+
+
+def test_a_schedule_is_shown_the_prompts_before_it_is_asked() -> None:
+    shown = rules(schedule=CategoryBandit(0.5), selection=Easiest(1.0), pairs_per_step=2)
+    set_up_rules(shown, prompt_table(*"xxyy"))
+    check_sizes(shown, [f"p{number}" for number in range(4)])
+
+
+@pytest.mark.parametrize(
+    "schedule", [DifficultyPools(), AdaptiveTarget(0.5, start=0, step=1, target_reward=0)]
+)
+def test_a_comparative_reward_gives_a_schedule_no_difficulty(schedule: Schedule) -> None:
+    reward = PairwiseReward(FunctionJudge(lambda prompt, first, second: 0.5))
+    wanting = rules(schedule=schedule, selection=All(), probe_samples=4)
+    with pytest.raises(
+        UserError, match=rf"data\.schedule {type(schedule).__name__} has nothing to choose by"
+    ):
+        check_comparative(reward, wanting)
+    check_comparative(reward, rules(schedule=SkipTied(), selection=All(), probe_samples=4))

@@ -29,6 +29,7 @@ from sppo_lightning.pair_forward.layouts import PairLayout
 from sppo_lightning.pairing import main_drop_reason, pair_statistics
 from sppo_lightning.prompts.table import EncodedById
 from sppo_lightning.rollouts.collector import Collector, RolloutRequests
+from sppo_lightning.selection import overlaps
 from sppo_lightning.store.identity import identity
 from sppo_lightning.store.iterations import IterationStore
 from sppo_lightning.store.pairs import PairTable
@@ -106,7 +107,7 @@ class IterationBuilder:
 
         probed = self._due(candidates, previous, reestimation)
         self._collect(store, "probe", probed, iteration, "probing")
-        ranked, selected = self._select(
+        ranked, selected, found = self._select(
             store,
             candidates,
             previous,
@@ -135,6 +136,7 @@ class IterationBuilder:
             )
         difficulty = dict(zip(ranked.prompt_ids, ranked["difficulty"].tolist(), strict=True))
         statistics = pair_statistics(pairs.prompt_ids, pairs.statistics(), made.rewards, difficulty)
+        statistics = replace(statistics, read_metadata=partial(self._metadata, pairs.prompt_ids))
         keep = rules.pair_selection.select(statistics, iteration=iteration, seed=rules.seed).tolist()
         pairs = pairs.kept(keep)
         paired = len(set(pairs.prompt_ids))
@@ -153,7 +155,11 @@ class IterationBuilder:
                 f"data.pairs_per_step={rules.pairs_per_step}; of {counts['prompts']} prompts were dropped: "
                 f"{_reasons(dropped)}{several if rules.most_pairs > 1 else ''}"
             )
-        metrics = {**made.counters.metrics(), **_iteration_metrics(ranked, pairs)}
+        metrics = {**made.counters.metrics(), **_iteration_metrics(ranked, pairs), **found}
+        if len(candidates) < len(self.prompts):
+            every = self._due(list(self.prompts), previous, reestimation)
+            saved = sum(map(len, every.values())) - sum(map(len, probed.values()))
+            metrics["iteration/rollouts_saved"] = float(saved)
         if rules.most_pairs > 1:
             metrics["iteration/pairs/prompts"] = float(paired)
             metrics |= {
@@ -236,10 +242,10 @@ class IterationBuilder:
         iteration: int,
         reestimation: Reestimation | None,
         dropped: Counter[str],
-    ) -> tuple[StatisticsTable, list[str]]:
+    ) -> tuple[StatisticsTable, list[str], dict[str, float]]:
         """Write the difficulties after the probe; return those of the candidates, and the ids of the selected ones.
 
-        ``dropped`` gets the reasons of the others.
+        With them comes what is logged of the rules. ``dropped`` gets the reasons of the prompts that are not selected.
         """
         table = difficulty_after(
             store.shards.rewards("probe"),
@@ -251,18 +257,36 @@ class IterationBuilder:
         known = set(table.prompt_ids)
         dropped.update(self._drop_reasons(store, [key for key in candidates if key not in known]))
         ranked = table.rows([prompt_id for prompt_id in candidates if prompt_id in known])
-        ids = ranked.prompt_ids
-        offered = replace(
-            ranked,
-            read_responses=cache(lambda: store.shards.measured("probe", ids)),
-            read_history=cache(lambda: tuple(one.known(ids) for one in earlier)),
-        )
-        keep = self.rules.selection.select(offered, iteration=iteration, seed=self.rules.seed).tolist()
-        selected = [prompt_id for prompt_id, kept in zip(ranked.prompt_ids, keep, strict=True) if kept]
+        rules = self.rules
+        metrics = rules.observe(self._offered(table, store, earlier), iteration=iteration)
+        offered = self._offered(ranked, store, earlier)
+        kept = rules.selection.select(offered, iteration=iteration, seed=rules.seed)
+        if not self.collector.reward.comparative and not bool(kept.all()):
+            shares = overlaps(offered, kept, iteration=iteration, seed=rules.seed)
+            metrics |= {f"iteration/overlap/{name}": share for name, share in shares.items()}
+        selected = [
+            prompt_id for prompt_id, keep in zip(ranked.prompt_ids, kept.tolist(), strict=True) if keep
+        ]
         dropped["not_selected"] = len(ranked) - len(selected)
         if self.collector.ranks.rank == 0:
             store.write_difficulty(table, set(selected))
-        return ranked, selected
+        return ranked, selected, metrics
+
+    def _offered(
+        self, table: StatisticsTable, store: IterationStore, earlier: Sequence[IterationStore]
+    ) -> StatisticsTable:
+        """Return a table of prompts with all that a rule may ask for."""
+        ids = table.prompt_ids
+        return replace(
+            table,
+            read_responses=cache(lambda: store.shards.measured("probe", ids)),
+            read_history=cache(lambda: tuple(one.known(ids) for one in earlier)),
+            read_metadata=partial(self._metadata, ids),
+        )
+
+    def _metadata(self, prompt_ids: Sequence[str], name: str) -> tuple[Any, ...]:
+        """Return what the prompt file says of some prompts under ``name``."""
+        return tuple(self.prompts[prompt_id].prompt.metadata[name] for prompt_id in prompt_ids)
 
     def _drop_reasons(self, store: IterationStore, unknown: Sequence[str]) -> Counter[str]:
         """Return why prompts have no difficulty although they were probed."""

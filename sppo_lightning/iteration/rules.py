@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sppo_lightning.difficulty import DIFFICULTY_COLUMNS
+from sppo_lightning.difficulty import DIFFICULTY_COLUMNS, StatisticsTable
 from sppo_lightning.pairing import PAIR_COLUMNS, Pairing
 from sppo_lightning.selection import Curriculum, RandomOrder, Rule, Schedule, Selection
 from sppo_lightning.types import UserError
@@ -42,11 +42,10 @@ class IterationRules:
         for name in ("iterations", "probe_samples", "pairs_per_step", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
-        slots = (
-            ("selection", self.selection, (*DIFFICULTY_COLUMNS, "responses", "history")),
-            ("pair_selection", self.pair_selection, PAIR_COLUMNS),
-        )
-        for slot, rule, columns in slots:
+        for slot, rule in self.keeping.items():
+            columns = (
+                PAIR_COLUMNS if slot == "pair_selection" else (*DIFFICULTY_COLUMNS, "responses", "history")
+            )
             missing = [name for name in rule.requires if name not in columns]
             if missing:
                 raise ValueError(
@@ -71,7 +70,7 @@ class IterationRules:
         return min(self.pairing.most_pairs, samples * (samples - 1) // 2)
 
     @property
-    def _keeping(self) -> dict[str, Rule]:
+    def keeping(self) -> dict[str, Rule]:
         """The rules that may keep a state, by the key of ``data`` that they come from."""
         return {
             "schedule": self.schedule,
@@ -80,17 +79,41 @@ class IterationRules:
             "curriculum": self.curriculum,
         }
 
+    def setup(self, prompts: StatisticsTable) -> None:
+        """Let the rules take in the training prompts.
+
+        Args:
+            prompts: a row a prompt, without columns, with metadata.
+        """
+        for rule in self.keeping.values():
+            rule.setup(prompts)
+
+    def observe(self, table: StatisticsTable, *, iteration: int) -> dict[str, float]:
+        """Let the rules learn from an iteration's probe, and return what they log of it.
+
+        Args:
+            table: all prompts with a known difficulty.
+            iteration: self-play iteration.
+        """
+        for rule in self.keeping.values():
+            rule.observe(table, iteration=iteration)
+        return {
+            f"iteration/{slot}/{name}": value
+            for slot, rule in self.keeping.items()
+            for name, value in rule.metrics().items()
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Return what each rule knows, as it comes back from JSON.
 
         Raises:
             UserError: if a rule's state is nothing that JSON can hold.
         """
-        return {slot: _as_json(slot, rule) for slot, rule in self._keeping.items()}
+        return {slot: _as_json(slot, rule) for slot, rule in self.keeping.items()}
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
         """Let the rules take up what :meth:`state_dict` returned."""
-        for slot, rule in self._keeping.items():
+        for slot, rule in self.keeping.items():
             if slot in states:
                 rule.load_state_dict(copy.deepcopy(states[slot]))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sppo_lightning.difficulty import StatisticsTable
 from sppo_lightning.pairing import BestWorst, Pairing
-from sppo_lightning.selection import Easiest, Selection
+from sppo_lightning.selection import CategoryBandit, Easiest, HighestPVar, PerCategory, Schedule, Selection
 from sppo_lightning.types import UserError
 
 
@@ -125,3 +125,54 @@ def test_a_state_that_json_cannot_hold_is_refused_at_the_start(state: Any) -> No
     )
     with pytest.raises(UserError, match=message):
         iteration_rules(selection=Counting(state))
+
+
+# ---------------------------------------------------------------------- feedback
+
+
+@pytest.mark.parametrize(
+    ("slot", "rule", "message"),
+    [
+        (
+            "pair_selection",
+            HighestPVar(0.5),
+            "data.pair_selection: HighestPVar needs the column 'responses', which",
+        ),
+        (
+            "pair_selection",
+            PerCategory(HighestPVar(0.5)),
+            "data.pair_selection: PerCategory needs the column 'responses', which is not there; this slot has diff",
+        ),
+    ],
+)
+def test_a_wrapped_rule_needs_its_columns_too(slot: str, rule: Selection, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        iteration_rules(**{slot: rule})
+
+
+def test_a_schedule_needs_columns_that_are_there() -> None:
+    class Wanting(CategoryBandit):
+        requires = ("gap",)
+
+    message = "data.schedule: Wanting needs the column 'gap', which is not there; this slot has difficulty"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        iteration_rules(schedule=Wanting(0.5))
+
+
+def test_every_rule_observes_and_its_metrics_go_by_the_slot() -> None:
+    class Observing(Schedule):
+        seen = -1
+
+        def candidates(
+            self, prompt_ids: Sequence[str], *, iteration: int, iterations: int, seed: int
+        ) -> list[str]:
+            return list(prompt_ids)
+
+        def observe(self, table: StatisticsTable, *, iteration: int) -> None:
+            self.seen = iteration
+
+        def metrics(self) -> dict[str, float]:
+            return {"seen": float(self.seen)}
+
+    rules = iteration_rules(schedule=Observing())
+    assert rules.observe(StatisticsTable((), {}), iteration=3) == {"iteration/schedule/seen": 3.0}

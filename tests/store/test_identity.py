@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from inspect import isabstract
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from support.old_run.components import components
 from torchmetrics.text import BLEUScore
 
-from sppo_lightning import generation, rewards, selection
+from sppo_lightning import generation, pairing, rewards, selection
 from sppo_lightning.redaction import MASK
 from sppo_lightning.rewards import (
     CombinedReward,
@@ -151,7 +152,7 @@ def test_arguments_that_are_handed_on_to_a_base_class_count() -> None:
     }
 
 
-@pytest.mark.parametrize("package", [generation, rewards, selection])
+@pytest.mark.parametrize("package", [generation, pairing, rewards, selection])
 def test_no_shipped_component_loses_an_argument(package: Any) -> None:
     """Each keeps what it was given under its name, unless that decides speed or place only."""
     made: dict[type, object] = {type(component): component for component in components().values()}
@@ -160,9 +161,32 @@ def test_no_shipped_component_loses_an_argument(package: Any) -> None:
     made |= {
         kind: kind(0.5)
         for kind in vars(selection).values()
-        if isinstance(kind, type) and set(parameters(kind)) == {"fraction"}
+        if isinstance(kind, type) and set(parameters(kind)) == {"fraction"} and not isabstract(kind)
     }
-    made[selection.Band] = selection.Band(0.1, 0.5)
+    easiest, subset = selection.Easiest(0.5), selection.RandomSubset(0.5)
+    for rule in (
+        selection.AdaptiveTarget(0.5, start=1.0, step=0.5, target_reward=0.5),
+        selection.AllOf([easiest]),
+        selection.Band(0.1, 0.5),
+        selection.CategoryBandit(0.5),
+        selection.DifficultyPools(),
+        selection.HighestLearnability(0.5, threshold=0.0),
+        selection.MatchedRandom(easiest),
+        selection.MatchedRandomSubset(subset),
+        selection.PerCategory(easiest),
+        selection.RIP(0.5, 0.5, 0.5),
+        selection.RIPThresholds(0.0, 1, 1.0),
+        selection.RewardBand(0.5, 0.1),
+        selection.SkipTied(),
+        pairing.BestMinimumOf(2),
+        pairing.BestNearest(),
+        pairing.LengthPenalizedBestWorst(0.1),
+        pairing.MarginThreshold(pairing.BestWorst()),
+        pairing.MatchedRandomPairs(pairing.BestWorst()),
+        pairing.RandomPairs(2),
+        pairing.TopPairs(2),
+    ):
+        made[type(rule)] = rule
     made[generation.VLLMAdapter] = generation.VLLMAdapter("folder", adapter="a")
     own = {
         kind: component for kind, component in made.items() if kind.__module__.startswith(package.__name__)

@@ -1,27 +1,18 @@
-"""From a prompt's scored responses to pairs of a chosen and a rejected one. Shapes: N responses of one prompt."""
+"""From a prompt's scored responses to pairs of a chosen and a rejected one."""
 
 from __future__ import annotations
 
-import math
-from abc import ABC
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sppo_lightning.difficulty import StatisticsTable, reward_statistics
+from sppo_lightning.pairing.contract import Choice, Pairing, Responses, win_probability
 from sppo_lightning.seeding import derive_seed
-from sppo_lightning.types import (
-    WIN_PROBABILITY,
-    EncodedPrompt,
-    FinishReason,
-    PreferencePair,
-    ScoredRollout,
-    UserError,
-)
+from sppo_lightning.types import EncodedPrompt, PreferencePair, ScoredRollout, UserError
 
 PAIR_COLUMNS = (
     "difficulty",
@@ -44,89 +35,6 @@ PAIR_COLUMNS = (
 
 Win probabilities are NaN where ``data.reward`` gives none.
 """
-
-
-class Choice(NamedTuple):
-    """Row numbers of the chosen and the rejected response."""
-
-    chosen: int
-    rejected: int
-
-
-@dataclass(frozen=True, eq=False)
-class Responses:
-    """The usable responses to one prompt in the order of ``sample_index``: two or more, not all with the same reward.
-
-    Args:
-        rows: the responses; a text (``.response``) or its tokens (``.token_ids``) is read from its file when asked for.
-        rewards: ``[N]`` float64, finite.
-    """
-
-    rows: Sequence[ScoredRollout]
-    rewards: Tensor
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens of each response, ``[N]`` int64."""
-        return torch.tensor([row.length for row in self.rows])
-
-    @property
-    def finish_reasons(self) -> tuple[FinishReason, ...]:
-        """Why each response ended."""
-        return tuple(row.finish_reason for row in self.rows)
-
-    @property
-    def sample_indices(self) -> tuple[int, ...]:
-        """The number of each response among all that were sampled for the prompt."""
-        return tuple(row.sample_index for row in self.rows)
-
-    @property
-    def win_probabilities(self) -> Tensor | None:
-        """Mean win probability of each response, ``[N]`` float64; ``None`` if the reward gives none."""
-        found = torch.tensor([_win_probability(row) for row in self.rows], dtype=torch.float64)
-        return None if bool(found.isnan().all()) else found
-
-
-class Pairing(ABC):
-    """Chooses the responses to learn from, by ``class_path`` in the config.
-
-    A subclass defines one of two methods: ``choose(rewards, generator)``, which returns one :class:`Choice`, or
-    :meth:`pairs`. ``choose`` gets the ``[N]`` finite rewards, not all equal, in the order of ``sample_index``, and the
-    prompt's own randomness. ``most_pairs`` is the most pairs that :meth:`pairs` may return for a prompt.
-    """
-
-    choose: Callable[[Tensor, torch.Generator], Choice]
-    most_pairs: int = 1
-
-    def pairs(self, responses: Responses, generator: torch.Generator) -> Sequence[Choice]:
-        """Return the prompt's pairs; none drops the prompt as ``no_pair``.
-
-        Args:
-            responses: the prompt's usable responses.
-            generator: the prompt's own randomness.
-        """
-        return [self.choose(responses.rewards, generator)]
-
-
-class BestWorst(Pairing):
-    """Highest against lowest reward, as in the paper; ties go to the lowest ``sample_index``."""
-
-    def choose(self, rewards: Tensor, generator: torch.Generator) -> Choice:
-        """Return (argmax, argmin)."""
-        return Choice(int(rewards.argmax()), int(rewards.argmin()))
-
-
-class BestRandom(Pairing):
-    """Highest reward against a random response with a lower one (Online-RLHF's max/random)."""
-
-    def choose(self, rewards: Tensor, generator: torch.Generator) -> Choice:
-        """Return (argmax, a random row below the maximum)."""
-        lower = (rewards < rewards.max()).nonzero().flatten()
-        pick = int(torch.randint(len(lower), (1,), generator=generator))
-        return Choice(int(rewards.argmax()), int(lower[pick]))
 
 
 class Outcome(NamedTuple):
@@ -223,15 +131,11 @@ def _pair(prompt: EncodedPrompt, chosen: ScoredRollout, rejected: ScoredRollout)
         rejected=rejected.response,
         chosen_reward=chosen.reward,
         rejected_reward=rejected.reward,
-        chosen_win_probability=_win_probability(chosen),
-        rejected_win_probability=_win_probability(rejected),
+        chosen_win_probability=win_probability(chosen),
+        rejected_win_probability=win_probability(rejected),
         chosen_sample_index=chosen.sample_index,
         rejected_sample_index=rejected.sample_index,
     )
-
-
-def _win_probability(row: ScoredRollout) -> float:
-    return row.reward_parts.get(WIN_PROBABILITY, math.nan)
 
 
 def main_drop_reason(rows: Sequence[ScoredRollout]) -> str:
