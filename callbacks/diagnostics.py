@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from sppo_lightning.callbacks.base import SelfPlayCallback
 from sppo_lightning.datamodule import SelfPlayDataModule, self_play_data
 from sppo_lightning.evaluation.divergence import read_answers
 from sppo_lightning.evaluation.gate import read_decisions
-from sppo_lightning.evaluation.held_out import load_evaluation
+from sppo_lightning.evaluation.held_out import load_evaluation, paired_difference
 from sppo_lightning.evaluation.results import held_out_results
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.durable import with_checksum, write_atomically
@@ -157,10 +157,14 @@ def distinct_bigrams(rows: Sequence[Rollout]) -> float:
 
 
 def _name_reward_hacking(folder: RunFolder, start: int, finished: int, before: float, after: float) -> None:
-    """Warn where the reward rose since the policy that the iteration started from, and what it stands for fell."""
+    """Say so where the reward rose since the policy that the iteration started from, and what it stands for fell."""
     results = {item.finished: item for item in held_out_results(folder, finished)}
+    rows, earlier = (load_evaluation(folder.evaluation(f"{number:03d}")) for number in (finished, start))
     now, last = results.get(finished), results.get(start)
-    if now is None or last is None or not now.reward > last.reward:
+    if rows is None or earlier is None or now is None or last is None:
+        return
+    rise = paired_difference(rows, earlier)
+    if not rise.mean > rise.stderr:  # one that may be chance, or a fall
         return
     signs = []
     if start > 0 and now.win_rate < last.win_rate:
@@ -172,7 +176,7 @@ def _name_reward_hacking(folder: RunFolder, start: int, finished: int, before: f
             f"held-out answers became less diverse (distinct bigrams from {before:.2f} to {after:.2f})"
         )
     if signs:
-        rank_zero_warn(
-            f"The held-out reward rose from {last.reward:.3f} to {now.reward:.3f}, but {' and '.join(signs)}: this may "
-            "be reward hacking. Read samples.md."
+        rank_zero_info(
+            f"The held-out reward rose by {rise.mean:.3f} ± {rise.stderr:.3f} to {now.reward:.3f}, but "
+            f"{' and '.join(signs)}: this may be reward hacking. Read samples.md."
         )

@@ -66,5 +66,5 @@ class Diversity:
         total = self._first_tokens.total()
         if total:
             shares = [count / total for count in self._first_tokens.values()]
-            found["iteration/first_token/entropy"] = -sum(share * math.log(share) for share in shares)
+            found["iteration/first_token/entropy"] = sum(-share * math.log(share) for share in shares) + 0.0
         return found

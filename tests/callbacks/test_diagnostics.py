@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,23 +123,27 @@ def evaluated(folder: RunFolder, finished: int, *rewards: float) -> None:
 @pytest.mark.parametrize(
     ("rewards", "diversity", "said"),
     [
-        ((3.0, 0.5, 0.5), 0.9, ["win rate against the initial policy fell from 100.0% to 33.3%"]),
+        ((9.0, 9.0, 0.5), 0.9, ["win rate against the initial policy fell from 100.0% to 66.7%"]),
         ((3.0, 2.0, 2.0), 0.5, ["less diverse (distinct bigrams from 0.90 to 0.50)"]),
         ((3.0, 2.0, 2.0), 0.9, []),
+        ((9.0, 0.5, 0.5), 0.5, []),  # a rise of 2.1 with a standard error of 2.8 may be chance
         ((1.0, 0.5, 0.5), 0.5, []),  # the reward fell too: the gate's part
     ],
 )
 def test_a_reward_that_rises_alone_is_named(
-    tmp_path: Path, rewards: tuple[float, ...], diversity: float, said: list[str]
+    tmp_path: Path,
+    rewards: tuple[float, ...],
+    diversity: float,
+    said: list[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     folder = RunFolder(tmp_path)
     evaluated(folder, 0, 1.0, 1.0, 1.0)
     evaluated(folder, 1, 1.2, 1.2, 1.2)
     evaluated(folder, 2, *rewards)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with caplog.at_level("INFO"):
         _name_reward_hacking(folder, 1, 2, 0.9, diversity)
-    found = [str(item.message) for item in caught if "reward hacking" in str(item.message)]
+    found = [text for text in caplog.messages if "reward hacking" in text]
     assert len(found) == len(said)
     assert all(part in text for part, text in zip(said, found, strict=True))
 

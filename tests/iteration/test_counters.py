@@ -99,8 +99,15 @@ def test_counts_by_hand() -> None:
 
 def test_metrics_by_hand() -> None:
     """Of prompts with usable responses the means are 2 and 6; six responses of 4, 10, 2, 8, 6 and 6 tokens came
-    back, two of them cut; the usable ones have styles of 1 and 2, and 6, and one has a penalty."""
+    back, two of them cut; the usable ones have styles of 1 and 2, and 6, and one has a penalty. Of 4 + 10 and of
+    2 + 8 + 6 tokens 10 and 8 are distinct, of 3 + 9 and 1 + 7 + 5 bigrams 9 and 7. Rewards of 1 and 3: sqrt(2)."""
     assert counters_of(*GROUPS).metrics() == {
+        "iteration/diversity/distinct_1": pytest.approx((10 / 14 + 8 / 16) / 2),
+        "iteration/diversity/distinct_2": pytest.approx((9 / 12 + 7 / 13) / 2),
+        "iteration/responses_identical/share": 0.0,
+        "iteration/first_token/entropy": 0.0,
+        "iteration/reward/spread": pytest.approx(math.sqrt(2)),
+        "iteration/reward/tied_share": 0.0,
         "iteration/reward/mean": 4.0,
         "iteration/response_length/mean": 6.0,
         "iteration/response_unfinished/share": pytest.approx(1 / 3),
@@ -130,6 +137,7 @@ def test_samples_that_only_selected_prompts_have_count_in_no_mean() -> None:
 def test_nothing_dropped_is_nothing_logged() -> None:
     found = counters_of([row(3, 1.5)]).metrics()
     assert found == {
+        "iteration/first_token/entropy": 0.0,
         "iteration/reward/mean": 1.5,
         "iteration/response_length/mean": 3.0,
         "iteration/response_unfinished/share": 0.0,
