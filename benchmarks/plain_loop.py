@@ -1,4 +1,4 @@
-"""Train a run's stored pairs again by a loop of plain PyTorch, and compare its log-ratios with what the run logged.
+"""Train a run's stored pairs again by a loop of plain PyTorch, and compare its log-ratios with the logged ones.
 
 For a run of DPO, all weights trained, reference previous_iteration, AdamW, linear schedule: the quick start with
 ``--model.loss sppo_lightning.losses.DPOLoss --model.loss.beta 0.1``. Only the order of the pairs comes from the package.
