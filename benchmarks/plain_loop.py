@@ -1,7 +1,7 @@
 """Train a run's stored pairs again by a loop of plain PyTorch, and compare its log-ratios with the logged ones.
 
 For a run of DPO, all weights trained, reference previous_iteration, AdamW, linear schedule: the quick start with
-``--model.loss sppo_lightning.losses.DPOLoss --model.loss.beta 0.1``. Only the order of the pairs comes from the package.
+``--model.loss sppo_lightning.losses.DPOLoss --model.loss.beta 0.1``. Only the order of pairs comes from the package.
 Where both agree, what a run learns is what its settings make of its pairs; ``--order-seeds`` takes the same pairs in
 other orders, which shows how much of it is chance.
 
