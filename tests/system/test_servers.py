@@ -329,7 +329,10 @@ HALVES: list[tuple[bytes, str]] = [
 
 @pytest.mark.parametrize(("sent", "reason"), HALVES)
 def test_what_breaks_the_protocol_costs_the_request_only(sent: bytes, reason: str) -> None:
-    with speaking(lambda connection: connection.sendall(sent)) as url, client_of(url, max_retries=0) as client:
+    with (
+        speaking(lambda connection: connection.sendall(sent)) as url,
+        client_of(url, max_retries=0) as client,
+    ):
         failure = client.post("completions", {})
     assert isinstance(failure, Failure)
     assert failure.reason == reason
