@@ -797,9 +797,24 @@ def tensor_reward(prompts: list[str], responses: list[str], metadata: list[dict[
     return torch.ones(len(responses), 2)
 
 
+def dict_reward(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> dict[int, float]:
+    return dict(enumerate(map(len, responses)))
+
+
+def ending_reward(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+    sys.exit(0)
+
+
+def painted_reward(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+    raise ValueError("\x1b]52;c;cm0gLXJm\x07 \x1b[2J")
+
+
 @pytest.mark.parametrize(
     ("function", "wording"),
     [
+        ("dict_reward", r"returned a dict: it must return a list of numbers"),
+        ("ending_reward", r"20 of 20 responses are of no use \(20 failed_score\), .* raised SystemExit: 0"),
+        ("painted_reward", r"20 of 20 .* raised ValueError: \\x1b\]52;c;cm0gLXJm\\x07 \\x1b\[2J \("),
         (
             "constant_reward",
             r"iteration 0 has 0 pairs, fewer than one optimizer step of data\.pairs_per_step=4; "
@@ -837,7 +852,9 @@ def test_rewards_that_break_their_contract(
     with pytest.raises(SystemExit) as stop:
         main(["fit", *cli_arguments(tiny_policy, prompts, tmp_path / "run", **changes)])
     assert stop.value.code == 2
-    lines = capfd.readouterr().err.splitlines()
+    printed = capfd.readouterr()
+    assert "\x1b" not in printed.err + printed.out
+    lines = printed.err.splitlines()
     assert not any("Traceback" in line for line in lines)
     assert [line for line in lines if "error:" in line] == lines[-1:]
     assert re.match("sppo-lightning: error: (data.reward FunctionReward )?" + wording, lines[-1]), lines[-1]
