@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 from jinja2.exceptions import SecurityError
 
+from sppo_lightning.limits import OutOfTimeError, bounded
 from sppo_lightning.prompts.ragged import RaggedColumn
 from sppo_lightning.prompts.table import EncodedPrompts, PromptTable
 from sppo_lightning.types import Message, Prompt, UserError, first_line
@@ -61,6 +62,9 @@ def _template(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | None) -
     return at_day(template, _clock) if _clock is not None and "strftime_now" in template else template
 
 
+LONGEST_SECONDS = 30.0  # that a template may take for a conversation; they take milliseconds
+LONGEST_TEXT = 2**26  # characters of a templated conversation
+
 PLAIN = "plain"  # said in place of a chat template
 
 
@@ -104,15 +108,15 @@ def template_token_ids(
         return _plain_token_ids(tokenizer, messages[0]["content"])
     _check_is_used(tokenizer, messages, tools)
     try:
-        encoded = tokenizer.apply_chat_template(
-            cast(Any, [dict(message) for message in messages]),
-            tools=list(tools) if tools else None,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=True,
-            return_dict=True,
-            chat_template=_template(tokenizer, tools),
-            **arguments,
-        )
+        with bounded(LONGEST_SECONDS):
+            rendered = tokenizer.apply_chat_template(
+                cast(Any, [dict(message) for message in messages]),
+                tools=list(tools) if tools else None,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                chat_template=_template(tokenizer, tools),
+                **arguments,
+            )
     except (TemplateSyntaxError, UndefinedError, SecurityError) as error:
         raise _broken_template(error) from error
     except TemplateError as error:  # raise_exception of the template
@@ -128,9 +132,23 @@ def template_token_ids(
         ArithmeticError,
         RecursionError,
         MemoryError,
+        OutOfTimeError,
     ) as error:
         raise _broken_template(error) from error
-    return single_bos(tokenizer, cast("Mapping[str, list[int]]", encoded)["input_ids"])
+    text = cast(str, rendered)
+    if len(text) > LONGEST_TEXT:
+        raise UserError(
+            f"the model's chat template makes {len(text):,} characters of one conversation: name another one with "
+            "model.policy.chat_template"
+        )
+    # as apply_chat_template does, out of the bounds: tokenizers may not be interrupted
+    ids = single_bos(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise UserError(
+            "the model's chat template makes not a single token of a conversation: name another one with "
+            "model.policy.chat_template"
+        )
+    return ids
 
 
 def _broken_template(error: Exception) -> UserError:
@@ -288,7 +306,7 @@ def encode_prompts(
 
     Raises:
         PromptError: naming the prompt, if the tokenizer cannot take it.
-        UserError: if the template has no place for ``system_prompt``.
+        UserError: if the template has no place for ``system_prompt``, or none for the prompts.
     """
     if system_prompt is not None and tokenizer.chat_template is None:
         raise UserError(
@@ -300,6 +318,7 @@ def encode_prompts(
     token_ids = RaggedColumn("i")
     kept = array("q")
     too_long: list[str] = []
+    one_for_all, first_ids = False, list[int]()
     for row, prompt in enumerate(table):
         own = prompt.messages[0]["role"] == "system"
         messages = prompt.messages if own else (*opening, *prompt.messages)
@@ -319,10 +338,17 @@ def encode_prompts(
                     "the prompts"
                 ) from error
             raise PromptError(prompt.id, str(error)) from error
+        one_for_all = row == 0 or (one_for_all and ids == first_ids)
+        first_ids = ids if row == 0 else first_ids
         fits = len(ids) <= max_tokens
         token_ids.append(ids if fits else ())
         if fits:
             kept.append(row)
         else:
             too_long.append(prompt.id)
+    if one_for_all and any(prompt.messages != table[0].messages for prompt in table):
+        raise UserError(
+            "the model's chat template makes the same of all prompts, whatever they say: name another one with "
+            "model.policy.chat_template"
+        )
     return EncodingResult(EncodedPrompts(table, token_ids, kept), too_long)

@@ -1,0 +1,80 @@
+"""Bounds of time and memory for what files of others have this process compute: a template, a pattern."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+MEMORY = 2 * 2**30  # bytes, in addition to what the process has
+_STATM = Path("/proc/self/statm")
+
+
+class OutOfTimeError(Exception):
+    """A computation took longer than it may."""
+
+
+class _AlarmError(BaseException):
+    """The alarm rang; what computes handles errors of its own, Jinja any ``Exception``, and would go on."""
+
+
+@contextlib.contextmanager
+def bounded(seconds: float, *, memory: int = MEMORY) -> Iterator[None]:
+    """Let the context last for some time at most, and take some memory at most.
+
+    Python's own loops, patterns and powers of integers are interrupted by the alarm clock. Time is bounded in the main
+    thread only, and not while another alarm runs; memory is bounded on Linux only.
+
+    Args:
+        seconds: that the context may last.
+        memory: bytes that it may take in addition to what the process has.
+
+    Raises:
+        OutOfTimeError: after ``seconds``.
+        MemoryError: where more memory is asked for.
+    """
+    with _bounded_memory(memory), _bounded_time(seconds):
+        yield
+
+
+@contextlib.contextmanager
+def _bounded_time(seconds: float) -> Iterator[None]:
+    main = threading.current_thread() is threading.main_thread()
+    if not main or not hasattr(signal, "setitimer") or signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _AlarmError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except _AlarmError:
+        raise OutOfTimeError(f"not done after {seconds:g} s") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def _bounded_memory(extra: int) -> Iterator[None]:
+    if not _STATM.exists():
+        yield
+        return
+    import resource  # not on every system
+
+    pages = int(_STATM.read_text().split(maxsplit=1)[0])
+    before = soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + extra
+    if soft != resource.RLIM_INFINITY:
+        limit = min(limit, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
