@@ -449,6 +449,97 @@ def test_tokenizers_that_do_not_fit(
     )
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "wording"),
+    [
+        ("tokenizer.json", "{}", r"has no tokenizer that can be read \(.*\): save the tokenizer"),
+        ("tokenizer.json", "[]", r"has no tokenizer that can be read \(.*\): save the tokenizer"),
+        ("tokenizer_config.json", "null", r"has no tokenizer that can be read \(.*\): save the tokenizer"),
+        ("tokenizer_config.json", {"tokenizer_class": 5}, r"has no tokenizer that can be read \("),
+        ("tokenizer_config.json", {"eos_token": ["a"]}, r"has no tokenizer that can be read \(.*eos_token"),
+        ("tokenizer_config.json", {"model_max_length": "x"}, r"has no tokenizer that can be read \("),
+        (
+            "tokenizer_config.json",
+            {"chat_template": 5},
+            r"the tokenizer's chat template is no text but 5: save",
+        ),
+        (
+            "config.json",
+            {"hidden_act": "x"},
+            r"no model can be made as its config says \(KeyError: 'x'\): fetch",
+        ),
+        (
+            "config.json",
+            {"head_dim": 0},
+            r"no model can be made as its config says \(ZeroDivisionError: .*\): fetch",
+        ),
+        (
+            "config.json",
+            {"pad_token_id": 10**9},
+            r"no model can be made as its config says \(AssertionError: ",
+        ),
+        ("config.json", {"architectures": 5}, r"cannot be read as a model \('int' object is not iterable\)"),
+        (
+            "config.json",
+            {"num_hidden_layers": 10**9},
+            r"says num_hidden_layers=1000000000, which no model has",
+        ),
+        ("config.json", {"text": {"num_labels": 10**9}}, r"says num_labels=1000000000, which no model has"),
+        ("generation_config.json", "{", r"generation_config\.json cannot be read \(.*\): fetch it again"),
+        ("generation_config.json", "[]", r"generation_config\.json is no JSON object: fetch it again"),
+        (
+            "generation_config.json",
+            {"eos_token_id": [1, 10**12]},
+            r"generation_config\.json names the end token 1000000000000, but the model has the ids 0 to 258: correct",
+        ),
+        (
+            "generation_config.json",
+            {"eos_token_id": "x"},
+            r"names the end token 'x', but the model has the ids",
+        ),
+        (
+            "generation_config.json",
+            {"eos_token_id": [[1]]},
+            r"names the end token \[1\], but the model has the ids",
+        ),
+        (
+            "config.json",
+            {"eos_token_id": -1},
+            r"config\.json names the end token -1, but the model has the ids",
+        ),
+    ],
+)
+def test_model_folders_of_an_enemy(
+    file: str,
+    content: str | dict[str, Any],
+    wording: str,
+    arguments: Arguments,
+    refused: Refused,
+    weightless: Path,
+    tmp_path: Path,
+) -> None:
+    policy = tmp_path / "policy"
+    shutil.copytree(weightless, policy)
+    path = policy / file
+    if isinstance(content, dict):
+        if "chat_template" in content:
+            (policy / "chat_template.jinja").unlink()
+        before = json.loads(path.read_text()) if path.exists() else {}
+        content = json.dumps({**before, **content})
+    path.write_text(content)
+    line = refused(arguments(model__policy__pretrained=policy))
+    assert line.startswith(f"model.policy.pretrained={str(policy)!r}")
+    assert re.search(wording, line), line
+
+
+@pytest.mark.parametrize("rank", [10**9, 10**20, 260])
+def test_a_rank_that_no_matrix_has(rank: int, arguments: Arguments, refused: Refused) -> None:
+    assert refused(arguments(model__policy__lora__rank=rank, model__policy__lora__alpha=1)) == (
+        f"model.policy.lora.rank: {rank} is no rank for this model: give a number from 1 to 259, the size of its "
+        "largest matrix"
+    )
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_quantised_weights_without_bitsandbytes_or_on_another_device(
     arguments: Arguments, refused: Refused, kind: str, monkeypatch: pytest.MonkeyPatch
