@@ -1,4 +1,4 @@
-"""Bounds of time and memory for what files of others have this process compute: a template, a pattern."""
+"""Bounds for what files of others have this process compute and hold: a template, a pattern, nested settings."""
 
 from __future__ import annotations
 
@@ -11,6 +11,30 @@ from types import FrameType
 
 MEMORY = 2 * 2**30  # bytes, in addition to what the process has
 _STATM = Path("/proc/self/statm")
+
+
+LARGEST = 1_000_000  # values in a file of settings, a repeated one counted each time
+
+
+def check_size(content: object) -> None:
+    """Refuse nested content that is small as a file, where a part can be named again, and huge to go through.
+
+    Args:
+        content: of a YAML file.
+
+    Raises:
+        ValueError: if it has more than :data:`LARGEST` values.
+    """
+    rest, count = [content], 0
+    while rest:
+        value = rest.pop()
+        count += 1
+        if count > LARGEST:
+            raise ValueError(f"it unfolds to more than {LARGEST:,} values")
+        if isinstance(value, dict):
+            rest.extend(value.values())
+        elif isinstance(value, list | tuple | set):
+            rest.extend(value)
 
 
 class OutOfTimeError(Exception):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from sppo_lightning.limits import check_size
 from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
 from sppo_lightning.policy.pretrained import DTYPES, load_model_config
 from sppo_lightning.resume.checkpoints import state_file
@@ -130,6 +131,7 @@ def open_run(root: Path, *, iteration: int | None = None) -> FinishedRun:
         )
     try:
         config = yaml.safe_load(path.read_bytes())
+        check_size(config)
         settings = dict(config["model"]["policy"])
         if settings.get("lora") is not None:
             settings["lora"] = LoRAConfig(**settings["lora"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -587,6 +588,58 @@ def test_run_folder_that_cannot_be_written(arguments: Arguments, refused: Refuse
     below_a_file = tmp_path / "good.jsonl" / "run"
     assert refused(arguments(trainer__default_root_dir=below_a_file)) == (
         f"trainer.default_root_dir={str(below_a_file)!r} cannot be written (Not a directory): choose another folder"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("config.yaml", "pipe"),
+        ("metrics.csv", "pipe"),
+        ("checkpoints/last.ckpt", "pipe"),
+        ("iterations/000/manifest.json", "pipe"),
+        ("evaluations/000/rollouts.parquet", "pipe"),
+        ("iterations/000/pairs.parquet", "device"),
+        ("evaluations/000/manifest.json", "pipe"),
+        ("config.yaml", "folder"),
+        ("metrics.csv", "folder"),
+        ("iterations/000/manifest.json", "folder"),
+        ("iterations/000", "file"),
+        ("evaluations", "file"),
+        ("evaluations/000", "file"),
+    ],
+)
+def test_run_folders_that_hold_another_kind(
+    name: str, kind: str, arguments: Arguments, refused: Refused, tmp_path: Path
+) -> None:
+    """A pipe would be waited for, with no word of what for."""
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_text("x")
+    wording = (
+        rf"{re.escape(str(path))} is no (file|folder)(, which a run has there)?: move it away, or use another"
+    )
+    assert re.match(wording, refused(arguments()))
+
+
+def test_a_config_of_a_run_that_unfolds(arguments: Arguments, refused: Refused, tmp_path: Path) -> None:
+    """A list that names the one before it ten times, eleven times over, is a hundred billion values."""
+    lists = ["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12))]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("\n".join(lists))
+    assert "config.yaml is damaged: restore it from a copy" in refused(arguments())
+    (tmp_path / "c.yaml").write_text("\n".join(lists))
+    shutil.rmtree(tmp_path / "run")
+    line = refused([*arguments(), f"--config={tmp_path / 'c.yaml'}"])
+    assert re.search(
+        r"c\.yaml: a value cannot be read \(ValueError: it unfolds to more than 1,000,000 values\)", line
     )
 
 
