@@ -48,10 +48,7 @@ def load_model_config(
     if not path.exists() and (looks_local or pretrained.count("/") > 1):
         raise UserError(f"{key}={pretrained!r}: no such model; give a model folder, a hub id or a .gguf file")
     if path.is_dir() and (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-        raise UserError(
-            f"{key}={pretrained!r} is an adapter: give its base model here, and the adapter with "
-            "model.policy.lora.adapter"
-        )
+        raise _is_adapter(key, pretrained)
     if path.is_dir() and not (path / "config.json").exists():
         raise UserError(f"{key}={pretrained!r}: the folder has no config.json, so it holds no model")
     if path.is_file() and path.suffix != ".gguf":
@@ -66,6 +63,8 @@ def load_model_config(
         names = [str(name) for name in getattr(config, "architectures", None) or []]
         answers = class_of(config) is not None
     except Exception as error:
+        if file_beside(pretrained, "adapter_config.json") and not file_beside(pretrained, "config.json"):
+            raise _is_adapter(key, pretrained) from error
         raise UserError(
             f"{key}={pretrained!r} cannot be read as a model ({first_line(error)}): give a model "
             "folder, a hub id that can be reached or a .gguf file"
@@ -76,6 +75,14 @@ def load_model_config(
         kind = names[0] if names else f"{config.model_type!r} model"
         raise UserError(f"{key}={pretrained!r} is a {kind}, not a language model that can answer")
     return config
+
+
+def _is_adapter(key: str, pretrained: str) -> UserError:
+    own = "give its base model here"
+    remedy = (
+        f"{own}, and the adapter with model.policy.lora.adapter" if key == "model.policy.pretrained" else own
+    )
+    return UserError(f"{key}={pretrained!r} is an adapter: {remedy}")
 
 
 def _check_counts(location: str) -> None:

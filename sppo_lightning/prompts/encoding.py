@@ -11,8 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
-from jinja2.exceptions import SecurityError
+from jinja2 import TemplateError
 
 from sppo_lightning.limits import OutOfTimeError, bounded
 from sppo_lightning.prompts.ragged import RaggedColumn
@@ -68,6 +67,26 @@ LONGEST_TEXT = 2**26  # characters of a templated conversation
 PLAIN = "plain"  # said in place of a chat template
 
 
+class TemplateOwner(NamedTuple):
+    """Whose chat template one is, in the words of an error, and what to do about it."""
+
+    name: str
+    remedy: str
+
+
+def template_owner(key: str, pretrained: str) -> TemplateOwner:
+    """Return the owner of a template that no setting replaces: that of a reward model.
+
+    Args:
+        key: of the config, that names the model.
+        pretrained: its folder or hub id.
+    """
+    return TemplateOwner(f"the chat template of {key}={pretrained!r}", "correct it in a copy of that folder")
+
+
+POLICY = TemplateOwner("the model's chat template", "name another one with model.policy.chat_template")
+
+
 REASONING = (
     "reasoning_content",
     "reasoning",
@@ -82,6 +101,7 @@ def template_token_ids(
     add_generation_prompt: bool,
     tools: Sequence[Any] | None = None,
     arguments: Mapping[str, Any] = MappingProxyType({}),
+    owner: TemplateOwner = POLICY,
 ) -> list[int]:
     """Turn a conversation into token ids: the only place where a chat template is applied.
 
@@ -94,6 +114,7 @@ def template_token_ids(
         add_generation_prompt: whether the opening of the assistant's turn follows.
         tools: JSON schemas of functions, for the template.
         arguments: further variables of the template, e.g. ``enable_thinking``.
+        owner: whose template it is, for errors.
 
     Raises:
         UserError: if there is more than one plain message and no chat template, if the template refuses the messages,
@@ -106,7 +127,7 @@ def template_token_ids(
                 "of 'messages', or an instruct model"
             )
         return _plain_token_ids(tokenizer, messages[0]["content"])
-    _check_is_used(tokenizer, messages, tools)
+    _check_is_used(tokenizer, messages, tools, owner)
     try:
         with bounded(LONGEST_SECONDS):
             rendered = tokenizer.apply_chat_template(
@@ -117,12 +138,12 @@ def template_token_ids(
                 chat_template=_template(tokenizer, tools),
                 **arguments,
             )
-    except (TemplateSyntaxError, UndefinedError, SecurityError) as error:
-        raise _broken_template(error) from error
-    except TemplateError as error:  # raise_exception of the template
+    except TemplateError as error:
+        if type(error) is not TemplateError:  # else it comes from raise_exception in the template
+            raise _broken_template(error, owner) from error
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(
-            f"the model's chat template refuses the roles {roles} ({first_line(error)}): change the messages"
+            f"{owner.name} refuses the roles {roles} ({first_line(error)}): change the messages"
         ) from error
     except (
         TypeError,
@@ -134,32 +155,26 @@ def template_token_ids(
         MemoryError,
         OutOfTimeError,
     ) as error:
-        raise _broken_template(error) from error
+        raise _broken_template(error, owner) from error
     text = cast(str, rendered)
     if len(text) > LONGEST_TEXT:
-        raise UserError(
-            f"the model's chat template makes {len(text):,} characters of one conversation: name another one with "
-            "model.policy.chat_template"
-        )
+        raise UserError(f"{owner.name} makes {len(text):,} characters of one conversation: {owner.remedy}")
     # as apply_chat_template does, out of the bounds: tokenizers may not be interrupted
     ids = single_bos(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
-        raise UserError(
-            "the model's chat template makes not a single token of a conversation: name another one with "
-            "model.policy.chat_template"
-        )
+        raise UserError(f"{owner.name} makes not a single token of a conversation: {owner.remedy}")
     return ids
 
 
-def _broken_template(error: Exception) -> UserError:
-    return UserError(
-        f"the model's chat template fails ({type(error).__name__}: {first_line(error)}): name another one with "
-        "model.policy.chat_template"
-    )
+def _broken_template(error: Exception, owner: TemplateOwner) -> UserError:
+    return UserError(f"{owner.name} fails ({type(error).__name__}: {first_line(error)}): {owner.remedy}")
 
 
 def _check_is_used(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Any] | None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Sequence[Any] | None,
+    owner: TemplateOwner,
 ) -> None:
     """Refuse what the template would drop without a word, so that the model would be asked something else."""
     held = {
@@ -173,7 +188,7 @@ def _check_is_used(
     for name in sorted(held):
         if not any(known in template for known in (REASONING if name in REASONING else (name,))):
             raise UserError(
-                f"the model's chat template takes no notice of {name!r}, so that the model would be asked something "
+                f"{owner.name} takes no notice of {name!r}, so that the model would be asked something "
                 "else: leave these records out, remove the field, or use a model whose template knows it"
             )
 
@@ -280,6 +295,11 @@ def tools_of(prompt: Prompt) -> list[Any] | None:
     return tools if known else None
 
 
+_NO_PLACE = (
+    f"{POLICY.name} has no place for data.system_prompt: leave it out, or put its text into the prompts"
+)
+
+
 class EncodingResult(NamedTuple):
     """The prompts that fit, and the ids of those that do not."""
 
@@ -319,6 +339,7 @@ def encode_prompts(
     kept = array("q")
     too_long: list[str] = []
     one_for_all, first_ids = False, list[int]()
+    heard = system_prompt is None  # whether the template is known to say it
     for row, prompt in enumerate(table):
         own = prompt.messages[0]["role"] == "system"
         messages = prompt.messages if own else (*opening, *prompt.messages)
@@ -333,11 +354,13 @@ def encode_prompts(
             ids = encode(messages)
         except UserError as error:
             if messages is not prompt.messages and _accepts(encode, prompt.messages):
-                raise UserError(
-                    "the model's chat template has no place for data.system_prompt: leave it out, or put its text into "
-                    "the prompts"
-                ) from error
+                raise UserError(_NO_PLACE) from error
             raise PromptError(prompt.id, str(error)) from error
+        if not heard and not own:
+            heard = True
+            other = Message(role="system", content=f"{system_prompt} And so on.")
+            if ids == encode((other, *prompt.messages)):
+                raise UserError(_NO_PLACE)
         one_for_all = row == 0 or (one_for_all and ids == first_ids)
         first_ids = ids if row == 0 else first_ids
         fits = len(ids) <= max_tokens
@@ -347,8 +370,5 @@ def encode_prompts(
         else:
             too_long.append(prompt.id)
     if one_for_all and any(prompt.messages != table[0].messages for prompt in table):
-        raise UserError(
-            "the model's chat template makes the same of all prompts, whatever they say: name another one with "
-            "model.policy.chat_template"
-        )
+        raise UserError(f"{POLICY.name} makes the same of all prompts, whatever they say: {POLICY.remedy}")
     return EncodingResult(EncodedPrompts(table, token_ids, kept), too_long)

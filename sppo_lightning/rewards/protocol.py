@@ -153,7 +153,7 @@ def _middle(prompts: Sequence[Prompt], *, whole_prompts: bool) -> int | None:
     return starts[len(starts) // 2] if starts else None
 
 
-def _said(reward: Reward, error: Exception) -> str:
+def _said(reward: Reward, error: BaseException) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{frame.filename}:{frame.lineno}, in {frame.name}"
     return f"{_name(reward)} raised {type(error).__name__}: {first_line(error)} ({place})"

@@ -533,6 +533,84 @@ def test_model_folders_of_an_enemy(
     assert re.search(wording, line), line
 
 
+def test_an_adapter_in_place_of_its_base(
+    arguments: Arguments, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advice = "is an adapter: give its base model here, and the adapter with model.policy.lora.adapter"
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    found = refused(arguments(model__policy__pretrained=adapter))
+    assert found == f"model.policy.pretrained={str(adapter)!r} {advice}"
+    cache = tmp_path / "hub/models--own--adapter"  # one of the hub, as it lies in the cache
+    shutil.copytree(adapter, cache / "snapshots/1")
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert refused(arguments(model__policy__pretrained="own/adapter")) == (
+        f"model.policy.pretrained='own/adapter' {advice}"
+    )
+
+
+REFUSES_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{{ messages[0].content }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "line"),
+    [
+        (
+            REFUSES_SYSTEM,
+            "Be brief.",
+            "the model's chat template has no place for data.system_prompt: leave it out, or",
+        ),
+        (
+            "{{ messages[-1].content }}",
+            "Be brief.",
+            "the model's chat template has no place for data.system_prompt: leave it out, or put its text into the",
+        ),
+        ("{% for", None, "the model's chat template fails (TemplateSyntaxError: "),
+        ("{% if messages %}{{ 1 | nothing }}{% endif %}", None, "the model's chat template fails (Template"),
+        ("{{ messages[9].content }}", "Be brief.", "the model's chat template fails (UndefinedError: "),
+        (
+            "Hello.",
+            None,
+            "the model's chat template makes the same of all prompts, whatever they say: name another",
+        ),
+    ],
+)
+def test_advice_on_a_template_fits_its_fault(
+    template: str, system: str | None, line: str, arguments: Arguments, refused: Refused, tmp_path: Path
+) -> None:
+    """No other messages mend it, and no prompt is at fault where the system prompt is."""
+    (tmp_path / "t.jinja").write_text(template)
+    found = refused(arguments(model__policy__chat_template=tmp_path / "t.jinja", data__system_prompt=system))
+    assert line in found
+    assert "change the messages" not in found
+    assert "fails" not in found or found.endswith("name another one with model.policy.chat_template")
+    assert "system_prompt" not in line or found.startswith(line)
+
+
+def test_advice_on_the_template_of_a_reward_model(
+    tiny_policy: Path, tiny_reward_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reward = tmp_path / "reward"
+    shutil.copytree(tiny_reward_model, reward)
+    (reward / "chat_template.jinja").write_text("{{ messages[9].content }}")
+    changes: dict[str, Any] = {"data__reward__function": None, "data__reward__pretrained": reward}
+    changes |= {"data__reward": "sppo_lightning.rewards.SequenceClassificationReward"}
+    prompts = write(tmp_path / "p.jsonl", RECORDS)
+    with pytest.raises(SystemExit):
+        main(["fit", *cli_arguments(tiny_policy, prompts, tmp_path / "run", **changes)])
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert re.search(
+        r"the chat template of \S+pretrained='.*reward' fails \(UndefinedError: .*\): correct it in", last
+    )
+
+
 @pytest.mark.parametrize("rank", [10**9, 10**20, 260])
 def test_a_rank_that_no_matrix_has(rank: int, arguments: Arguments, refused: Refused) -> None:
     assert refused(arguments(model__policy__lora__rank=rank, model__policy__lora__alpha=1)) == (

@@ -219,6 +219,21 @@ def test_a_template_that_refuses_the_system_prompt() -> None:
         )
 
 
+def test_a_template_that_takes_no_notice_of_the_system_prompt() -> None:
+    """One whose default is the system prompt says it all the same."""
+    asked = "{{ messages[-1].content }}"
+    items = [prompt("Hi"), Prompt("own", "x", (Message(role="system", content="Mine"), user("x")))]
+    with pytest.raises(
+        UserError, match=r"^the model's chat template has no place for data\.system_prompt: leave"
+    ):
+        encode_prompts(byte_tokenizer(chat_template=asked), items, max_tokens=100, system_prompt="Be brief.")
+    default = "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}Be brief.{% endif %}"
+    found = encode_prompts(
+        byte_tokenizer(chat_template=f"{default}{asked}"), items, max_tokens=100, system_prompt="Be brief."
+    )
+    assert len(found.kept) == 2
+
+
 # ------------------------------------------------------- what else a turn holds
 
 TOOLS = [
@@ -321,6 +336,8 @@ def test_prompts_that_differ_in_their_tool_calls_are_two() -> None:
         "{{ 1 / 0 }}",
         "{{ messages[7]['role'] }}",
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{% if messages %}{{ messages | nothing }}{% endif %}",
+        "{% include 'other' %}",
     ],
 )
 def test_a_template_that_fails_is_not_the_prompts_fault(template: str) -> None:
