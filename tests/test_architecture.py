@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # a line imports from the lines above it, and each name from itself; names on one line do not know each other
 LAYERS = """
 types
-seeding paths text redaction
+seeding paths text redaction limits
 losses schedules difficulty
 selection pairing system prompts
 store policy

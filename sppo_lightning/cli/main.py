@@ -47,7 +47,7 @@ from sppo_lightning.redaction import masked, masked_keys
 from sppo_lightning.resume.checkpoints import check_checkpoint, verify_checkpoint
 from sppo_lightning.resume.metrics_csv import MetricsCSV
 from sppo_lightning.resume.run_config import check_writable, recorded_setting, resume_path
-from sppo_lightning.store.run_folder import RunFolder, remove_leftovers
+from sppo_lightning.store.run_folder import RunFolder, check_kinds, remove_leftovers
 from sppo_lightning.system.durable import disk_error
 from sppo_lightning.system.lock import RunLock, check_ranks, is_first_process
 from sppo_lightning.text import for_terminal
@@ -155,6 +155,7 @@ class SelfPlayCLI(LightningCLI):
         root = expand_path(str(config.trainer.default_root_dir), key="trainer.default_root_dir")
         config.trainer.default_root_dir = root
         self.folder = RunFolder(Path(root))
+        check_kinds(self.folder)
         self._freeze_defaults(config)
         given = yaml.safe_load(self._parser(self.subcommand).dump(config))
         lost = next(masked_keys(given), None)

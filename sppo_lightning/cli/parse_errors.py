@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from sppo_lightning.limits import check_size
 from sppo_lightning.types import UserError, first_line
 
 
@@ -52,6 +53,7 @@ def _check_config_file(path: Path) -> None:
         text = path.read_bytes()
         text.decode()
         content = yaml.load(text, _StrictLoader)
+        check_size(content)
         json.dumps(content, default=str)  # goes through all of it, and refuses what holds itself
     except UnicodeDecodeError as error:
         line = text.count(b"\n", 0, error.start) + 1

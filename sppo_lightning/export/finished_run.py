@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import yaml
 
+from sppo_lightning.limits import check_size
 from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
 from sppo_lightning.policy.pretrained import DTYPES, load_model_config
 from sppo_lightning.resume.checkpoints import state_file
@@ -131,6 +132,7 @@ def open_run(root: Path, *, iteration: int | Literal["best"] | None = None) -> F
         )
     try:
         config = yaml.safe_load(path.read_bytes())
+        check_size(config)
         settings = dict(config["model"]["policy"])
         if settings.get("lora") is not None:
             settings["lora"] = LoRAConfig(**settings["lora"])

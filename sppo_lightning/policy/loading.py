@@ -117,19 +117,22 @@ def meta_model(
     Raises:
         UserError: if attention kernel or adapter do not fit the model.
     """
-    try:
-        with torch.device("meta"):
+    with torch.device("meta"):
+        try:
             model: PreTrainedModel = class_of(model_config).from_config(
                 copy.deepcopy(model_config), **_options(config, compute_dtype)
             )
-            return _trainable(model, config)
-    except (ImportError, ValueError) as error:
-        if isinstance(error, UserError) or config.attn_implementation is None:
-            raise
-        raise UserError(
-            f"model.policy.attn_implementation={config.attn_implementation} does not serve this model here "
-            f"({first_line(error)}): leave it out"
-        ) from error
+        except Exception as error:
+            if config.attn_implementation is not None and isinstance(error, ImportError | ValueError):
+                raise UserError(
+                    f"model.policy.attn_implementation={config.attn_implementation} does not serve this model here "
+                    f"({first_line(error)}): leave it out"
+                ) from error
+            raise UserError(
+                f"{KEY}={config.pretrained!r}: no model can be made as its config says "
+                f"({type(error).__name__}: {first_line(error)}): fetch the folder again"
+            ) from error
+        return _trainable(model, config)
 
 
 def _trainable(model: PreTrainedModel, config: PolicyConfig) -> nn.Module:

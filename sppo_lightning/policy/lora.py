@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
+from sppo_lightning.limits import bounded
 from sppo_lightning.policy.anatomy import non_text_modules
 from sppo_lightning.policy.config import KEY, LoRAConfig
 from sppo_lightning.policy.sharding import is_sharded, local
@@ -19,6 +20,8 @@ from sppo_lightning.types import UserError, first_line
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
+
+LONGEST_SECONDS = 120.0  # that an adapter may take to find its layers in a model without weights
 
 # settings of PEFT's that say what low-rank matrices an adapter has, and where; with any other one it is more than that
 MATRICES = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
@@ -51,9 +54,20 @@ def with_adapter(model: nn.Module, lora: LoRAConfig, *, pretrained: str) -> Peft
         if lora.adapter is None
         else _read_config(lora, pretrained)
     )
+    _check_ranks(model, config, "rank" if lora.adapter is None else "adapter")
+    # patterns of an adapter of others may take hours; weights load after this was done without them
+    untried = lora.adapter is not None and next(model.parameters()).is_meta
     try:
-        adapted: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=True)
-    except ValueError as error:
+        with bounded(LONGEST_SECONDS) if untried else nullcontext():
+            adapted: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=True)
+    except Exception as error:
+        if lora.adapter is not None:
+            raise UserError(
+                f"{KEY}.adapter={lora.adapter!r} cannot be put on model.policy.pretrained={pretrained!r} "
+                f"({type(error).__name__}: {first_line(error)}): is that its base, and adapter_config.json whole?"
+            ) from error
+        if not isinstance(error, ValueError):
+            raise
         raise UserError(f"{KEY}.target_modules: {first_line(error)}") from error
     _check_targets(adapted, lora.target_modules)
     _refuse_tied(adapted)
@@ -179,6 +193,18 @@ def _same_model(one: str, other: str) -> bool:
 def _location(pretrained: str) -> str:
     """Return where a model lies, so that it is found from any folder."""
     return os.path.abspath(pretrained) if Path(pretrained).exists() else pretrained
+
+
+def _check_ranks(model: nn.Module, config: LoraConfig, setting: str) -> None:
+    """Refuse ranks that no matrix of the model has, before matrices of that size are made."""
+    largest = max(size for parameter in model.parameters() for size in parameter.shape)
+    ranks = [config.r, *(config.rank_pattern or {}).values()]
+    wrong = next((rank for rank in ranks if type(rank) is not int or not 0 < rank <= largest), None)
+    if wrong is not None:
+        raise UserError(
+            f"{KEY}.{setting}: {wrong!r} is no rank for this model: give a number from 1 to {largest}, the size of its "
+            "largest matrix"
+        )
 
 
 def _check_targets(model: PeftModel, targets: str | list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+LARGEST = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers"), 10_000),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 100_000),
+    "num_labels": 1_000_000,
+}
+"""Counts in a model's config that are larger are an error: objects are made for each."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -41,33 +48,59 @@ def load_model_config(
     if not path.exists() and (looks_local or pretrained.count("/") > 1):
         raise UserError(f"{key}={pretrained!r}: no such model; give a model folder, a hub id or a .gguf file")
     if path.is_dir() and (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-        raise UserError(
-            f"{key}={pretrained!r} is an adapter: give its base model here, and the adapter with "
-            "model.policy.lora.adapter"
-        )
+        raise _is_adapter(key, pretrained)
     if path.is_dir() and not (path / "config.json").exists():
         raise UserError(f"{key}={pretrained!r}: the folder has no config.json, so it holds no model")
     if path.is_file() and path.suffix != ".gguf":
         raise UserError(f"{key}={pretrained!r} is a file but not .gguf: give the model's folder")
     location, extra = hub_location(pretrained)
     try:
+        if not extra:
+            _check_counts(location)
         config: PretrainedConfig = AutoConfig.from_pretrained(
             location, trust_remote_code=trust_remote_code, **extra
         )
+        names = [str(name) for name in getattr(config, "architectures", None) or []]
+        answers = class_of(config) is not None
     except Exception as error:
+        if file_beside(pretrained, "adapter_config.json") and not file_beside(pretrained, "config.json"):
+            raise _is_adapter(key, pretrained) from error
         raise UserError(
             f"{key}={pretrained!r} cannot be read as a model ({first_line(error)}): give a model "
             "folder, a hub id that can be reached or a .gguf file"
         ) from error
-    names = getattr(config, "architectures", None) or []
     if expect == "reward" and names and not any("SequenceClassification" in name for name in names):
         raise UserError(f"{key}={pretrained!r} is a {names[0]}, not a sequence-classification model")
-    if expect == "causal-lm" and (
-        any("SequenceClassification" in name for name in names) or class_of(config) is None
-    ):
+    if expect == "causal-lm" and (any("SequenceClassification" in name for name in names) or not answers):
         kind = names[0] if names else f"{config.model_type!r} model"
         raise UserError(f"{key}={pretrained!r} is a {kind}, not a language model that can answer")
     return config
+
+
+def _is_adapter(key: str, pretrained: str) -> UserError:
+    own = "give its base model here"
+    remedy = (
+        f"{own}, and the adapter with model.policy.lora.adapter" if key == "model.policy.pretrained" else own
+    )
+    return UserError(f"{key}={pretrained!r} is an adapter: {remedy}")
+
+
+def _check_counts(location: str) -> None:
+    """Refuse counts that no model has, before as many objects are made one by one.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    from transformers import PretrainedConfig
+
+    parts: list[Any] = [PretrainedConfig.get_config_dict(location)[0]]
+    while parts:
+        part = parts.pop()
+        for name, value in part.items():
+            if isinstance(value, dict):
+                parts.append(value)
+            elif isinstance(value, int) and value > LARGEST.get(name, value):
+                raise ValueError(f"config.json says {name}={value}, which no model has")
 
 
 def model_class(pretrained: str, *, key: str, trust_remote_code: bool) -> Any:
@@ -136,11 +169,18 @@ def load_tokenizer(pretrained: str, *, key: str, trust_remote_code: bool) -> Pre
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             location, trust_remote_code=trust_remote_code, **extra
         )
-    except (OSError, ValueError) as error:
+        tokenizer("a")
+    except Exception as error:  # of any kind, by what stands in its files
         raise UserError(
             f"{key}={pretrained!r} has no tokenizer that can be read ({first_line(error)}): save the tokenizer "
             "beside the model"
         ) from error
+    template = tokenizer.chat_template
+    if not isinstance(template, str | dict | None):
+        raise UserError(
+            f"{key}={pretrained!r}: the tokenizer's chat template is no text but {template!r:.80}: save the tokenizer "
+            "anew"
+        )
     if extra and tokenizer.eos_token_id == tokenizer.bos_token_id:
         _special_tokens_of_gguf(tokenizer, location, extra)
     if tokenizer.pad_token_id is None:
@@ -233,6 +273,39 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any, *, key: str
             f"{key}: the tokenizer has {ids} tokens, the model's embedding {rows} rows: save the tokenizer that "
             "belongs to the model beside it, or the model with its embedding resized"
         )
+
+
+def check_end_tokens(pretrained: str, model: Any, *, key: str) -> None:
+    """Refuse end tokens that the model does not have, and a generation config that would be passed over.
+
+    Args:
+        pretrained: folder, hub id or ``.gguf`` file.
+        model: of it, without weights perhaps.
+        key: of the config.
+
+    Raises:
+        UserError: naming the file.
+    """
+    named = {"config.json": model.config.eos_token_id}
+    path = file_beside(pretrained, "generation_config.json")
+    if path is not None:
+        try:
+            content = json.loads(Path(path).read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{key}={pretrained!r}: generation_config.json cannot be read ({first_line(error)}): fetch it again"
+            ) from error
+        if not isinstance(content, dict):
+            raise UserError(f"{key}={pretrained!r}: generation_config.json is no JSON object: fetch it again")
+        named["generation_config.json"] = content.get("eos_token_id")
+    rows = embedding_rows(model)
+    for file, found in named.items():
+        for token_id in found if isinstance(found, list) else [] if found is None else [found]:
+            if type(token_id) is not int or not 0 <= token_id < rows:
+                raise UserError(
+                    f"{key}={pretrained!r}: {file} names the end token {token_id!r}, but the model has the ids 0 to "
+                    f"{rows - 1}: correct eos_token_id"
+                )
 
 
 def quantization_options(

@@ -60,6 +60,7 @@ class PolicySpec:
         choose_chat_template(tokenizer, config.chat_template, key="model.policy.chat_template")
         model = loading.meta_model(config, model_config, compute_dtype=compute_dtype)
         pretrained.check_vocabulary(tokenizer, unwrapped(model), key=key)
+        pretrained.check_end_tokens(config.pretrained, unwrapped(model), key=key)
         self._tokenizer, self._model_config = tokenizer, model_config
 
     def _check_stored_quantization(self, model_config: PretrainedConfig) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
-from jinja2.exceptions import SecurityError
+from jinja2 import TemplateError
 
+from sppo_lightning.limits import OutOfTimeError, bounded
 from sppo_lightning.prompts.ragged import RaggedColumn
 from sppo_lightning.prompts.table import EncodedPrompts, PromptTable
 from sppo_lightning.types import Message, Prompt, UserError, first_line
@@ -61,7 +61,30 @@ def _template(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | None) -
     return at_day(template, _clock) if _clock is not None and "strftime_now" in template else template
 
 
+LONGEST_SECONDS = 30.0  # that a template may take for a conversation; they take milliseconds
+LONGEST_TEXT = 2**26  # characters of a templated conversation
+
 PLAIN = "plain"  # said in place of a chat template
+
+
+class TemplateOwner(NamedTuple):
+    """Whose chat template one is, in the words of an error, and what to do about it."""
+
+    name: str
+    remedy: str
+
+
+def template_owner(key: str, pretrained: str) -> TemplateOwner:
+    """Return the owner of a template that no setting replaces: that of a reward model.
+
+    Args:
+        key: of the config, that names the model.
+        pretrained: its folder or hub id.
+    """
+    return TemplateOwner(f"the chat template of {key}={pretrained!r}", "correct it in a copy of that folder")
+
+
+POLICY = TemplateOwner("the model's chat template", "name another one with model.policy.chat_template")
 
 
 REASONING = (
@@ -78,6 +101,7 @@ def template_token_ids(
     add_generation_prompt: bool,
     tools: Sequence[Any] | None = None,
     arguments: Mapping[str, Any] = MappingProxyType({}),
+    owner: TemplateOwner = POLICY,
 ) -> list[int]:
     """Turn a conversation into token ids: the only place where a chat template is applied.
 
@@ -90,6 +114,7 @@ def template_token_ids(
         add_generation_prompt: whether the opening of the assistant's turn follows.
         tools: JSON schemas of functions, for the template.
         arguments: further variables of the template, e.g. ``enable_thinking``.
+        owner: whose template it is, for errors.
 
     Raises:
         UserError: if there is more than one plain message and no chat template, if the template refuses the messages,
@@ -102,23 +127,23 @@ def template_token_ids(
                 "of 'messages', or an instruct model"
             )
         return _plain_token_ids(tokenizer, messages[0]["content"])
-    _check_is_used(tokenizer, messages, tools)
+    _check_is_used(tokenizer, messages, tools, owner)
     try:
-        encoded = tokenizer.apply_chat_template(
-            cast(Any, [dict(message) for message in messages]),
-            tools=list(tools) if tools else None,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=True,
-            return_dict=True,
-            chat_template=_template(tokenizer, tools),
-            **arguments,
-        )
-    except (TemplateSyntaxError, UndefinedError, SecurityError) as error:
-        raise _broken_template(error) from error
-    except TemplateError as error:  # raise_exception of the template
+        with bounded(LONGEST_SECONDS):
+            rendered = tokenizer.apply_chat_template(
+                cast(Any, [dict(message) for message in messages]),
+                tools=list(tools) if tools else None,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                chat_template=_template(tokenizer, tools),
+                **arguments,
+            )
+    except TemplateError as error:
+        if type(error) is not TemplateError:  # else it comes from raise_exception in the template
+            raise _broken_template(error, owner) from error
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(
-            f"the model's chat template refuses the roles {roles} ({first_line(error)}): change the messages"
+            f"{owner.name} refuses the roles {roles} ({first_line(error)}): change the messages"
         ) from error
     except (
         TypeError,
@@ -128,20 +153,28 @@ def template_token_ids(
         ArithmeticError,
         RecursionError,
         MemoryError,
+        OutOfTimeError,
     ) as error:
-        raise _broken_template(error) from error
-    return single_bos(tokenizer, cast("Mapping[str, list[int]]", encoded)["input_ids"])
+        raise _broken_template(error, owner) from error
+    text = cast(str, rendered)
+    if len(text) > LONGEST_TEXT:
+        raise UserError(f"{owner.name} makes {len(text):,} characters of one conversation: {owner.remedy}")
+    # as apply_chat_template does, out of the bounds: tokenizers may not be interrupted
+    ids = single_bos(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise UserError(f"{owner.name} makes not a single token of a conversation: {owner.remedy}")
+    return ids
 
 
-def _broken_template(error: Exception) -> UserError:
-    return UserError(
-        f"the model's chat template fails ({type(error).__name__}: {first_line(error)}): name another one with "
-        "model.policy.chat_template"
-    )
+def _broken_template(error: Exception, owner: TemplateOwner) -> UserError:
+    return UserError(f"{owner.name} fails ({type(error).__name__}: {first_line(error)}): {owner.remedy}")
 
 
 def _check_is_used(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Any] | None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Sequence[Any] | None,
+    owner: TemplateOwner,
 ) -> None:
     """Refuse what the template would drop without a word, so that the model would be asked something else."""
     held = {
@@ -155,7 +188,7 @@ def _check_is_used(
     for name in sorted(held):
         if not any(known in template for known in (REASONING if name in REASONING else (name,))):
             raise UserError(
-                f"the model's chat template takes no notice of {name!r}, so that the model would be asked something "
+                f"{owner.name} takes no notice of {name!r}, so that the model would be asked something "
                 "else: leave these records out, remove the field, or use a model whose template knows it"
             )
 
@@ -262,6 +295,11 @@ def tools_of(prompt: Prompt) -> list[Any] | None:
     return tools if known else None
 
 
+_NO_PLACE = (
+    f"{POLICY.name} has no place for data.system_prompt: leave it out, or put its text into the prompts"
+)
+
+
 class EncodingResult(NamedTuple):
     """The prompts that fit, and the ids of those that do not."""
 
@@ -288,7 +326,7 @@ def encode_prompts(
 
     Raises:
         PromptError: naming the prompt, if the tokenizer cannot take it.
-        UserError: if the template has no place for ``system_prompt``.
+        UserError: if the template has no place for ``system_prompt``, or none for the prompts.
     """
     if system_prompt is not None and tokenizer.chat_template is None:
         raise UserError(
@@ -300,6 +338,8 @@ def encode_prompts(
     token_ids = RaggedColumn("i")
     kept = array("q")
     too_long: list[str] = []
+    one_for_all, first_ids = False, list[int]()
+    heard = system_prompt is None  # whether the template is known to say it
     for row, prompt in enumerate(table):
         own = prompt.messages[0]["role"] == "system"
         messages = prompt.messages if own else (*opening, *prompt.messages)
@@ -314,15 +354,21 @@ def encode_prompts(
             ids = encode(messages)
         except UserError as error:
             if messages is not prompt.messages and _accepts(encode, prompt.messages):
-                raise UserError(
-                    "the model's chat template has no place for data.system_prompt: leave it out, or put its text into "
-                    "the prompts"
-                ) from error
+                raise UserError(_NO_PLACE) from error
             raise PromptError(prompt.id, str(error)) from error
+        if not heard and not own:
+            heard = True
+            other = Message(role="system", content=f"{system_prompt} And so on.")
+            if ids == encode((other, *prompt.messages)):
+                raise UserError(_NO_PLACE)
+        one_for_all = row == 0 or (one_for_all and ids == first_ids)
+        first_ids = ids if row == 0 else first_ids
         fits = len(ids) <= max_tokens
         token_ids.append(ids if fits else ())
         if fits:
             kept.append(row)
         else:
             too_long.append(prompt.id)
+    if one_for_all and any(prompt.messages != table[0].messages for prompt in table):
+        raise UserError(f"{POLICY.name} makes the same of all prompts, whatever they say: {POLICY.remedy}")
     return EncodingResult(EncodedPrompts(table, token_ids, kept), too_long)

@@ -29,7 +29,11 @@ def records(source: str, *, key: str) -> Iterator[Record]:
         raise UserError(f"{key} is an empty text: name a file, a folder or a hub dataset")
     text = expand_path(source, key=key)
     path = Path(text)
-    if path.is_dir():
+    try:
+        there = path.is_dir()
+    except OSError as error:  # a name that no file can have
+        raise UserError(f"{key}={source[:80]!r}: no such file ({error.strerror}); check the path") from error
+    if there:
         yield from _folder_records(path, None, key)
     elif path.is_file():
         yield from file_records(path, key)

@@ -12,13 +12,20 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from sppo_lightning.types import UserError, first_line
 
 Record = tuple[str, Mapping[str, Any]]  # where it stands, for error messages; its fields
+LONGEST_LINE = (
+    64 * 2**20
+)  # bytes, unpacked; no prompt is so long, but what a small packed file unfolds to may be
+BATCH = 64  # rows of Parquet that are unpacked at once; a value that a page holds once may stand in every row
+LONGEST_LIST = 2**30  # bytes of a JSON list, which is held as a whole
 
 
 def format_of(file: Path) -> str | None:
@@ -44,6 +51,10 @@ def file_records(file: Path, key: str) -> Iterator[Record]:
     if ending is None:
         raise UserError(
             f"{key}: {file} is none of {', '.join(FORMATS)}; text formats may be compressed ({', '.join(COMPRESSIONS)})"
+        )
+    if file.exists() and not file.is_file():
+        raise UserError(
+            f"{key}: {file} is no plain file, but is read more than once: copy its content into a file"
         )
     try:
         yield from FORMATS[ending](file)
@@ -78,16 +89,25 @@ COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
     """Yield where each line stands, and the line with its end."""
     with _open(file) as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(iter(partial(lines.readline, LONGEST_LINE + 1), b""), start=1):
+            if len(line) > LONGEST_LINE:
+                raise UserError(
+                    f"{file}:{number}: the line is longer than {LONGEST_LINE // 2**20} MiB: is this a file of prompts?"
+                )
             yield f"{file}:{number}", _text(line, file, number)
 
 
 def _text(content: bytes, file: Path, line: int) -> str:
     try:
-        return content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        number = line + content.count(b"\n", 0, error.start)
-        raise UserError(f"{file}:{number}: not UTF-8 (byte {error.start}): save the file as UTF-8") from error
+        place, what = error.start, "not UTF-8"
+    else:
+        place, what = content.find(b"\0"), "a NUL byte, as in UTF-16 or in a file that is no text"
+        if place < 0:
+            return text
+    number = line + content.count(b"\n", 0, place)
+    raise UserError(f"{file}:{number}: {what} (byte {place}): save the file as UTF-8")
 
 
 def _jsonl_records(file: Path) -> Iterator[Record]:
@@ -96,15 +116,30 @@ def _jsonl_records(file: Path) -> Iterator[Record]:
             yield where, _object(_parsed(line, where, "each line must be one JSON object"), where)
 
 
+class _RepeatedFieldError(ValueError):
+    """A JSON object names a field twice."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object's fields; of one that stands twice, the first value would be lost in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise _RepeatedFieldError(f"the field {twice!r} stands twice: rename or remove one")
+    return found
+
+
 def _parsed(text: str, where: str, expected: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{where}: broken JSON, {error.msg.removesuffix(' at')} at column {error.colno}: {expected}"
         ) from error
     except RecursionError as error:
         raise UserError(f"{where}: JSON that is nested too deep") from error
+    except _RepeatedFieldError as error:
+        raise UserError(f"{where}: {error}") from error
     except ValueError as error:  # an integer of thousands of digits
         raise UserError(f"{where}: {first_line(error).partition(':')[0]}: write it as a text") from error
 
@@ -112,7 +147,13 @@ def _parsed(text: str, where: str, expected: str) -> Any:
 def _json_records(file: Path) -> Iterator[Record]:
     """Read a list of records, or, as ``datasets`` does, lines of one record each."""
     with _open(file) as content:
-        text = _text(content.read(), file, 1)
+        whole = content.read(LONGEST_LIST + 1)
+        if len(whole) > LONGEST_LIST:
+            raise UserError(
+                f"{file}: larger than {LONGEST_LIST // 2**20} MiB: write one record a line, as .jsonl, or Parquet"
+            )
+        text = _text(whole, file, 1)
+        del whole
     if not text.strip():
         return
     if text.lstrip().startswith("{"):
@@ -120,7 +161,7 @@ def _json_records(file: Path) -> Iterator[Record]:
         return
     expected = "the file must be one JSON list, or one JSON object a line"
     try:
-        items = json.loads(text)
+        items = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         items = _parsed(text, f"{file}:{error.lineno}", expected)
     except (RecursionError, ValueError):
@@ -139,20 +180,23 @@ def _object(value: object, where: str) -> Mapping[str, Any]:
 
 def _text_records(file: Path) -> Iterator[Record]:
     for where, line in _lines(file):
-        if line.strip():
-            yield where, {"prompt": line.rstrip("\r\n")}
+        prompt = line.rstrip("\r\n")
+        if "\r" in prompt:
+            raise UserError(
+                f"{where}: a carriage return inside a line: end lines by a line feed, or use .jsonl"
+            )
+        if prompt.strip():
+            yield where, {"prompt": prompt}
 
 
 def _csv_records(file: Path, delimiter: str = ",") -> Iterator[Record]:
     """Read cells as they are written: no number, date or missing value is guessed from a text."""
-    csv.field_size_limit(2**31 - 1)  # the default refuses prompts over 128 KiB
+    csv.field_size_limit(LONGEST_LINE)  # the default refuses prompts over 128 KiB
     rows = csv.reader((line for _, line in _lines(file)), strict=True, delimiter=delimiter)
     sign = {",": "a comma", "\t": "a tab"}[delimiter]
     try:
         header = next(rows, [])
-        twice = next((name for name in header if name and header.count(name) > 1), None)
-        if twice is not None:
-            raise UserError(f"{file}:1: two columns are called {twice!r}: rename one")
+        _check_names(header, f"{file}:1")
         for row in rows:
             where = f"{file}:{rows.line_num}"
             if row and len(row) != len(header):
@@ -165,6 +209,13 @@ def _csv_records(file: Path, delimiter: str = ",") -> Iterator[Record]:
         raise UserError(f"{file}:{rows.line_num}: broken CSV, {error}: check the quotes") from error
 
 
+def _check_names(columns: Sequence[str], where: str) -> None:
+    """Refuse two columns of one name: one of them would be lost in silence."""
+    twice = next((name for name, count in Counter(columns).items() if name and count > 1), None)
+    if twice is not None:
+        raise UserError(f"{where}: two columns are called {twice!r}: rename one")
+
+
 def _tsv_records(file: Path) -> Iterator[Record]:
     return _csv_records(file, "\t")
 
@@ -175,7 +226,9 @@ def _parquet_records(file: Path) -> Iterator[Record]:
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+        content = pyarrow.parquet.ParquetFile(file)
+        _check_names(content.schema_arrow.names, str(file))
+        for batch in content.iter_batches(batch_size=BATCH):
             for fields in batch.to_pylist():
                 number += 1
                 yield f"{file}:row {number}", fields

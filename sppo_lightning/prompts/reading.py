@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from sppo_lightning.prompts.files import files_of, records
 from sppo_lightning.prompts.formats import Record
-from sppo_lightning.prompts.shapes import shape_of
+from sppo_lightning.prompts.shapes import names_of, shape_of
 from sppo_lightning.prompts.table import PromptTable, user_text
 from sppo_lightning.types import Message, Prompt, UserError
 
@@ -58,11 +59,8 @@ def read_prompts(
         repeated += 1
         twin = table[row]
         same = twin.messages == prompt.messages and (twin.answer == prompt.answer or not own_answer)
-        if not same or (record[1].get("id") is not None and twin != prompt):
-            first = next(
-                item for item in _all_records(sources, key, columns) if _parse(item)[0].id == prompt.id
-            )
-            raise UserError(_clash(record, first[0]))
+        if not same or (not _is_missing(record[1].get("id")) and twin != prompt):
+            raise UserError(_clash(record, locate(source, prompt.id, key=key, columns=columns)))
     if not table:
         raise UserError(f"{key}={source!r} holds no prompts: add at least one record with a 'prompt' field")
     _say_what_was_read(key, sources, shapes, len(table), repeated)
@@ -93,7 +91,7 @@ def locate(source: str | Sequence[str], prompt_id: str, *, key: str, columns: Ma
     for record in _all_records(sources, key, columns):
         if _parse(record)[0].id == prompt_id:
             return record[0]
-    return key
+    return key  # the file has changed since
 
 
 def _say_what_was_read(
@@ -130,7 +128,7 @@ def _renamed(fields: Mapping[str, Any], columns: Mapping[str, str], where: str) 
     """Return a record's fields under the names that shapes know."""
     for name, column in columns.items():
         if column not in fields and name == "prompt":
-            found = ", ".join(sorted(fields)) or "none"
+            found = names_of(fields)
             raise UserError(f"{where}: data.columns.{name}={column!r} is not there; its fields are: {found}")
     others = {
         name: value for name, value in fields.items() if name not in columns and name not in columns.values()
@@ -140,7 +138,7 @@ def _renamed(fields: Mapping[str, Any], columns: Mapping[str, str], where: str) 
 
 def _clash(record: Record, first: str) -> str:
     where, fields = record
-    if fields.get("id") is None:
+    if _is_missing(fields.get("id")):
         return (
             f"{where}: the same prompt stands at {first} with another answer: remove one, "
             "or give each its own 'id'"
@@ -176,7 +174,7 @@ def digest_of_turns(prompt: Prompt) -> bytes:
 def _parse(record: Record) -> tuple[Prompt, str, bool]:
     """Return a record's prompt, the name of its shape, and whether the record names its answer itself."""
     where = record[0]
-    fields = {name: value for name, value in record[1].items() if value is not None}
+    fields = {name: value for name, value in record[1].items() if not _is_missing(value)}
     shape = shape_of(fields, where)
     said = shape.read(fields, where)
     _check_turns(said.turns, where)
@@ -191,6 +189,11 @@ def _parse(record: Record) -> tuple[Prompt, str, bool]:
         metadata={name: value for name, value in fields.items() if name not in used},
     )
     return prompt, shape.name, "answer" in fields
+
+
+def _is_missing(value: object) -> bool:
+    """Whether a cell is empty: null, or the NaN that pandas writes in its place."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _check_turns(turns: Sequence[Message], where: str) -> None:

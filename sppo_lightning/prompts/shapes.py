@@ -7,13 +7,14 @@ one, a reference answer. Shapes are tried in the order of :data:`SHAPES`; the fi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple, cast
 
 from sppo_lightning.types import Message, UserError
 
 Fields = Mapping[str, Any]
+LISTED = 12  # names of fields that a message lists
 
 ROLES = {
     "human": "user",
@@ -67,12 +68,23 @@ def shape_of(fields: Fields, where: str) -> Shape:
     for shape in SHAPES:
         if shape.matches(fields):
             return shape
-    found = ", ".join(sorted(fields)) or "none"
+    found = names_of(fields)
     known = "; ".join(f"{shape.fields} ({shape.name})" for shape in SHAPES)
     raise UserError(
         f"{where}: no prompt is recognised; its fields are: {found}. Records that are read: {known}. For other names "
         "set data.columns, e.g. {prompt: question_text, answer: solution}"
     )
+
+
+def names_of(fields: Iterable[str]) -> str:
+    """Return the names of a record's fields, as many as fit a message."""
+    names = sorted(fields)
+    more = [f"and {len(names) - LISTED} more"] if len(names) > LISTED else []
+    return ", ".join([*(_short_name(name) for name in names[:LISTED]), *more]) or "none"
+
+
+def _short_name(name: str) -> str:
+    return name if len(name) <= 40 else f"{name[:40]}…"
 
 
 # ------------------------------------------------------------------------- turns

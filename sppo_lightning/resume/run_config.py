@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from sppo_lightning.limits import check_size
 from sppo_lightning.redaction import masked
 from sppo_lightning.resume.checkpoints import check_checkpoint
 from sppo_lightning.store.identity import NOTHING_FREE, free_settings, parameters
@@ -64,7 +65,7 @@ def recorded_setting(folder: RunFolder, key: str) -> tuple[bool, Any]:
     if not folder.config.exists():
         return False, None
     try:
-        value = dict(yaml.safe_load(folder.config.read_bytes()))
+        value = dict(_read(folder.config))
         for name in key.split("."):
             value = value.get(name) or {}
     except DAMAGED as error:
@@ -124,6 +125,12 @@ def resume_path(
     return None
 
 
+def _read(path: Path) -> Any:
+    content = yaml.safe_load(path.read_bytes())
+    check_size(content)
+    return content
+
+
 def check_same_run(folder: RunFolder, config: Mapping[str, Any], sections: Mapping[str, type]) -> None:
     """Refuse to mix two configs in one run folder.
 
@@ -143,7 +150,7 @@ def check_same_run(folder: RunFolder, config: Mapping[str, Any], sections: Mappi
         return
     try:
         # masked on both sides: files of older versions hold secrets, and a key may be another one now
-        before = _decisive(masked(yaml.safe_load(path.read_bytes())))
+        before = _decisive(masked(_read(path)))
         found = next(_differences("", before, _decisive(masked(config)), sections, NOTHING_FREE), None)
     except DAMAGED as error:
         raise UserError(f"{path} is damaged: {_WRITE_CONFIG}") from error

@@ -20,7 +20,7 @@ from sppo_lightning.policy.pretrained import (
     quantization_options,
 )
 from sppo_lightning.policy.weights import read_model
-from sppo_lightning.prompts.encoding import template_token_ids
+from sppo_lightning.prompts.encoding import template_owner, template_token_ids
 from sppo_lightning.rewards.adapter import RewardAdapter, reward_adapter
 from sppo_lightning.rewards.classifier_forward import ACTIVATIONS, ClassifierForward
 from sppo_lightning.rewards.protocol import Reward, RewardMemory, Scores
@@ -267,7 +267,10 @@ class SequenceClassificationReward(Reward):
             )  # not in lists, an empty response would be no pair
             return {name: values[0] for name, values in pair.items()}
         answer = Message(role="assistant", content=response)
-        ids = template_token_ids(self._tokenizer, (*prompt.messages, answer), add_generation_prompt=False)
+        owner = template_owner(KEY, self.pretrained)
+        ids = template_token_ids(
+            self._tokenizer, (*prompt.messages, answer), add_generation_prompt=False, owner=owner
+        )
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
 

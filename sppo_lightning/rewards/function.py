@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -71,7 +72,7 @@ class FunctionReward(Reward):
         names = sorted(there - {"prompt", "completion", "messages", "prompts", "completions"})
         arguments: dict[str, Any] = {name: [record.get(name) for record in fields] for name in names}
         if self.conversational:
-            arguments["prompts"] = [list(prompt.messages) for prompt in prompts]
+            arguments["prompts"] = [record["messages"] for record in fields]
             arguments["completions"] = [
                 [{"role": "assistant", "content": response}] for response in responses
             ]
@@ -92,5 +93,6 @@ def _parameters(function: RewardFunction) -> list[inspect.Parameter]:
 
 
 def _fields(prompt: Prompt) -> dict[str, Any]:
-    fields = {**prompt.metadata, "id": prompt.id, "messages": list(prompt.messages)}
+    """Return a record's fields, which the function may change: what it changes belongs to no prompt."""
+    fields = copy.deepcopy({**prompt.metadata, "messages": list(prompt.messages)}) | {"id": prompt.id}
     return fields if prompt.answer is None else {**fields, "answer": prompt.answer}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set, Sized
+from itertools import islice
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -102,10 +103,13 @@ def checked_scores(reward: Reward, prompts: Sequence[Prompt], responses: Sequenc
         UserError: if the reward raises one, returns the wrong count, or something that is no number.
     """
     try:
-        found = reward.score(prompts, responses)
+        scores = _scored(reward, prompts, responses)
     except UserError:
         raise
-    except Exception as error:
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # a library that ends the process would end the run as if it were done
         cut = _middle(prompts, whole_prompts=reward.comparative)
         if cut is None:
             rows = range(len(responses))
@@ -116,7 +120,34 @@ def checked_scores(reward: Reward, prompts: Sequence[Prompt], responses: Sequenc
             checked_scores(reward, prompts[part], responses[part]) for part in (slice(cut), slice(cut, None))
         ]
         return _joined(halves, cut)
-    return _checked(found, len(responses), _name(reward))
+    return _checked(scores, len(responses), _name(reward))
+
+
+def _scored(reward: Reward, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
+    """Return what a reward gives, its numbers taken out of whatever they come in."""
+    found, name, count = reward.score(prompts, responses), _name(reward), len(responses)
+    scores = found if isinstance(found, Scores) else Scores(cast(Any, found))
+    for field, value in (("reasons", scores.reasons), ("parts", scores.parts)):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{name} gave {field} as a {type(value).__name__}: give a mapping")
+    parts = {part: _items(values, count, f"{name} part {part!r}") for part, values in scores.parts.items()}
+    return scores._replace(rewards=_items(scores.rewards, count, name), parts=parts)
+
+
+def _items(values: Any, count: int, name: str) -> list[Any]:
+    """Return the items of a list, an array or what else has an order, of which there must be ``count``."""
+    ordered = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping | Set)
+    if not ordered or getattr(values, "ndim", 1) == 0:
+        raise UserError(f"{name} returned a {type(values).__name__}: it must return a list of numbers")
+    items = list(islice(values, count + 1))  # of a generator, which may have no end
+    if len(items) != count:
+        found = (
+            str(len(values))
+            if isinstance(values, Sized)
+            else f"{len(items)}{' or more' * (len(items) > count)}"
+        )
+        raise UserError(f"{name} returned {found} rewards for {count} responses: it must return one for each")
+    return items
 
 
 def _middle(prompts: Sequence[Prompt], *, whole_prompts: bool) -> int | None:
@@ -127,7 +158,7 @@ def _middle(prompts: Sequence[Prompt], *, whole_prompts: bool) -> int | None:
     return starts[len(starts) // 2] if starts else None
 
 
-def _said(reward: Reward, error: Exception) -> str:
+def _said(reward: Reward, error: BaseException) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{frame.filename}:{frame.lineno}, in {frame.name}"
     return f"{_name(reward)} raised {type(error).__name__}: {first_line(error)} ({place})"
@@ -152,23 +183,20 @@ def _column(scores: CheckedScores, name: str) -> list[float]:
     return scores.parts.get(name, [math.nan] * len(scores.rewards))
 
 
-def _checked(found: object, count: int, name: str) -> CheckedScores:
-    scores = found if isinstance(found, Scores) else Scores(cast(Any, found))
-    rewards = _numbers(scores.rewards, count, name)
+def _checked(scores: Scores, count: int, name: str) -> CheckedScores:
+    rewards = [_number(value, name) for value in scores.rewards]
     reasons = {row: "non_finite_reward" for row, value in enumerate(rewards) if not math.isfinite(value)}
-    parts = {part: _numbers(values, count, f"{name} part {part!r}") for part, values in scores.parts.items()}
+    for row, reason in scores.reasons.items():
+        if row not in range(count) or not isinstance(reason, str) or not reason:
+            raise UserError(
+                f"{name} gave {reason!r} as the reason to drop response {row!r} of {count}: it must be a text, and the "
+                "response one of them, from 0 on"
+            )
+    parts = {part: [_number(value, name) for value in values] for part, values in scores.parts.items()}
+    wrong = next((part for part in parts if not isinstance(part, str)), None)
+    if wrong is not None:
+        raise UserError(f"{name} called a part {wrong!r}: a name is a text")
     return CheckedScores(rewards, {**reasons, **scores.reasons}, parts, scores.error)
-
-
-def _numbers(values: object, count: int, name: str) -> list[float]:
-    if not isinstance(values, Iterable):
-        raise UserError(f"{name} returned a {type(values).__name__}: it must return a list of numbers")
-    numbers = [_number(value, name) for value in values]
-    if len(numbers) != count:
-        raise UserError(
-            f"{name} returned {len(numbers)} rewards for {count} responses: it must return one for each"
-        )
-    return numbers
 
 
 def _number(score: Any, name: str) -> float:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from sppo_lightning.policy.pretrained import load_tokenizer
-from sppo_lightning.prompts.encoding import template_token_ids
+from sppo_lightning.prompts.encoding import template_owner, template_token_ids
 from sppo_lightning.rewards.protocol import Reward, Scores
 from sppo_lightning.system.servers import Failure, ServerClient
 from sppo_lightning.types import SPEED_OR_PLACE, Message, Prompt, UserError
@@ -112,7 +112,11 @@ class SGLangClassify(ScoreFormat):
         """Return the conversations' token ids."""
         tokenizer = self._own_tokenizer()
         conversations = _conversations(prompts, responses)
-        ids = [template_token_ids(tokenizer, turns, add_generation_prompt=False) for turns in conversations]
+        owner = template_owner("SGLangClassify.tokenizer", self.tokenizer)
+        ids = [
+            template_token_ids(tokenizer, turns, add_generation_prompt=False, owner=owner)
+            for turns in conversations
+        ]
         return {"input_ids": ids}
 
     def scores(self, answer: Any) -> list[float]:

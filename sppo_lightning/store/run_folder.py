@@ -8,7 +8,9 @@ import shutil
 from pathlib import Path
 
 from sppo_lightning.store.iterations import IterationStore
+from sppo_lightning.types import UserError
 
+_FILES = ("manifest.json", "difficulty.parquet", "pairs.parquet", "rollouts.parquet")
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # as durable.replacing names them
 
 
@@ -121,6 +123,26 @@ class RunFolder:
         return self.root / ".sampling"
 
 
+def check_kinds(folder: RunFolder) -> None:
+    """Refuse folders where files are to be and the other way round, and pipes and devices, which never end.
+
+    Raises:
+        UserError: naming what is there.
+    """
+    numbered = [path for place in (folder.iterations, folder.evaluations) for path in place.glob("[0-9]*")]
+    folders = [folder.evaluations, *(path for path in numbered if re.fullmatch("[0-9]+", path.name))]
+    files = [folder.config, folder.metrics, *(path / name for path in folders for name in _FILES)]
+    read = [folder.last_checkpoint, *folder.iterations.glob("*/*/*"), *folder.evaluations.glob("*/*")]
+    for path, what in [*((path, "folder") for path in folders), *((path, "file") for path in files)]:
+        if path.exists() and not (path.is_dir() if what == "folder" else path.is_file()):
+            raise UserError(
+                f"{path} is no {what}, which a run has there: move it away, or use another trainer.default_root_dir"
+            )
+    for path in read:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is no file: move it away, or use another trainer.default_root_dir")
+
+
 def remove_leftovers(folder: RunFolder) -> list[Path]:
     """Remove the temporary files that a killed run left in a run folder, and return them.
 
@@ -151,4 +173,4 @@ def _through_link(place: Path, root: Path) -> bool:
 
 
 def _numbers(folder: Path) -> list[int]:
-    return [int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()]
+    return [int(path.name) for path in folder.glob("[0-9]*") if re.fullmatch("[0-9]+", path.name)]

@@ -1,7 +1,8 @@
 """One HTTP client for all servers: a deadline for a whole try, a cap on an answer's size, nothing sent unasked.
 
 The time-outs of httpx hold for a single read, so that a server that sends a byte now and then is never timed out; its
-bodies have any size, and compressed ones unfold in memory. The openai package adds headers from its environment
+bodies have any size, compressed ones unfold in memory, and an answer names the codec that its text is read by, any of
+Python's. It keeps cookies, of which there may be any number. The openai package adds headers from its environment
 variables, and follows redirects.
 
 openai up to version 2 is made of httpx and httpcore, from version 3 on of httpx2 and httpcore2. Their interfaces are
@@ -13,6 +14,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 
 from openai import DefaultHttpxClient, Timeout
@@ -54,6 +56,7 @@ class BoundedClient(DefaultHttpxClient):
             "user-agent": "sppo-lightning",
             "authorization": f"Bearer {api_key}",
         }
+        self.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # none is kept
         self._seconds = timeout
         self._clock = _Clock()
         transports: list[Any] = [self._transport, *self._mounts.values()]
@@ -78,8 +81,11 @@ class BoundedClient(DefaultHttpxClient):
             content, refused = _taken(answer)
         finally:
             answer.close()
-        packed = ("content-encoding", "content-length", "transfer-encoding")
-        headers = [(name, value) for name, value in answer.headers.multi_items() if name not in packed]
+        dropped = ("content-encoding", "content-length", "transfer-encoding", "content-type", "set-cookie")
+        headers = [(name, value) for name, value in answer.headers.multi_items() if name not in dropped]
+        # without the charset: text is UTF-8, whatever the answer says
+        kind = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
+        headers += [("content-type", kind)] if kind else []
         return type(answer)(
             answer.status_code,
             headers=headers,

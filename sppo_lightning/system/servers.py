@@ -252,7 +252,7 @@ class ServerClient:
         refused = response.extensions.get(REFUSED)
         if refused:
             return Failure("malformed_answer", f"{self._where} gave an answer that {refused}")
-        kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+        kind = response.headers.get("content-type", "")
         return json.loads(response.content) if kind.endswith("json") else response.text
 
     def _said(self, error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -449,6 +450,175 @@ def test_tokenizers_that_do_not_fit(
     )
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "wording"),
+    [
+        ("tokenizer.json", "{}", r"has no tokenizer that can be read \(.*\): save the tokenizer"),
+        ("tokenizer.json", "[]", r"has no tokenizer that can be read \(.*\): save the tokenizer"),
+        ("tokenizer_config.json", "null", r"has no tokenizer that can be read \(.*\): save the tokenizer"),
+        ("tokenizer_config.json", {"tokenizer_class": 5}, r"has no tokenizer that can be read \("),
+        ("tokenizer_config.json", {"eos_token": ["a"]}, r"has no tokenizer that can be read \(.*eos_token"),
+        ("tokenizer_config.json", {"model_max_length": "x"}, r"has no tokenizer that can be read \("),
+        (
+            "tokenizer_config.json",
+            {"chat_template": 5},
+            r"the tokenizer's chat template is no text but 5: save",
+        ),
+        (
+            "config.json",
+            {"hidden_act": "x"},
+            r"no model can be made as its config says \(KeyError: 'x'\): fetch",
+        ),
+        (
+            "config.json",
+            {"head_dim": 0},
+            r"no model can be made as its config says \(ZeroDivisionError: .*\): fetch",
+        ),
+        (
+            "config.json",
+            {"pad_token_id": 10**9},
+            r"no model can be made as its config says \(AssertionError: ",
+        ),
+        ("config.json", {"architectures": 5}, r"cannot be read as a model \('int' object is not iterable\)"),
+        (
+            "config.json",
+            {"num_hidden_layers": 10**9},
+            r"says num_hidden_layers=1000000000, which no model has",
+        ),
+        ("config.json", {"text": {"num_labels": 10**9}}, r"says num_labels=1000000000, which no model has"),
+        ("generation_config.json", "{", r"generation_config\.json cannot be read \(.*\): fetch it again"),
+        ("generation_config.json", "[]", r"generation_config\.json is no JSON object: fetch it again"),
+        (
+            "generation_config.json",
+            {"eos_token_id": [1, 10**12]},
+            r"generation_config\.json names the end token 1000000000000, but the model has the ids 0 to 258: correct",
+        ),
+        (
+            "generation_config.json",
+            {"eos_token_id": "x"},
+            r"names the end token 'x', but the model has the ids",
+        ),
+        (
+            "generation_config.json",
+            {"eos_token_id": [[1]]},
+            r"names the end token \[1\], but the model has the ids",
+        ),
+        (
+            "config.json",
+            {"eos_token_id": -1},
+            r"config\.json names the end token -1, but the model has the ids",
+        ),
+    ],
+)
+def test_model_folders_of_an_enemy(
+    file: str,
+    content: str | dict[str, Any],
+    wording: str,
+    arguments: Arguments,
+    refused: Refused,
+    weightless: Path,
+    tmp_path: Path,
+) -> None:
+    policy = tmp_path / "policy"
+    shutil.copytree(weightless, policy)
+    path = policy / file
+    if isinstance(content, dict):
+        if "chat_template" in content:
+            (policy / "chat_template.jinja").unlink()
+        before = json.loads(path.read_text()) if path.exists() else {}
+        content = json.dumps({**before, **content})
+    path.write_text(content)
+    line = refused(arguments(model__policy__pretrained=policy))
+    assert line.startswith(f"model.policy.pretrained={str(policy)!r}")
+    assert re.search(wording, line), line
+
+
+def test_an_adapter_in_place_of_its_base(
+    arguments: Arguments, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advice = "is an adapter: give its base model here, and the adapter with model.policy.lora.adapter"
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    found = refused(arguments(model__policy__pretrained=adapter))
+    assert found == f"model.policy.pretrained={str(adapter)!r} {advice}"
+    cache = tmp_path / "hub/models--own--adapter"  # one of the hub, as it lies in the cache
+    shutil.copytree(adapter, cache / "snapshots/1")
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert refused(arguments(model__policy__pretrained="own/adapter")) == (
+        f"model.policy.pretrained='own/adapter' {advice}"
+    )
+
+
+REFUSES_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{{ messages[0].content }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "line"),
+    [
+        (
+            REFUSES_SYSTEM,
+            "Be brief.",
+            "the model's chat template has no place for data.system_prompt: leave it out, or",
+        ),
+        (
+            "{{ messages[-1].content }}",
+            "Be brief.",
+            "the model's chat template has no place for data.system_prompt: leave it out, or put its text into the",
+        ),
+        ("{% for", None, "the model's chat template fails (TemplateSyntaxError: "),
+        ("{% if messages %}{{ 1 | nothing }}{% endif %}", None, "the model's chat template fails (Template"),
+        ("{{ messages[9].content }}", "Be brief.", "the model's chat template fails (UndefinedError: "),
+        (
+            "Hello.",
+            None,
+            "the model's chat template makes the same of all prompts, whatever they say: name another",
+        ),
+    ],
+)
+def test_advice_on_a_template_fits_its_fault(
+    template: str, system: str | None, line: str, arguments: Arguments, refused: Refused, tmp_path: Path
+) -> None:
+    """No other messages mend it, and no prompt is at fault where the system prompt is."""
+    (tmp_path / "t.jinja").write_text(template)
+    found = refused(arguments(model__policy__chat_template=tmp_path / "t.jinja", data__system_prompt=system))
+    assert line in found
+    assert "change the messages" not in found
+    assert "fails" not in found or found.endswith("name another one with model.policy.chat_template")
+    assert "system_prompt" not in line or found.startswith(line)
+
+
+def test_advice_on_the_template_of_a_reward_model(
+    tiny_policy: Path, tiny_reward_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reward = tmp_path / "reward"
+    shutil.copytree(tiny_reward_model, reward)
+    (reward / "chat_template.jinja").write_text("{{ messages[9].content }}")
+    changes: dict[str, Any] = {"data__reward__function": None, "data__reward__pretrained": reward}
+    changes |= {"data__reward": "sppo_lightning.rewards.SequenceClassificationReward"}
+    prompts = write(tmp_path / "p.jsonl", RECORDS)
+    with pytest.raises(SystemExit):
+        main(["fit", *cli_arguments(tiny_policy, prompts, tmp_path / "run", **changes)])
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert re.search(
+        r"the chat template of \S+pretrained='.*reward' fails \(UndefinedError: .*\): correct it in", last
+    )
+
+
+@pytest.mark.parametrize("rank", [10**9, 10**20, 260])
+def test_a_rank_that_no_matrix_has(rank: int, arguments: Arguments, refused: Refused) -> None:
+    assert refused(arguments(model__policy__lora__rank=rank, model__policy__lora__alpha=1)) == (
+        f"model.policy.lora.rank: {rank} is no rank for this model: give a number from 1 to 259, the size of its "
+        "largest matrix"
+    )
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_quantised_weights_without_bitsandbytes_or_on_another_device(
     arguments: Arguments, refused: Refused, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -496,6 +666,58 @@ def test_run_folder_that_cannot_be_written(arguments: Arguments, refused: Refuse
     below_a_file = tmp_path / "good.jsonl" / "run"
     assert refused(arguments(trainer__default_root_dir=below_a_file)) == (
         f"trainer.default_root_dir={str(below_a_file)!r} cannot be written (Not a directory): choose another folder"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("config.yaml", "pipe"),
+        ("metrics.csv", "pipe"),
+        ("checkpoints/last.ckpt", "pipe"),
+        ("iterations/000/manifest.json", "pipe"),
+        ("evaluations/000/rollouts.parquet", "pipe"),
+        ("iterations/000/pairs.parquet", "device"),
+        ("evaluations/000/manifest.json", "pipe"),
+        ("config.yaml", "folder"),
+        ("metrics.csv", "folder"),
+        ("iterations/000/manifest.json", "folder"),
+        ("iterations/000", "file"),
+        ("evaluations", "file"),
+        ("evaluations/000", "file"),
+    ],
+)
+def test_run_folders_that_hold_another_kind(
+    name: str, kind: str, arguments: Arguments, refused: Refused, tmp_path: Path
+) -> None:
+    """A pipe would be waited for, with no word of what for."""
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_text("x")
+    wording = (
+        rf"{re.escape(str(path))} is no (file|folder)(, which a run has there)?: move it away, or use another"
+    )
+    assert re.match(wording, refused(arguments()))
+
+
+def test_a_config_of_a_run_that_unfolds(arguments: Arguments, refused: Refused, tmp_path: Path) -> None:
+    """A list that names the one before it ten times, eleven times over, is a hundred billion values."""
+    lists = ["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12))]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("\n".join(lists))
+    assert "config.yaml is damaged: restore it from a copy" in refused(arguments())
+    (tmp_path / "c.yaml").write_text("\n".join(lists))
+    shutil.rmtree(tmp_path / "run")
+    line = refused([*arguments(), f"--config={tmp_path / 'c.yaml'}"])
+    assert re.search(
+        r"c\.yaml: a value cannot be read \(ValueError: it unfolds to more than 1,000,000 values\)", line
     )
 
 
@@ -797,9 +1019,24 @@ def tensor_reward(prompts: list[str], responses: list[str], metadata: list[dict[
     return torch.ones(len(responses), 2)
 
 
+def dict_reward(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> dict[int, float]:
+    return dict(enumerate(map(len, responses)))
+
+
+def ending_reward(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+    sys.exit(0)
+
+
+def painted_reward(prompts: list[str], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+    raise ValueError("\x1b]52;c;cm0gLXJm\x07 \x1b[2J")
+
+
 @pytest.mark.parametrize(
     ("function", "wording"),
     [
+        ("dict_reward", r"returned a dict: it must return a list of numbers"),
+        ("ending_reward", r"20 of 20 responses are of no use \(20 failed_score\), .* raised SystemExit: 0"),
+        ("painted_reward", r"20 of 20 .* raised ValueError: \\x1b\]52;c;cm0gLXJm\\x07 \\x1b\[2J \("),
         (
             "constant_reward",
             r"iteration 0 has 0 pairs, fewer than one optimizer step of data\.pairs_per_step=4; "
@@ -837,7 +1074,9 @@ def test_rewards_that_break_their_contract(
     with pytest.raises(SystemExit) as stop:
         main(["fit", *cli_arguments(tiny_policy, prompts, tmp_path / "run", **changes)])
     assert stop.value.code == 2
-    lines = capfd.readouterr().err.splitlines()
+    printed = capfd.readouterr()
+    assert "\x1b" not in printed.err + printed.out
+    lines = printed.err.splitlines()
     assert not any("Traceback" in line for line in lines)
     assert [line for line in lines if "error:" in line] == lines[-1:]
     assert re.match("sppo-lightning: error: (data.reward FunctionReward )?" + wording, lines[-1]), lines[-1]

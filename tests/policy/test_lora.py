@@ -193,6 +193,26 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: changed_config(folder, init_lora_weights="pissa"),
         r"is more than low-rank matrices on its base \(init_lora_weights=pissa\): merge it",
     ),
+    "a huge rank": (
+        lambda folder: changed_config(folder, r=10**9),
+        r"1000000000 is no rank for this model: give a number from 1 to",
+    ),
+    "a huge rank of one layer": (
+        lambda folder: changed_config(folder, rank_pattern={"q_proj": 10**9}),
+        r"1000000000 is no rank for this model: give a number from 1 to",
+    ),
+    "a pattern without end": (
+        lambda folder: changed_config(folder, target_modules=r"(\w+\.?)+x"),
+        r"cannot be put on model\.policy\.pretrained='.*' \(OutOfTimeError: not done after 0\.5 s\): is that",
+    ),
+    "no number": (
+        lambda folder: changed_config(folder, lora_alpha="x"),
+        r"cannot be put on model\.policy\.pretrained='.*' \(TypeError: .*\): is that its base, and adapter_config",
+    ),
+    "layers of another model": (
+        lambda folder: changed_config(folder, target_modules=["query"]),
+        r"cannot be put on model\.policy\.pretrained='.*' \(.*query.*\): is that its base",
+    ),
     "more than matrices": (
         lambda folder: changed_config(folder, modules_to_save=["lm_head"], bias="all"),
         r"is more than low-rank matrices on its base \((bias, modules_to_save|modules_to_save, bias)\): merge it",
@@ -201,12 +221,15 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", SPOILED)
-def test_an_adapter_that_does_not_fit(tiny_policy: Path, adapter: Path, case: str) -> None:
+def test_an_adapter_that_does_not_fit(
+    tiny_policy: Path, adapter: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Found without the model's weights."""
+    monkeypatch.setattr("sppo_lightning.policy.lora.LONGEST_SECONDS", 0.5)
     spoil, message = SPOILED[case]
     spoil(adapter)
     config = PolicyConfig(str(tiny_policy), lora=LoRAConfig(adapter=str(adapter)))
-    with pytest.raises(UserError, match=rf"^model\.policy\.lora\.adapter='.*/adapter' .*{message}"):
+    with pytest.raises(UserError, match=rf"^model\.policy\.lora\.adapter(='.*/adapter' .*|: ){message}"):
         meta_model(config, AutoConfig.from_pretrained(tiny_policy), compute_dtype=torch.float32)
 
 

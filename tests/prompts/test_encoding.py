@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from support.models import CHAT_TEMPLATE, byte_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from sppo_lightning.prompts import encoding
 from sppo_lightning.prompts.encoding import (
     at_day,
     encode_prompts,
@@ -24,6 +27,7 @@ from sppo_lightning.prompts.table import PromptTable
 from sppo_lightning.types import Message, Prompt, UserError
 
 BOS, EOS = 0, 1
+LINUX = sys.platform == "linux"
 
 
 def user(text: str) -> Message:
@@ -215,6 +219,21 @@ def test_a_template_that_refuses_the_system_prompt() -> None:
         )
 
 
+def test_a_template_that_takes_no_notice_of_the_system_prompt() -> None:
+    """One whose default is the system prompt says it all the same."""
+    asked = "{{ messages[-1].content }}"
+    items = [prompt("Hi"), Prompt("own", "x", (Message(role="system", content="Mine"), user("x")))]
+    with pytest.raises(
+        UserError, match=r"^the model's chat template has no place for data\.system_prompt: leave"
+    ):
+        encode_prompts(byte_tokenizer(chat_template=asked), items, max_tokens=100, system_prompt="Be brief.")
+    default = "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}Be brief.{% endif %}"
+    found = encode_prompts(
+        byte_tokenizer(chat_template=f"{default}{asked}"), items, max_tokens=100, system_prompt="Be brief."
+    )
+    assert len(found.kept) == 2
+
+
 # ------------------------------------------------------- what else a turn holds
 
 TOOLS = [
@@ -317,6 +336,8 @@ def test_prompts_that_differ_in_their_tool_calls_are_two() -> None:
         "{{ 1 / 0 }}",
         "{{ messages[7]['role'] }}",
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{% if messages %}{{ messages | nothing }}{% endif %}",
+        "{% include 'other' %}",
     ],
 )
 def test_a_template_that_fails_is_not_the_prompts_fault(template: str) -> None:
@@ -324,6 +345,67 @@ def test_a_template_that_fails_is_not_the_prompts_fault(template: str) -> None:
         UserError, match=r"prompt 'p7': the model's chat template fails \(\w+: .*name another one with"
     ):
         encode_prompts(byte_tokenizer(chat_template=template), [prompt("Hi", id="p7")], max_tokens=100)
+
+
+def test_a_template_that_makes_nothing_of_a_prompt() -> None:
+    with pytest.raises(
+        UserError, match=r"prompt 'p7': .* makes not a single token of a conversation: name another"
+    ):
+        encode_prompts(byte_tokenizer(chat_template="{# nothing #}"), [prompt("Hi", id="p7")], max_tokens=100)
+
+
+def test_a_template_that_makes_the_same_of_all_prompts() -> None:
+    """The model would never see what they say."""
+    tokenizer = byte_tokenizer(chat_template="You are a helpful assistant.")
+    prompts = [prompt(text, id=text) for text in ("Hi", "Why?", "Where?")]
+    with pytest.raises(
+        UserError, match=r"^the model's chat template makes the same of all prompts, .*: name another"
+    ):
+        encode_prompts(tokenizer, prompts, max_tokens=100)
+    assert encode_prompts(tokenizer, prompts[:1], max_tokens=100).kept.ids == ["Hi"]
+    same = [prompt("Hi", id="a"), prompt("Hi", id="b")]
+    assert encode_prompts(byte_tokenizer(), same, max_tokens=100).kept.ids == ["a", "b"]
+
+
+DOUBLING = (
+    "{% set held = namespace(text='a' * 1024) %}{% for i in range(40) %}{% set held.text = held.text + held.text %}"
+    "{% endfor %}{{ messages[0].content }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "wording"),
+    [
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}x",
+            "fails .OutOfTimeError: not done after 0.5 s.: name another one",
+        ),
+        (
+            "{% set x = 9 ** (9 ** 9) %}{{ messages[0].content }}",
+            "fails .OutOfTimeError: not done after 0.5 s.: name another one",
+        ),
+        pytest.param(
+            DOUBLING,
+            "fails .(MemoryError|OutOfTimeError): ",
+            marks=pytest.mark.skipif(not LINUX, reason="no limit"),
+        ),
+        (
+            "{{ 'a' * 10 ** 6 }}{{ messages[0].content }}",
+            "makes 1,000,002 characters of one conversation: name",
+        ),
+        ("{{ 'a' | center(10 ** 6) }}", "makes 1,000,000 characters of one conversation: name another one"),
+    ],
+)
+def test_a_template_that_never_ends_or_grows(
+    template: str, wording: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sandbox bounds neither time nor memory."""
+    monkeypatch.setattr(encoding, "LONGEST_SECONDS", 0.5)
+    monkeypatch.setattr(encoding, "LONGEST_TEXT", 10**5)
+    start = time.monotonic()
+    with pytest.raises(UserError, match=f"prompt 'p7': the model's chat template {wording}"):
+        encode_prompts(byte_tokenizer(chat_template=template), [prompt("Hi", id="p7")], max_tokens=100)
+    assert time.monotonic() - start < 20
 
 
 # ------------------------------------------------------------------------ the date

@@ -6,14 +6,17 @@ import bz2
 import gzip
 import json
 import lzma
+import os
+import time
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sppo_lightning.paths import expand_path
-from sppo_lightning.prompts import reading
+from sppo_lightning.prompts import formats, reading
 from sppo_lightning.prompts.reading import read_prompts
 from sppo_lightning.types import UserError
 
@@ -152,3 +155,128 @@ def test_a_hub_dataset_with_config_and_split(monkeypatch: pytest.MonkeyPatch) ->
     ]
     with pytest.raises(UserError, match="write owner/name, owner/name:split or owner/name:config:split"):
         texts("own/set:a:b:c")
+
+
+# ------------------------------------------------------------ accidents and attacks
+
+
+def test_only_plain_files_are_read(tmp_path: Path) -> None:
+    """A pipe would be waited for, a device read for ever."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    for source in ("pipe.jsonl", "zero.jsonl", "p*.jsonl"):
+        with pytest.raises(
+            UserError, match=r"(pipe|zero)\.jsonl is no plain file, .*: copy its content into a"
+        ):
+            texts(tmp_path / source)
+    with pytest.raises(UserError, match=r"folder .* has no \.jsonl"):
+        texts(tmp_path)
+
+
+def test_links_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "self.jsonl").symlink_to(tmp_path / "self.jsonl")
+    with pytest.raises(
+        UserError, match=r"self\.jsonl cannot be read \(Too many levels of symbolic links\)|no such"
+    ):
+        texts(tmp_path / "self.jsonl")
+    (tmp_path / "all" / "sub").mkdir(parents=True)
+    (tmp_path / "all" / "sub" / "again").symlink_to(tmp_path / "all")
+    (tmp_path / "all" / "sub" / "p.jsonl").write_text(LINES)
+    assert texts(tmp_path / "all") == ["a", "b"]
+    assert texts(f"{tmp_path}/all/**/*.jsonl") == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["a" * 5000 + ".jsonl", "a" * 5000, "a\0b.jsonl"])
+def test_names_that_no_file_can_have(name: str) -> None:
+    with pytest.raises(UserError, match="no such file") as caught:
+        texts(name)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".txt", ".tsv"])
+def test_a_small_file_that_unfolds_to_a_large_one(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "LONGEST_LINE", 2**20)
+    monkeypatch.setattr(formats, "LONGEST_LIST", 2**20)
+    start = {".json": b"[", ".csv": b'prompt\n"', ".tsv": b"prompt\n"}.get(ending, b"")
+    for name, packed in ((f"p{ending}.gz", gzip.compress), (f"p{ending}.zst", zstd)):
+        (tmp_path / name).write_bytes(packed(start + b" " * 2**24))
+        with pytest.raises(
+            UserError, match=r"is longer than 1 MiB: is this a file of prompts|larger than 1 MiB: "
+        ):
+            texts(tmp_path / name)
+
+
+def test_a_quote_that_is_never_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "LONGEST_LINE", 2**16)
+    (tmp_path / "p.csv").write_text('prompt\n"' + "a line\n" * 2**16)
+    with pytest.raises(UserError, match=r"p\.csv:\d+: broken CSV, field larger than field limit"):
+        texts(tmp_path / "p.csv")
+
+
+def test_a_table_of_many_columns(tmp_path: Path) -> None:
+    """Neither their comparison nor the message grows with their square, or without an end."""
+    names = ",".join(f"c{number}" for number in range(10**5))
+    (tmp_path / "p.csv").write_text(f"{names}\n{names}\n")
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"its fields are: c0, c1, .*, and 99988 more\. Records") as caught:
+        texts(tmp_path / "p.csv")
+    assert time.monotonic() - start < 20
+    assert len(str(caught.value)) < 2000
+
+
+def test_a_field_or_a_column_that_stands_twice(tmp_path: Path) -> None:
+    """One of the two values would be lost in silence."""
+    (tmp_path / "p.jsonl").write_text(LINES + '{"prompt": "c", "prompt": "d"}\n')
+    with pytest.raises(UserError, match=r"p\.jsonl:3: the field 'prompt' stands twice: rename or remove one"):
+        texts(tmp_path / "p.jsonl")
+    (tmp_path / "p.json").write_text('[{"prompt": "c", "metadata": {"a": 1, "a": 2}}]')
+    with pytest.raises(UserError, match=r"p\.json: the field 'a' stands twice"):
+        texts(tmp_path / "p.json")
+    pq.write_table(
+        pa.table([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"]), tmp_path / "p.parquet"
+    )
+    with pytest.raises(UserError, match=r"p\.parquet: two columns are called 'prompt': rename one"):
+        texts(tmp_path / "p.parquet")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize(
+    ("name", "content"), [("p.jsonl", LINES), ("p.txt", "a\nb\n"), ("p.csv", "prompt\na\n")]
+)
+def test_text_of_another_encoding(name: str, content: str, encoding: str, tmp_path: Path) -> None:
+    """Without its mark, UTF-16 of plain letters is UTF-8 with a NUL after each letter."""
+    (tmp_path / name).write_text(content, encoding=encoding)
+    with pytest.raises(
+        UserError, match=rf"{name}:1: (not UTF-8|a NUL byte, .*) \(byte \d\): save the file as UTF-8"
+    ):
+        texts(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.txt", "p.csv"])
+def test_lines_that_end_by_carriage_returns(name: str, tmp_path: Path) -> None:
+    lines = {"p.jsonl": ['{"prompt": "a"}'] * 2, "p.txt": ["a", "b"], "p.csv": ["prompt", "a"]}[name]
+    (tmp_path / name).write_bytes("\r".join([*lines, ""]).encode())
+    with pytest.raises(UserError, match=r":1: (broken JSON|broken CSV|a carriage return inside a line)"):
+        texts(tmp_path / name)
+
+
+def test_the_empty_cells_of_pandas_are_empty(tmp_path: Path) -> None:
+    """An answer of NaN would be the text nan, to which a metric compares."""
+    nan = float("nan")
+    columns = {"prompt": ["a", "b"], "answer": [nan, 4.0], "id": [nan, 7.0]}
+    pq.write_table(pa.table(columns), tmp_path / "p.parquet")
+    first, second = read_prompts(str(tmp_path / "p.parquet"), key="data.prompts")
+    assert (first.answer, second.answer) == (None, "4.0")
+    assert first.id != "nan"
+    assert second.id == "7.0"
+
+
+def test_files_of_several_schemas_in_one_folder(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["a"], "id": [1]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"question": ["b"], "answer": [4]}), tmp_path / "b.parquet")
+    assert texts(tmp_path) == ["a", "b"]
+    pq.write_table(pa.table({"prompt": ["c"], "id": ["1"]}), tmp_path / "c.parquet")
+    with pytest.raises(UserError, match=r"c\.parquet:row 1: id '1' was already used at .*a\.parquet:row 1"):
+        texts(tmp_path)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -268,11 +271,95 @@ def test_a_comparative_reward_gets_all_responses_of_a_prompt_or_none() -> None:
         (None, r"returned a NoneType: it must return a list of numbers$"),
         ([1.0, "2"], r"returned '2', which is no number: it must return one number a response$"),
         ([1.0, [2.0, 3.0]], r"returned \[2\.0, 3\.0\], which is no number"),
+        # without an order, or with numbers that are none of the function's
+        ({0: 0.5, 1: 0.7}, r"returned a dict: it must return a list of numbers$"),
+        ({0.5, 0.7}, r"returned a set: it must return a list of numbers$"),
+        (b"ab", r"returned a bytes: it must return a list of numbers$"),
+        ("12", r"returned a str: it must return a list of numbers$"),
+        (torch.tensor(1.0), r"returned a Tensor: it must return a list of numbers$"),
+        (itertools.repeat(1.0), r"returned 3 or more rewards for 2 responses: it must return one for each$"),
+        (iter([1.0]), r"returned 1 rewards for 2 responses: it must return one for each$"),
     ],
 )
 def test_rewards_that_break_their_contract(result: Any, message: str) -> None:
     with pytest.raises(UserError, match=f"^data\\.reward FunctionReward {message}"):
         scores_of(result)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (
+            Scores([1.0, 2.0], {2: "late"}),
+            "gave 'late' as the reason to drop response 2 of 2: it must be a text",
+        ),
+        (Scores([1.0, 2.0], {0: ""}), "gave '' as the reason to drop response 0 of 2: it must be a text"),
+        (
+            Scores([1.0, 2.0], cast(Any, {0: None})),
+            "gave None as the reason to drop response 0 of 2: it must be",
+        ),
+        (Scores([1.0, 2.0], cast(Any, [0])), "gave reasons as a list: give a mapping$"),
+        (Scores([1.0, 2.0], {}, cast(Any, [0])), "gave parts as a list: give a mapping$"),
+        (Scores([1.0, 2.0], {}, cast(Any, {5: [1.0, 2.0]})), "called a part 5: a name is a text$"),
+        (Scores([1.0, 2.0], {}, {"a": [1.0]}), "part 'a' returned 1 rewards for 2 responses"),
+    ],
+)
+def test_scores_that_break_their_contract(found: Scores, message: str) -> None:
+    """They would end the run with a traceback when a shard is written."""
+
+    class Own(Reward):
+        def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
+            return found
+
+    with pytest.raises(UserError, match=f"^data\\.reward Own {message}"):
+        checked_scores(Own(), PROMPTS[:2], RESPONSES[:2])
+
+
+@pytest.mark.parametrize("result", [lambda: iter([1.0, 1 / 0]), lambda: (1 / 0 for _ in range(2))])
+def test_a_reward_that_fails_while_its_numbers_are_read(result: Callable[[], Any]) -> None:
+    def function(prompts: list[str], responses: list[str], metadata: list[Any]) -> Any:
+        return result()
+
+    found = checked_scores(FunctionReward(function), PROMPTS[:2], RESPONSES[:2])
+    assert found.reasons == {0: "failed_score", 1: "failed_score"}
+    assert "ZeroDivisionError" in str(found.error)
+
+
+def test_a_reward_that_ends_the_process_fails_instead() -> None:
+    """Some libraries do when a model is missing; with status 0 the run would look finished."""
+
+    def function(prompts: list[str], responses: list[str], metadata: list[Any]) -> list[float]:
+        sys.exit(0)
+
+    found = checked_scores(FunctionReward(function), PROMPTS[:2], RESPONSES[:2])
+    assert found.reasons == {0: "failed_score", 1: "failed_score"}
+    assert "raised SystemExit: 0" in str(found.error)
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_what_a_function_changes_belongs_to_no_prompt(conversational: bool) -> None:
+    """The next reward, or the next call, would be asked about something else."""
+    prompts = [prompt_of("hi", tags=["a"]), prompt_of("why?", tags=["b"])]
+    before = copy.deepcopy(prompts)
+    responses = ["yes", "no"]
+
+    def function(prompts: list[Any], responses: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+        for fields in metadata:
+            fields["messages"][0]["content"] = fields["tags"][0] = "changed"
+            fields["id"] = "changed"
+        prompts.clear()
+        responses.clear()
+        return [1.0, 2.0]
+
+    def of_trl(prompts: list[Any], completions: list[Any], tags: list[Any]) -> list[float]:
+        prompts[0][0]["content"] = tags[0][0] = "changed"
+        completions.clear()
+        return [1.0, 2.0]
+
+    reward = FunctionReward(of_trl, conversational=True) if conversational else FunctionReward(function)
+    assert checked_scores(reward, prompts, responses).rewards == [1.0, 2.0]
+    assert prompts == before
+    assert responses == ["yes", "no"]
 
 
 def test_a_users_error_passes_as_it_is() -> None:

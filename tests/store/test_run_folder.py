@@ -74,3 +74,9 @@ def test_leftovers_are_a_runs_own_temporary_files(tmp_path: Path) -> None:
     assert all(path.exists() for path in stay)
     assert not any(path.exists() for path in go)
     assert not folder.sampling.is_symlink()
+
+
+def test_only_plain_numbers_are_iterations(tmp_path: Path) -> None:
+    for name in ("000", "1", "1²", "1a", "٣", "-1"):
+        (tmp_path / "iterations" / name).mkdir(parents=True)
+    assert sorted(RunFolder(tmp_path).iteration_numbers()) == [0, 1]

@@ -272,6 +272,102 @@ def test_no_redirect_is_followed(status: int, monkeypatch: pytest.MonkeyPatch) -
     )
 
 
+CHARSETS = ("undefined", "rot13", "zlib", "bz2", "base64", "idna", "utf-16", "no-such-thing")
+
+
+@pytest.mark.parametrize("status", [200, 400, 500])
+def test_text_is_utf8_whatever_charset_an_answer_names(status: int) -> None:
+    """Any codec of Python's would be taken: some raise, some unfold what is packed."""
+    for charset in CHARSETS:
+        answer = Answer(status, "caf\u00e9", {"content-type": f"Text/Plain; charset={charset}"})
+        with serving(in_turn(answer)) as local, client_of(local.url, max_retries=0) as client:
+            found = client.post("completions", {})
+        if status == 200:
+            assert found == "caf\u00e9"
+        else:
+            assert isinstance(found, Failure)
+            assert found.reason == "server_error"
+
+
+def test_a_charset_that_is_slow_to_read_does_not_outlast_the_time_out() -> None:
+    body = b"a" * 10**6 + b"-" + b"b" * 10**5  # read as punycode, this takes a quarter of an hour
+    headers = {"content-type": "text/plain; charset=punycode"}
+    for status in (200, 400):
+        with serving(in_turn(Answer(status, body, headers))) as local, client_of(local.url) as client:
+            start = time.monotonic()
+            client.post("completions", {})
+            assert time.monotonic() - start < SOON
+
+
+def test_no_cookie_is_kept() -> None:
+    """Each later request would go through all of them."""
+    with (
+        serving(in_turn(Answer(200, {}, {"set-cookie": "session=1; Path=/"}))) as local,
+        client_of(local.url) as client,
+    ):
+        for _ in range(2):
+            assert client.post("completions", {}) == {}
+        assert client._client is not None
+        assert len(client._client._client.cookies.jar) == 0
+        assert all("cookie" not in request.headers for request in local.requests)
+
+
+HALVES: list[tuple[bytes, str]] = [
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}", "server_error"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: -2\r\n\r\n{}", "server_error"),
+    (b"HTTP/2 200\r\n\r\n{}", "server_error"),
+    (b"{}", "server_error"),
+    (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n", "server_error"),
+    (b"HTTP/1.1 200 OK\r\n" + b"X-A: b\r\n" * 50_000, "server_error"),
+    (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n" + b"X-A: b\r\n" * 50_000,
+        "server_error",
+    ),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;" + b"x" * 500_000, "server_error"),
+]
+
+
+@pytest.mark.parametrize(("sent", "reason"), HALVES)
+def test_what_breaks_the_protocol_costs_the_request_only(sent: bytes, reason: str) -> None:
+    with (
+        speaking(lambda connection: connection.sendall(sent)) as url,
+        client_of(url, max_retries=0) as client,
+    ):
+        failure = client.post("completions", {})
+    assert isinstance(failure, Failure)
+    assert failure.reason == reason
+
+
+def endless(*first: bytes, then: bytes) -> Callable[[socket.socket], None]:
+    """Send as fast as the client reads, without an end."""
+
+    def speak(connection: socket.socket) -> None:
+        connection.sendall(b"".join(first))
+        while True:
+            connection.sendall(then)
+
+    return speak
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "speak",
+    [
+        endless(then=b"HTTP/1.1 103 Early Hints\r\n\r\n" * 1000),
+        endless(CHUNKED, then=b"1;" + b"x" * 50_000 + b"\r\n{\r\n"),
+        endless(CHUNKED, then=b"1\r\n{\r\n" * 1000),
+    ],
+)
+def test_an_answer_that_never_ends_is_timed_out(speak: Callable[[socket.socket], None]) -> None:
+    with speaking(speak) as url, client_of(url, timeout=1.0, max_retries=0) as client:
+        start = time.monotonic()
+        failure = client.post("completions", {})
+        assert time.monotonic() - start < SOON
+    assert failure.reason == "server_time_out"
+
+
 # ------------------------------------------------------------ unreadable answers
 
 
