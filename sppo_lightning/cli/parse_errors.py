@@ -53,8 +53,8 @@ def _check_config_file(path: Path) -> None:
         text = path.read_bytes()
         text.decode()
         content = yaml.load(text, _StrictLoader)
-        check_size(content)
-        json.dumps(content, default=str)  # goes through all of it, and refuses what holds itself
+        check_size(content)  # and refuses what holds itself
+        json.dumps(content, default=str)  # goes through all of it
     except UnicodeDecodeError as error:
         line = text.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: not UTF-8 (byte {error.start}): save the file as UTF-8") from error
