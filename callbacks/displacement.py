@@ -6,7 +6,7 @@ from collections import deque
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from sppo_lightning.callbacks.base import SelfPlayCallback
 from sppo_lightning.training.batching import PairBatch
@@ -59,7 +59,7 @@ class DisplacementWarning(SelfPlayCallback):
         drop = -sum(self._last) / len(self._last)
         if len(self._last) == min(self.steps, batch.slot.steps) and drop > self.max_drop and not self._warned:
             self._warned = True
-            rank_zero_warn(
+            rank_zero_info(
                 f"Step {batch.slot.step + 1} of {batch.slot.steps} of this iteration: chosen responses have lost "
                 f"{drop:.1f} nat on average over the last {len(self._last)} step(s), and the policy may forget how to "
                 f"answer. {HOLDS}"

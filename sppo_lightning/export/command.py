@@ -70,16 +70,6 @@ def export(
         UserError: if the run cannot be exported so, or the export is not the trained policy.
     """
     source = open_run(Path(run), iteration=iteration)
-    best = best_iteration(source.folder)
-    print(
-        f"Exporting the policy of iteration {source.iteration}"
-        + (
-            "."
-            if best in (None, source.iteration)
-            else f"; the best by held-out reward is iteration {best}'s (--iteration best)."
-        ),
-        file=sys.stderr,
-    )
     wanted = DTYPES.get(dtype)
     format.validate(source, dtype=wanted)
     name = format.name or type(format).__name__
@@ -104,6 +94,13 @@ def export(
     if check is not None:
         check.require(fresh)
         _warn_of_rounding(check)
+    best = best_iteration(source.folder)
+    if best not in (None, source.iteration):
+        print(
+            f"This is the policy of iteration {source.iteration}; the best by held-out reward is iteration {best}'s: "
+            "--iteration best",
+            file=sys.stderr,
+        )
     if place.exists():  # perhaps the folder that one is in, which must not go
         for part in fresh.iterdir():
             part.rename(place / part.name)

@@ -293,7 +293,8 @@ class HFGenerator(Generator):
         decoded = max(step / self.max_new_tokens, 1 - left)
         if decoded == 0:  # nothing says yet how long a token takes
             return 1 / self.max_new_tokens
-        return min(spent / (read_seconds + (spent - read_seconds) / decoded), 1.0)
+        whole = read_seconds + (spent - read_seconds) / decoded
+        return min(spent / whole, 1.0) if whole > 0 else decoded  # a clock that stands still
 
     def _stop_test(self) -> Callable[[Tensor], Tensor] | None:
         """Return a test of responses ``[B, T]``, the newest token last, for a stop string, ``[B]``."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,9 +56,9 @@ def test_nothing_is_said_else(
     assert displacement(caplog, slot, **ratios) == []
 
 
-def steps_said(*chosen: float, **settings: Any) -> list[str]:
+def steps_said(caplog: pytest.LogCaptureFixture, *chosen: float, **settings: Any) -> list[str]:
     """What is said at the steps of an iteration with these chosen log-ratios, and of a second one after it."""
-    callback, found = DisplacementWarning(**settings), []
+    callback = DisplacementWarning(**settings)
     for _ in range(2):
         for number, value in enumerate(chosen):
             ratios = {
@@ -67,23 +66,21 @@ def steps_said(*chosen: float, **settings: Any) -> list[str]:
                 for side, ratio in (("chosen", value), ("rejected", 9.0))
             }
             trainer: Any = SimpleNamespace(callback_metrics=ratios)
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                slot = LAST._replace(step=number, steps=len(chosen))
+            slot = LAST._replace(step=number, steps=len(chosen))
+            with caplog.at_level("INFO"):
                 callback.on_train_batch_end(trainer, NOTHING, None, batch(slot), 0)
-            found += [str(item.message) for item in caught]
-    return found
+    return caplog.messages
 
 
-def test_a_fall_is_named_in_its_first_steps_once_an_iteration() -> None:
+def test_a_fall_is_named_in_its_first_steps_once_an_iteration(caplog: pytest.LogCaptureFixture) -> None:
     """Means of two steps: -2, -5, -8; the bound of 4 is passed at the third step."""
-    found = steps_said(-1.0, -3.0, -7.0, -9.0, max_drop=4.0, steps=2)
+    found = steps_said(caplog, -1.0, -3.0, -7.0, -9.0, max_drop=4.0, steps=2)
     assert [text.split(":")[0] for text in found] == ["Step 3 of 4 of this iteration"] * 2
     assert "chosen responses have lost 5.0 nat on average over the last 2 step(s)" in found[0]
 
 
-def test_a_single_bad_step_is_no_fall() -> None:
-    assert steps_said(0.0, -7.0, 0.0, -7.0, max_drop=4.0, steps=2) == []
+def test_a_single_bad_step_is_no_fall(caplog: pytest.LogCaptureFixture) -> None:
+    assert steps_said(caplog, 0.0, -7.0, 0.0, -7.0, max_drop=4.0, steps=2) == []
 
 
 # --------------------------------------------------------------- WeightUpdateCheck

@@ -161,6 +161,9 @@ def test_a_constant_on_all_rewards_changes_nothing(
 @QUICK
 @given(REWARDS, st.integers(1, 5))
 def test_one_top_pair_is_best_worst_and_more_extend_fewer(rewards: list[float], most: int) -> None:
+    rewards = [round(reward, 6) for reward in rewards]  # differences that a subtraction does not lose
+    if len(set(rewards)) == 1:
+        return
     assert chosen(TopPairs(1), rewards) == chosen(BestWorst(), rewards)
     more = chosen(TopPairs(most + 1), rewards)
     assert more[:most] == chosen(TopPairs(most), rewards)

@@ -22,6 +22,7 @@ def test_names_of_files_are_fixed(tmp_path: Path) -> None:
         "pairs": folder.iteration(3).pairs_path,
         "evaluation": folder.evaluation("test-003"),
         "kept_policy": folder.kept_policy(3),
+        "kept_weights": folder.kept_weights(3),
         "export": folder.export("hf"),
     }
     assert {name: str(path.relative_to(tmp_path)) for name, path in found.items()} == {
@@ -36,6 +37,9 @@ def test_names_of_files_are_fixed(tmp_path: Path) -> None:
         "evaluations": "evaluations",
         "evaluation": "evaluations/test-003",
         "policy": "policy",
+        "best": "best",
+        "gate": "gate.json",
+        "kept_weights": "checkpoints/weights-003",
         "kept_policy": "policies/003",
         "export": "export-hf",
         "samples": "samples.md",
