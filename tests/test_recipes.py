@@ -19,6 +19,15 @@ RECIPES = sorted(path for path in BASE.parent.glob("*.yaml") if path != BASE)
 SOURCED = re.compile(r"# .*(published|ours|arXiv|SPPO|SimPO|Online-RLHF)")
 pytestmark = pytest.mark.filterwarnings("ignore")
 by_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+# the others differ from one of these in a selection rule or in numbers
+ALWAYS_RUN = ("difficulty-easiest-30", "difficulty-easy-to-hard", "online-rlhf", "rip", "sppo")
+run_by_recipe = pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(path, id=path.stem, marks=[] if path.stem in ALWAYS_RUN else pytest.mark.slow)
+        for path in RECIPES
+    ],
+)
 
 
 @by_recipe
@@ -75,7 +84,7 @@ def many_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@by_recipe
+@run_by_recipe
 def test_a_recipe_runs(recipe: Path, tiny_policy: Path, many_prompts: Path, tmp_path: Path) -> None:
     main(["fit", *arguments(recipe, tiny_policy, many_prompts, tmp_path / "run")])
     folder = RunFolder(tmp_path / "run")
@@ -86,7 +95,7 @@ def test_a_recipe_runs(recipe: Path, tiny_policy: Path, many_prompts: Path, tmp_
     assert loss is None or config["model"]["loss"]["class_path"] == loss["class_path"]
 
 
-@by_recipe
+@run_by_recipe
 def test_a_recipe_is_estimated(
     recipe: Path, tiny_policy: Path, many_prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

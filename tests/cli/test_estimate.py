@@ -64,11 +64,12 @@ def estimated(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[dict[str,
     [
         # embedding and head in bfloat16, the rest in 4 bits, an adapter of 64 in float32
         ("qlora-8b-1gpu", 24, 2 * 128256 * 4096 * 2 + 6.98e9 * 0.516 + 168e6 * 4, 12.2),
-        pytest.param("lora-8b-1gpu", 80, 8.03e9 * 2 + 168e6 * 4, 32.3, marks=pytest.mark.slow),
-        pytest.param("cluster/lora-8b-4nodes", 80, 8.03e9 * 2 + 168e6 * 4, 33.0, marks=pytest.mark.slow),
-        pytest.param("cluster/full-8b-8gpu", 80, 8.03e9 * 4 / 8, 53.0, marks=pytest.mark.slow),
+        ("lora-8b-1gpu", 80, 8.03e9 * 2 + 168e6 * 4, 32.3),
+        ("cluster/lora-8b-4nodes", 80, 8.03e9 * 2 + 168e6 * 4, 33.0),
+        ("cluster/full-8b-8gpu", 80, 8.03e9 * 4 / 8, 53.0),
     ],
 )
+@pytest.mark.slow
 def test_the_configs_of_8b_need_what_they_say(
     models_of_8b: tuple[Path, Path],
     capsys: pytest.CaptureFixture[str],

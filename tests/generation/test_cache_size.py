@@ -52,7 +52,13 @@ def test_states_by_hand() -> None:
         assert found == 3 * 2 * 4 * (4 * 16 * 8 + 4 * 80)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma4", "qwen3_5", "lfm2", "falcon_h1", "mamba2"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("llama", "mistral", "mamba2"),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("gemma4", "qwen3_5", "lfm2", "falcon_h1")),
+    ],
+)
 def test_the_estimate_counts_what_a_model_keeps(kind: str) -> None:
     """States too, which no setting tells: run on tensors without data, against a cache that was filled."""
     load = workload(model_config=ALL_CONFIGS[kind], compute_dtype=torch.float32)

@@ -71,7 +71,13 @@ def manifest(root: Path, iteration: int) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads((root / f"iterations/{iteration:03d}/manifest.json").read_text()))
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("SkipTied", "AdaptiveTarget"),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("DifficultyPools", "CategoryBandit")),
+    ],
+)
 def test_a_killed_run_learns_the_same(
     name: str, tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ from support.memory import (
     workload,
 )
 from support.models import byte_tokenizer, tiny_config
-from support.tiny import OTHER_CONFIGS, TRAINED_CONFIGS, Source, new_model
+from support.tiny import OTHER_CONFIGS, TRAINED_CONFIGS, Source, kinds, new_model
 from transformers import (
     AutoModelForCausalLM,
     BltConfig,
@@ -319,7 +319,7 @@ def test_the_rule_of_thumb_is_no_less_than_the_truth() -> None:
 # ----------------------------------------------------------------- sampling
 
 
-@pytest.mark.parametrize("kind", sorted(TRAINED_CONFIGS))
+@pytest.mark.parametrize("kind", kinds("llama", "gemma2", "gpt_oss", "lfm2", "qwen3_moe"))
 def test_the_bound_holds_for_all_kinds_of_models(kind: str) -> None:
     """Also where layers pad short rows, or hold a score for each pair of tokens."""
     load = workload(model_config=TRAINED_CONFIGS[kind], answered=300)
@@ -639,7 +639,10 @@ def test_what_changes_least_is_proposed_first() -> None:
     assert suggested(need(**run) - 1, **run) == "set model.policy.gradient_checkpointing=true"
 
 
-@pytest.mark.parametrize("share", [0.99, 0.9, 0.8, 0.7, 0.5, 0.3, 0.2, 0.1])
+@pytest.mark.parametrize(
+    "share",
+    [0.99, 0.9, 0.8, 0.7, 0.5, 0.3, *(pytest.param(each, marks=pytest.mark.slow) for each in (0.2, 0.1))],
+)
 def test_settings_that_are_proposed_suffice(share: float) -> None:
     """One or several; without the last one the run does not fit."""
     run = {"pairs_per_step": 12, "batch_size": 12}
@@ -655,6 +658,7 @@ def test_settings_that_are_proposed_suffice(share: float) -> None:
     assert all(max(totals(other)) > available for other in others)
 
 
+@pytest.mark.slow
 def test_every_setting_makes_a_run_smaller() -> None:
     run = workload(
         policy=PolicyConfig("x", lora=LoRAConfig(rank=64, alpha=128)),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from support.models import byte_tokenizer, tiny_config
 from torch import Tensor, nn
@@ -127,6 +128,21 @@ TRAINED_CONFIGS = {
     ),
     "lfm2": Lfm2Config(**_SHAPE, layer_types=["conv", "full_attention"]),
 }
+
+
+def kinds(*always: str) -> list[Any]:
+    """Return parameters of a test for all models that are trained; only those in ``always`` are not slow.
+
+    Args:
+        always: one of each way to read a sequence: full and windowed attention, sinks, convolutions, experts.
+    """
+    assert set(always) <= set(TRAINED_CONFIGS)
+    return [
+        pytest.param(kind, marks=[] if kind in always else pytest.mark.slow, id=kind)
+        for kind in sorted(TRAINED_CONFIGS)
+    ]
+
+
 _MAMBA = {
     "mamba_d_state": 8,
     "mamba_n_heads": 4,
