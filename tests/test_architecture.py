@@ -84,7 +84,7 @@ PUBLIC = {
         TorchmetricsReward VLLMPooling WinProbabilityReward
     """,
     "sppo_lightning.generation": """
-        AutoGenerator ContinuousBatchingGenerator Generator HFGenerator ModelFolder OffPolicy OpenAIServerGenerator
+        AutoGenerator CachedGenerator ContinuousBatchingGenerator Generator HFGenerator ModelFolder OffPolicy OpenAIServerGenerator
         PolicySource PromptResponses SGLangWeights SampleRequest VLLMAdapter VLLMGenerator WeightSync
     """,
     "sppo_lightning.callbacks": """
