@@ -144,7 +144,10 @@ def _parsed(content: Mapping[str, Any]) -> Study:
     settings = plain.pop("settings", {"base": {}})
     arms = {name: dict(arm or {}) for name, arm in plain.get("arms", {}).items()}
     overrides = {name: arm.pop("config", {}) for name, arm in arms.items()}
-    for key, given in (("settings", settings), *((f"settings.{name}", each) for name, each in settings.items())):
+    for key, given in (
+        ("settings", settings),
+        *((f"settings.{name}", each) for name, each in settings.items()),
+    ):
         _check_overrides(key, given)
     for name, given in overrides.items():
         _check_overrides(f"arms.{name}.config", given)
