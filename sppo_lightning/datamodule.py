@@ -65,6 +65,9 @@ class SelfPlayDataModule(pl.LightningDataModule):
         pairs_per_step: pairs of one optimizer step, all devices together.
         batch_size: pairs of one micro-batch on one device.
         epochs_per_iteration: passes over an iteration's pairs.
+        steps_per_iteration: optimizer steps of an iteration, instead: its pairs are passed over again, in another
+            order, until these are taken; where there are more pairs, random ones are left out. For runs that are
+            compared at equal training.
         probe_samples: responses that a difficulty is estimated from; ``None``: ``samples_per_prompt``.
         schedule: candidate prompts of each iteration; default ``AllPrompts``.
         curriculum: order of the pairs; default ``RandomOrder``.
@@ -112,6 +115,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         pairs_per_step: int,
         batch_size: int,
         epochs_per_iteration: int = 1,
+        steps_per_iteration: int | None = None,
         probe_samples: int | None = None,
         schedule: Schedule | None = None,
         curriculum: Curriculum | None = None,
@@ -151,6 +155,11 @@ class SelfPlayDataModule(pl.LightningDataModule):
                 f"data.eval_share={eval_share} holds prompts out where data.eval_prompts is not set: leave out one of "
                 "the two"
             )
+        if steps_per_iteration is not None and epochs_per_iteration != 1:
+            raise ValueError(
+                f"data.steps_per_iteration={steps_per_iteration} says how often pairs are passed over: leave out "
+                "data.epochs_per_iteration"
+            )
         if not 0 <= max_failed_share <= 1:
             raise ValueError(f"data.max_failed_share={max_failed_share} must lie in [0, 1]")
         self.unfinished = UnfinishedRule(unfinished, unfinished_penalty)
@@ -169,6 +178,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
             pair_selection=pair_selection or AllPairs(),
             seed=seed,
             curriculum=curriculum or RandomOrder(),
+            steps_per_iteration=steps_per_iteration,
         )
         self.generator = generator
         self.reward = reward

@@ -127,7 +127,7 @@ def check_trainer(trainer: pl.Trainer, *, epochs: int) -> None:
 def shrink(sets: PromptSets, rules: IterationRules) -> IterationRules:
     """Keep one optimizer step's worth of prompts, with room for ties, and one iteration; for a dev run."""
     wanted = 2 * rules.pairs_per_step
-    rules = replace(rules, iterations=1)
+    rules = replace(rules, iterations=1, steps_per_iteration=None)
     set_up_rules(rules, sets.read("prompts"))
     ids = sets.read("prompts").ids
     for count in range(wanted, len(ids), rules.pairs_per_step):

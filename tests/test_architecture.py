@@ -27,7 +27,7 @@ iteration evaluation memory
 module
 export preflight
 datamodule
-callbacks
+callbacks study
 cli
 __main__ __init__
 """
@@ -84,8 +84,9 @@ PUBLIC = {
         TorchmetricsReward VLLMPooling WinProbabilityReward
     """,
     "sppo_lightning.generation": """
-        AutoGenerator ContinuousBatchingGenerator Generator HFGenerator ModelFolder OffPolicy OpenAIServerGenerator
-        PolicySource PromptResponses SGLangWeights SampleRequest VLLMAdapter VLLMGenerator WeightSync
+        AutoGenerator CachedGenerator ContinuousBatchingGenerator Generator HFGenerator ModelFolder OffPolicy
+        OpenAIServerGenerator PolicySource PromptResponses SGLangWeights SampleRequest VLLMAdapter VLLMGenerator
+        WeightSync
     """,
     "sppo_lightning.callbacks": """
         DifficultyReestimation DisplacementWarning InitialEvaluation IterationGate LearningDiagnostics PhaseMemory

@@ -12,6 +12,7 @@
 """
 
 from sppo_lightning.generation.auto import AutoGenerator
+from sppo_lightning.generation.cached import CachedGenerator
 from sppo_lightning.generation.continuous import ContinuousBatchingGenerator
 from sppo_lightning.generation.hf import HFGenerator
 from sppo_lightning.generation.protocol import Generator, PolicySource, PromptResponses, SampleRequest
@@ -27,6 +28,7 @@ from sppo_lightning.generation.weight_sync import (
 
 __all__ = [
     "AutoGenerator",
+    "CachedGenerator",
     "ContinuousBatchingGenerator",
     "Generator",
     "HFGenerator",

@@ -32,6 +32,7 @@ class IterationRules:
     pair_selection: Selection
     seed: int
     curriculum: Curriculum = field(default_factory=RandomOrder)
+    steps_per_iteration: int | None = None
     fresh_states: Mapping[str, Any] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -42,6 +43,8 @@ class IterationRules:
         for name in ("iterations", "probe_samples", "pairs_per_step", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
+        if self.steps_per_iteration is not None and self.steps_per_iteration < 1:
+            raise ValueError(f"data.steps_per_iteration={self.steps_per_iteration} must be at least 1")
         for slot, rule in self.keeping.items():
             columns = (
                 PAIR_COLUMNS if slot == "pair_selection" else (*DIFFICULTY_COLUMNS, "responses", "history")
@@ -62,6 +65,11 @@ class IterationRules:
         if self.pairing.most_pairs < 1:
             raise ValueError(f"{name}.most_pairs={self.pairing.most_pairs} must be at least 1")
         object.__setattr__(self, "fresh_states", self.state_dict())
+
+    @property
+    def pairs_per_iteration(self) -> int | None:
+        """Pairs that an iteration trains on, repeated ones included; ``None``: all that it has, once an epoch."""
+        return None if self.steps_per_iteration is None else self.steps_per_iteration * self.pairs_per_step
 
     @property
     def most_pairs(self) -> int:

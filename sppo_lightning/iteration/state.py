@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sppo_lightning.difficulty import Reestimation, StatisticsTable, empty_difficulty_table
@@ -139,11 +140,16 @@ class IterationState:
         if self.finished > self.current:
             return first + self.epochs
         # the last epoch's end may still have to come
-        return first + min(consumed // len(self.pairs), self.epochs - 1)
+        return first + min(consumed // self.pairs_per_epoch, self.epochs - 1)
 
     def evaluated_as(self, finished: int) -> int:
         """Return the iterations after which the policy was evaluated, ``finished`` unless the run reverted then."""
         return self.reverted[1] if self.reverted is not None and self.reverted[0] == finished else finished
+
+    @property
+    def pairs_per_epoch(self) -> int:
+        """Pairs that an epoch of the current iteration takes: all, unless its number of optimizer steps is set."""
+        return self.rules.pairs_per_iteration or len(self.pairs)
 
     @property
     def ends_inside(self) -> bool:
@@ -164,12 +170,12 @@ class IterationState:
         Args:
             global_step: optimizer steps of the run so far.
         """
-        pairs = len(self.pairs)
-        return pairs > 0 and self.steps_taken(global_step) == self._steps(pairs * self.epochs)
+        every = self.pairs_per_epoch * self.epochs
+        return len(self.pairs) > 0 and self.steps_taken(global_step) == self._steps(every)
 
     def _steps(self, consumed: int) -> int:
         """Return the optimizer steps that the first ``consumed`` pairs of the current iteration take."""
-        return steps_taken(consumed, pairs=len(self.pairs), pairs_per_step=self.rules.pairs_per_step)
+        return steps_taken(consumed, pairs=self.pairs_per_epoch, pairs_per_step=self.rules.pairs_per_step)
 
     def steps(self, epoch: int, *, global_step: int) -> StepSampler:
         """Return the optimizer steps of one epoch over the pairs that are still to be taken, in training order.
@@ -190,12 +196,15 @@ class IterationState:
             world_size=self.ranks.world_size,
             epoch=epoch,
             epochs=self.epochs,
-            first_step=self.steps_taken(global_step) - epoch * self._steps(len(self.pairs)),
+            first_step=self.steps_taken(global_step) - epoch * self._steps(self.pairs_per_epoch),
             seed=rules.seed,
         )
 
     def _ordered(self, store: IterationStore) -> list[Tensor]:
         """Return the order of the pairs in each epoch, and remember what the rules know after.
+
+        Where the number of optimizer steps is set, the only epoch passes over the pairs again, each time in an order
+        of its own, until they are taken; a pass that is not whole leaves out random pairs.
 
         All epochs at once, from what the rules knew when the iteration's data was complete, so that a run that is
         resumed in any epoch gets the same.
@@ -206,8 +215,14 @@ class IterationState:
         difficulty, _ = store.read_difficulty()
         ids = self.pairs.prompt_ids
         values, names = difficulty.rows(ids)["difficulty"], distinct(ids)
-        keys = [random_keys(names, rules.seed, self.current, epoch, "order") for epoch in range(self.epochs)]
+        passes = self.epochs * -(-self.pairs_per_epoch // len(ids))
+        keys = [random_keys(names, rules.seed, self.current, number, "order") for number in range(passes)]
         orders = [rules.curriculum.order(values, each) for each in keys]
+        if rules.pairs_per_iteration:
+            left_out = passes * len(ids) - rules.pairs_per_iteration
+            drawn = random_keys(names, rules.seed, self.current, "left out").argsort()[:left_out]
+            orders[-1] = orders[-1][~torch.isin(orders[-1], drawn)]
+            orders = [torch.cat(orders)]
         self._rule_states = rules.state_dict()
         return orders
 
@@ -245,7 +260,7 @@ class IterationState:
         consumed = (
             pairs_consumed(
                 self.steps_taken(global_step),
-                pairs=len(self.pairs),
+                pairs=self.pairs_per_epoch,
                 pairs_per_step=self.rules.pairs_per_step,
             )
             if self.pairs

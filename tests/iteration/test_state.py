@@ -23,7 +23,7 @@ from sppo_lightning.difficulty import (
 from sppo_lightning.iteration.builder import IterationBuilder
 from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.iteration.state import IterationState
-from sppo_lightning.selection import AllPairs, Curriculum, Easiest
+from sppo_lightning.selection import AllPairs, Curriculum, Easiest, RandomOrder
 from sppo_lightning.store.iterations import IterationStore
 from sppo_lightning.store.pairs import PairTable
 from sppo_lightning.store.run_folder import RunFolder
@@ -284,6 +284,65 @@ def test_what_is_left_of_an_epoch_is_the_rest_of_its_order(tmp_path: Path, steps
     left = [micro for micro in passes(whole, 3 * goes_on_in) if micro.slot.step >= steps]
     assert passes(state, steps) == left
     assert len(left) == [5, 3, 1, 5, 3, 1, 0][steps]
+
+
+# ------------------------------------------------- a set number of optimizer steps
+
+
+def entered(folder: RunFolder, *, steps: int | None, curriculum: Curriculum, seed: int = 0) -> IterationState:
+    """Return a state with five pairs, two a step, one epoch of so many steps."""
+    rules = replace(RULES, steps_per_iteration=steps, curriculum=curriculum, seed=seed)
+    state = IterationState(folder, rules, epochs=1, ranks=ALONE)
+    build = Building("abcde")
+    state.enter(0, policy_fingerprint="first", embedding_rows=ROWS, builder=build, global_step=0)
+    return state
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 6])
+def test_pairs_are_passed_over_until_the_steps_are_taken(tmp_path: Path, steps: int) -> None:
+    order = entered(RunFolder(tmp_path), steps=steps, curriculum=RandomOrder()).steps(0, global_step=0).order
+    passes = [order[start : start + 5] for start in range(0, len(order), 5)]
+    assert len(order) == 2 * steps
+    assert all(len(set(each)) == len(each) for each in passes)
+    assert all(sorted(each) == list(range(5)) for each in passes[:-1])
+    assert len({tuple(each) for each in passes}) == len(passes)
+
+
+def test_as_many_steps_as_there_are_pairs_are_an_epoch(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    plain, matched = (
+        entered(folder, steps=steps, curriculum=RandomOrder()).steps(0, global_step=0).order
+        for steps in (None, 5)
+    )
+    assert matched[:5] == plain
+
+
+def test_a_pass_that_is_not_whole_keeps_the_curriculum_and_leaves_out_random_pairs(tmp_path: Path) -> None:
+    class ByRow(Curriculum):
+        def order(self, difficulty: Tensor, keys: Tensor) -> Tensor:
+            return torch.arange(len(keys))
+
+    orders = []
+    for seed in range(5):
+        state = entered(RunFolder(tmp_path / str(seed)), steps=2, curriculum=ByRow(), seed=seed)
+        orders.append(state.steps(0, global_step=0).order)
+    assert all(order == sorted(order) and len(order) == 4 for order in orders)
+    assert len(set(map(tuple, orders))) > 1
+
+
+@pytest.mark.parametrize("taken", range(5))
+def test_a_run_with_a_set_number_of_steps_is_resumed_in_any_of_them(tmp_path: Path, taken: int) -> None:
+    folder = RunFolder(tmp_path)
+    state = entered(folder, steps=4, curriculum=RandomOrder())
+    again = IterationState(folder, state.rules, epochs=1, ranks=ALONE)
+    again.load_state_dict(state.state_dict(finished=0, global_step=taken))
+    assert again.resume(taken, embedding_rows=ROWS) == 0
+    assert again.steps_taken(taken) == taken
+    assert again.is_trained(taken) == (taken == 4)
+    whole = [micro for micro in state.steps(0, global_step=0) if micro is not None]
+    left = [micro for micro in again.steps(0, global_step=taken) if micro is not None]
+    assert left == [micro for micro in whole if micro.slot.step >= taken]
+    assert {micro.slot.steps for micro in whole} == {4}
 
 
 # -------------------------------------------------------------- what rules keep

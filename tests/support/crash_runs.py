@@ -20,6 +20,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "one checkpoint an iteration": {"minutes": 10},
     "two epochs": {"data__epochs_per_iteration": 2},
+    "a set number of steps": {"data__steps_per_iteration": 5},
     "initial reference": {"model__reference": "initial"},
     "adapter with dropout": LORA,
     "adapter with dropout, two epochs, initial reference": {

@@ -1,0 +1,14 @@
+"""Studies: arms that differ in a few settings, over seeds, under one protocol, with claims named before they run.
+
+- ``definition``: the study file, and what it refuses.
+- ``plan``: the runs that it stands for, each one ``fit`` with a config of its own.
+- ``runner``: runs them one after the other, or a job's share of them; killed and started again it continues.
+- ``outcomes``: the held-out rewards of the runs that have ended, prompt by prompt.
+- ``statistics``: paired bootstrap over seeds and prompts, effect sizes, Holm's correction, the power of a comparison.
+- ``verdicts``: what the claims came to.
+- ``page``: tables, figure and the page that reads as a result.
+
+The policy that all arms of a seed start from answers once: see
+:class:`~sppo_lightning.generation.CachedGenerator`. Arms take equally many optimizer steps through
+``data.steps_per_iteration``.
+"""

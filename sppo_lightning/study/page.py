@@ -1,0 +1,262 @@
+"""A study's results: one page that reads as a result, its tables as Parquet, and a figure."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sppo_lightning.study.definition import INITIAL, Study
+from sppo_lightning.study.outcomes import Outcome, prompt_table
+from sppo_lightning.study.plan import PlannedRun
+from sppo_lightning.study.runner import RunState
+from sppo_lightning.study.statistics import LEVEL, Comparison, compare
+from sppo_lightning.study.verdicts import Verdict, verdicts
+from sppo_lightning.system.durable import replacing, write_atomically
+from sppo_lightning.text import for_markdown
+
+PAGE, FIGURE = "README.md", "gains.svg"
+TABLES = ("prompts.parquet", "arms.parquet", "verdicts.parquet")
+
+
+def write_results(
+    study: Study, runs: Sequence[PlannedRun], states: dict[str, RunState | None], outcomes: Sequence[Outcome]
+) -> Path:
+    """Write the page and the tables into the study's folder, and return the page's path.
+
+    Args:
+        study: what was compared.
+        runs: all of them.
+        states: by a run's name; ``None``: it has not ended.
+        outcomes: of the runs that have ended.
+    """
+    folder = study.folder
+    found = [*verdicts(study, outcomes, "steps"), *verdicts(study, outcomes, "tokens")]
+    arms = list(_arms(study, outcomes))
+    if outcomes:
+        _write_table(folder / TABLES[0], prompt_table(outcomes))
+        _write_table(folder / TABLES[1], pa.Table.from_pylist(arms))
+        _write_table(folder / TABLES[2], pa.Table.from_pylist(list(map(_flat, found))))
+    figure = _figure(study, arms)
+    if figure is not None:
+        write_atomically(folder / FIGURE, figure)
+    text = "\n".join(_page(study, runs, states, outcomes, arms, found, figure is not None))
+    write_atomically(folder / PAGE, text.encode())
+    return folder / PAGE
+
+
+def _arms(study: Study, outcomes: Sequence[Outcome]) -> Iterator[dict[str, object]]:
+    """Yield one row for each setting and arm."""
+    for setting in study.settings:
+        for arm in study.arms:
+            here = [item for item in outcomes if (item.run.setting, item.run.arm) == (setting, arm)]
+            if not here:
+                continue
+            gain = compare(np.stack([item.gain for item in here]))
+            initial = [float(np.nanmean(item.evaluations[0].rewards)) for item in here]
+            yield {
+                **{"setting": setting, "arm": arm, "seeds": len(here), "prompts": gain.prompts},
+                "initial": float(np.mean(initial)),
+                **{"gain": gain.mean, "low": gain.low, "high": gain.high},
+                "gains": [float(np.nanmean(item.gain)) for item in here],
+                "lowest_gain": min(item.lowest_gain for item in here),
+                "win_rate": float(np.mean([item.win_rate for item in here])),
+                "length_ratio": float(np.mean([item.length_ratio for item in here])),
+                "pairs": float(np.mean([np.mean(item.pairs) for item in here])),
+                "tokens": float(np.mean([item.tokens for item in here])),
+                "reverted": sum(item.reverted for item in here),
+            }
+
+
+def _flat(verdict: Verdict) -> dict[str, object]:
+    return {
+        **{"claim": verdict.claim, "setting": verdict.setting, "reading": verdict.reading},
+        **vars(verdict.comparison),
+        **{"p_holm": verdict.p, "verdict": verdict.word},
+    }
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    with replacing(path) as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+def _page(
+    study: Study,
+    runs: Sequence[PlannedRun],
+    states: dict[str, RunState | None],
+    outcomes: Sequence[Outcome],
+    arms: Sequence[dict[str, object]],
+    found: Sequence[Verdict],
+    has_figure: bool,
+) -> Iterator[str]:
+    ended = len(outcomes)
+    failed = [run for run in runs if (state := states[run.name]) is not None and state.status == "failed"]
+    yield f"# {for_markdown(study.name)}\n"
+    yield f"{for_markdown(study.question)}\n"
+    yield (
+        f"{len(study.arms)} arms, {len(study.settings)} settings; {ended} of {len(runs)} runs have ended"
+        f"{f', {len(failed)} failed' if failed else ''}. Arms, claims and seeds were written down before the first run "
+        f"(`study.json`, digest `{study.digest}`). {_protocol(study)}\n"
+    )
+    for setting in study.settings:
+        rows = [row for row in arms if row["setting"] == setting]
+        if rows:
+            yield f"## {for_markdown(setting)}\n"
+            yield from _arm_table(study, rows)
+    if has_figure:
+        yield f"![Gain in held-out reward of each arm, with intervals]({FIGURE})\n"
+    if study.claims:
+        yield "## Claims\n"
+        yield from _claims(study, found)
+    if failed:
+        yield "## Failed runs\n"
+        yield from (
+            f"- {run.name}: {for_markdown(getattr(states[run.name], 'message', ''))}" for run in failed
+        )
+        yield ""
+    yield "## What this cannot say\n"
+    one = [arm for arm in study.arms if len(study.seeds_of(arm)) == 1]
+    if one:
+        yield f"- {', '.join(one)}: one seed, so that no interval and no verdict can be given."
+    yield (
+        "- Intervals and p-values are of a bootstrap over seeds and held-out prompts; with fewer than ten seeds they "
+        "are too narrow rather than too wide."
+    )
+    yield from (f"- {for_markdown(limit)}" for limit in study.limits)
+    yield ""
+
+
+def _protocol(study: Study) -> str:
+    steps = (
+        "All arms of a setting take equally many optimizer steps (`data.steps_per_iteration`): one with fewer pairs "
+        "passes over them more often. "
+        if study.matched == "steps"
+        else "Each arm takes one pass over the pairs that it has, so that optimizer steps differ. "
+    )
+    return (
+        steps
+        + "Runs with the same seed share the initial policy's responses. The gain is the held-out reward of the "
+        f"policy that a run ended with less that of the initial policy; intervals are at {LEVEL:.0%}."
+    )
+
+
+def _arm_table(study: Study, rows: Sequence[dict[str, object]]) -> Iterator[str]:
+    names = ("arm", "seeds", "gain", "each seed", "lowest after any iteration", "win rate", "length")
+    yield f"| {' | '.join((*names, 'pairs', 'tokens sampled', 'reverted'))} |"
+    yield "|---" * 10 + "|"
+    for row in rows:
+        gain, low, high, lowest, wins, ratio, pairs, tokens = (
+            _number(row[name])
+            for name in ("gain", "low", "high", "lowest_gain", "win_rate", "length_ratio", "pairs", "tokens")
+        )
+        gains = row["gains"]
+        assert isinstance(gains, list)
+        cells = (
+            for_markdown(study.title(str(row["arm"]))),
+            str(row["seeds"]),
+            f"{gain:+.3f}{_interval(low, high)}",
+            ", ".join(f"{each:+.3f}" for each in gains),
+            f"{lowest:+.3f}",
+            f"{wins:.1%}",
+            f"{ratio:.2f}",
+            f"{pairs:.0f}",
+            f"{tokens:,.0f}",
+            str(row["reverted"]),
+        )
+        yield f"| {' | '.join(cells)} |"
+    initial = _number(rows[0]["initial"])
+    yield (
+        f"\nThe initial policy's held-out reward is {initial:.3f}, over {rows[0]['prompts']} prompts. Length: of the "
+        "final answers in tokens, over that of the initial ones. Pairs: of an iteration. Reverted: iterations that the "
+        "gate gave up.\n"
+    )
+
+
+def _claims(study: Study, found: Sequence[Verdict]) -> Iterator[str]:
+    if not found:
+        yield "No claim can be read yet.\n"
+        return
+    yield "| claim | setting | reading | difference | effect size | p | verdict | to settle it |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for verdict in found:
+        each, claim = verdict.comparison, study.claims[verdict.claim]
+        against = "the initial policy" if claim.against == INITIAL else study.title(claim.against)
+        what = f"{claim.text} ({study.title(claim.arm)} against {against})"
+        cells = (
+            for_markdown(what),
+            for_markdown(verdict.setting),
+            f"equal {verdict.reading}",
+            f"{each.mean:+.3f}{_interval(each.low, each.high)}",
+            "" if math.isnan(each.effect) else f"{each.effect:+.2f}",
+            "" if math.isnan(verdict.p) else f"{verdict.p:.3g}",
+            f"**{verdict.word}**",
+            _to_settle(verdict.word, each),
+        )
+        yield f"| {' | '.join(cells)} |"
+    yield (
+        "\nDifferences are paired by seed and prompt; effect size is Cohen's d for paired samples; p is two-sided and "
+        "corrected for the number of claims and settings (Holm). Equal tokens: both arms once they had sampled as many "
+        "tokens as the one that sampled fewer, between two evaluations on the line that joins them.\n"
+    )
+
+
+def _to_settle(word: str, each: Comparison) -> str:
+    """Return how many seeds or prompts would show the difference that was seen, at a power of 0.8."""
+    if word != "undecided":
+        return ""
+    ways = []
+    if each.seeds_needed is not None:
+        ways.append(f"{each.seeds_needed} seeds")
+    if each.prompts_needed is not None:
+        ways.append(f"{each.prompts_needed} prompts")
+    return " or ".join(ways) or "more seeds and more prompts"
+
+
+def _number(value: object) -> float:
+    assert isinstance(value, int | float)
+    return float(value)
+
+
+def _interval(low: float, high: float) -> str:
+    return "" if math.isnan(low) else f" [{low:+.3f}, {high:+.3f}]"
+
+
+def _figure(study: Study, arms: Sequence[dict[str, object]]) -> bytes | None:
+    """Return the gains with their intervals and seeds as SVG; ``None``: nothing to draw, or matplotlib is not there."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    settings = [name for name in study.settings if any(row["setting"] == name for row in arms)]
+    if not settings:
+        return None
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": study.digest}):
+        figure = Figure(figsize=(4 + 3.5 * len(settings), 1.2 + 0.34 * len(study.arms)), layout="constrained")
+        axes = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
+        names = list(study.arms)
+        for axis, setting in zip(axes, settings, strict=True):
+            axis.axvline(0, color="0.6", linewidth=1)
+            for row in arms:
+                if row["setting"] != setting:
+                    continue
+                height = len(names) - 1 - names.index(str(row["arm"]))
+                gain, low, high = (_number(row[name]) for name in ("gain", "low", "high"))
+                gains = row["gains"]
+                assert isinstance(gains, list)
+                axis.plot(gains, [height] * len(gains), "|", color="0.35", markersize=9)
+                if not math.isnan(low):
+                    axis.plot([low, high], [height, height], "-", color="tab:blue", linewidth=2)
+                axis.plot([gain], [height], "o", color="tab:blue")
+            axis.set_title(setting)
+            axis.set_xlabel("gain in held-out reward")
+            axis.set_yticks(range(len(names)), [study.title(name) for name in reversed(names)])
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()

@@ -1,0 +1,142 @@
+"""A whole study with a tiny model: shared responses, a failed arm, a second start, a changed file, a signal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from sppo_lightning.__main__ import main
+
+TESTS = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def study_file(
+    tiny_policy: Path, counting_prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A study of two arms, and of one that cannot run."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent)]))
+    base: dict[str, Any] = {
+        "trainer": {
+            **{"accelerator": "cpu", "precision": "32-true", "logger": False, "enable_progress_bar": False}
+        },
+        "model": {
+            "policy": {"pretrained": str(tiny_policy)},
+            "reference": "previous_iteration",
+            "loss": {"class_path": "sppo_lightning.losses.DPOLoss", "init_args": {"beta": 0.1}},
+            "learning_rate": 1e-3,
+        },
+        "data": {
+            "prompts": str(counting_prompts / "train.jsonl"),
+            "eval_prompts": str(counting_prompts / "eval.jsonl"),
+            **{"iterations": 1, "samples_per_prompt": 3, "probe_samples": 2, "steps_per_iteration": 2},
+            "selection": {"class_path": "sppo_lightning.selection.All"},
+            "generator": {
+                "class_path": "sppo_lightning.generation.HFGenerator",
+                "init_args": {"max_new_tokens": 8, "temperature": 1.0},
+            },
+            "reward": {
+                "class_path": "sppo_lightning.rewards.FunctionReward",
+                "init_args": {"function": "support.runs.letter_reward"},
+            },
+            **{"pairs_per_step": 4, "batch_size": 2},
+        },
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    easy = {"class_path": "sppo_lightning.selection.Easiest", "init_args": {"fraction": 0.6}}
+    content = {
+        **{"name": "tiny", "question": "Does it run?", "config": ["base.yaml"], "seeds": [1]},
+        "arms": {
+            "all": {},
+            "broken": {"config": {"model": {"policy": {"pretrained": "nowhere/at-all"}}}},
+            "easy": {"config": {"data": {"selection": easy}}},
+        },
+        "claims": {"c": {"text": "Easy beats all.", "arm": "easy", "against": "all"}},
+        "output": str(tmp_path / "out"),
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_a_study_from_its_start_to_its_tables(
+    study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, out = ["study", "--config", str(study_file)], tmp_path / "out"
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "1 of 3 runs failed" in capsys.readouterr().err  # and the one after it has run
+    states = {path.stem: json.loads(path.read_text()) for path in (out / "state").glob("*/*/*.json")}
+    assert {arm: state["status"] for arm, state in states.items()} == {
+        **{"all": "ended", "broken": "failed", "easy": "ended"}
+    }
+    assert "nowhere/at-all" in states["broken"]["message"]
+
+    log = (out / "logs/base/seed-1/easy.log").read_text()
+    assert "6 responses were found in" in log  # to the held-out prompts
+    assert "28 responses were found in" in log  # the probe
+    rollouts = [
+        pq.read_table(sorted((out / f"runs/base/seed-1/{arm}/iterations/000/rollouts").glob("probe-*")))
+        for arm in ("all", "easy")
+    ]
+    assert rollouts[0].equals(rollouts[1])
+    assert not (out / "runs/base/seed-1/easy/checkpoints").exists()
+
+    arms = pq.read_table(out / "arms.parquet").to_pylist()
+    assert {row["arm"]: row["seeds"] for row in arms} == {"all": 1, "easy": 1}
+    assert arms[0]["tokens"] > arms[1]["tokens"]
+    page = (out / "README.md").read_text()
+    assert "2 of 3 runs have ended, 1 failed" in page
+    assert "one seed" in page
+
+    begun = {path: path.stat().st_mtime_ns for path in (out / "logs").glob("*/*/*.log")}
+    main([*arguments, "--action", "status"])
+    assert "2 of 3 runs have ended, 1 failed" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(arguments)
+    again = [path.stem for path, time_ in begun.items() if path.stat().st_mtime_ns != time_]
+    assert again == ["broken"]
+
+    study_file.write_text(study_file.read_text().replace("Easy beats all.", "All beats easy."))
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "whose claims were named otherwise before it ran" in capsys.readouterr().err
+
+
+def started(command: list[str], then: Path) -> subprocess.Popen[bytes]:
+    """Start a study, and return once a file is there."""
+    process = subprocess.Popen(command)
+    until = time.monotonic() + 300
+    while not then.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    return process
+
+
+def test_a_study_that_is_killed_or_stopped_is_continued(study_file: Path, tmp_path: Path) -> None:
+    """Killed, not asked to stop: its run is asked by the kernel, and is waited for by the next start."""
+    content = yaml.safe_load(study_file.read_text())
+    study_file.write_text(yaml.safe_dump({**content, "arms": {"all": {}}, "claims": {}}))
+    command = [sys.executable, "-m", "sppo_lightning", "study", "--config", str(study_file)]
+    out = tmp_path / "out"
+    stopped = started(command, out / "logs/base/seed-1/all.log")
+    stopped.terminate()
+    assert stopped.wait(timeout=300) == 128 + signal.SIGTERM
+    killed = started(command, out / "runs/base/seed-1/all/iterations/000/manifest.json")
+    killed.kill()
+    killed.wait()
+    assert not (out / "state").exists()
+    assert subprocess.run(command, check=False, timeout=300).returncode == 0
+    assert pq.read_table(out / "arms.parquet").column("arm").to_pylist() == ["all"]
+    assert (
+        "Continuing the run" not in (out / "logs/base/seed-1/all.log").read_text()
+    )  # no step had been taken

@@ -1,0 +1,138 @@
+"""What runs came to, and what claims came to, on outcomes made by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sppo_lightning.study.definition import Arm, Claim, Study
+from sppo_lightning.study.outcomes import Evaluated, Outcome, prompt_table
+from sppo_lightning.study.page import write_results
+from sppo_lightning.study.plan import PlannedRun
+from sppo_lightning.study.runner import RunState
+from sppo_lightning.study.verdicts import verdicts
+
+PROMPTS = 40
+
+
+def outcome(
+    arm: str, seed: int, rewards: list[Any], *, tokens: int = 100, final: int | None = None
+) -> Outcome:
+    """A run whose evaluations have these rewards, ``tokens`` sampled in each iteration."""
+    run = PlannedRun("base", seed, arm, {}, Path(f"{arm}-{seed}"))
+    evaluations = tuple(
+        Evaluated(
+            number,
+            np.broadcast_to(np.asarray(each, float), PROMPTS).copy(),
+            np.full(PROMPTS, 5.0),
+            number * tokens,
+        )
+        for number, each in enumerate(rewards)
+    )
+    last = len(rewards) - 1 if final is None else final
+    return Outcome(
+        run, tuple(f"p{n}" for n in range(PROMPTS)), evaluations, last, (12,) * (len(rewards) - 1), 0
+    )
+
+
+def study(tmp_path: Path, **changes: Any) -> Study:
+    claims = {"ab": Claim("A beats B.", "a", "b"), "up": Claim("A gains.", "a", "initial")}
+    settings: dict[str, Any] = {"name": "s", "question": "Which?", "config": ["x"], "seeds": [1, 2, 3]}
+    return Study(
+        **{
+            **settings,
+            "arms": {"a": Arm(), "b": Arm(title="B|x")},
+            "claims": claims,
+            "output": str(tmp_path),
+            **changes,
+        }
+    )
+
+
+def test_gains() -> None:
+    noise = np.linspace(-0.1, 0.1, PROMPTS)
+    item = outcome("a", 1, [0.2 + noise, 0.1 + noise, 0.5 + noise])
+    assert item.gain == pytest.approx(np.full(PROMPTS, 0.3))
+    assert item.lowest_gain == pytest.approx(-0.1)
+    assert (item.win_rate, item.length_ratio, item.tokens) == (1.0, 1.0, 200)
+    reverted = outcome("a", 1, [0.2, 0.4, 0.1], final=1)
+    assert reverted.gain == pytest.approx(np.full(PROMPTS, 0.2))
+    same = outcome("a", 1, [0.2, 0.2])
+    assert same.win_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    ("tokens", "gain"), [(0, 0.0), (50, 0.1), (100, 0.2), (150, 0.25), (200, 0.3), (999, 0.3)]
+)
+def test_gain_at_a_number_of_tokens(tokens: int, gain: float) -> None:
+    item = outcome("a", 1, [0.1, 0.3, 0.4])
+    assert item.gain_at(tokens) == pytest.approx(np.full(PROMPTS, gain))
+
+
+def runs_of(a: float, b: float, *, noise: float = 0.05, seeds: int = 3, tokens_a: int = 100) -> list[Outcome]:
+    generator = np.random.default_rng(0)
+
+    def rewards(mean: float) -> Any:
+        return mean + noise * generator.standard_normal(PROMPTS)
+
+    return [
+        item
+        for seed in range(1, seeds + 1)
+        for item in (
+            outcome("a", seed, [0.1, rewards(a)], tokens=tokens_a),
+            outcome("b", seed, [0.1, rewards(b)]),
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "words"),
+    [(0.5, 0.2, ["supported"] * 2), (0.0, 0.3, ["contradicted"] * 2), (0.2, 0.2, ["undecided", "supported"])],
+)
+def test_verdicts(tmp_path: Path, a: float, b: float, words: list[str]) -> None:
+    found = verdicts(study(tmp_path), runs_of(a, b), "steps")
+    assert [(each.claim, each.word) for each in found] == list(zip(("ab", "up"), words, strict=True))
+
+
+def test_one_seed_gets_no_verdict(tmp_path: Path) -> None:
+    found = verdicts(study(tmp_path), runs_of(0.5, 0.2, seeds=1), "steps")
+    assert [each.word for each in found] == ["one seed", "one seed"]
+
+
+def test_equal_tokens_take_the_larger_arm_earlier(tmp_path: Path) -> None:
+    """Arm a samples twice as much: at b's 100 tokens it has gained half of 0.4, as much as b."""
+    runs = runs_of(0.5, 0.3, noise=0.0, tokens_a=200)
+    steps, tokens = (verdicts(study(tmp_path), runs, reading)[0] for reading in ("steps", "tokens"))
+    assert steps.comparison.mean == pytest.approx(0.2)
+    assert tokens.comparison.mean == pytest.approx(0.0)
+
+
+def test_the_page_and_the_tables(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    named, outcomes = study(tmp_path), runs_of(0.5, 0.2)
+    runs = [*(item.run for item in outcomes), PlannedRun("base", 4, "a", {}, Path("x"))]
+    states: dict[str, RunState | None] = {run.name: RunState("ended", 1.0) for run in runs}
+    states[runs[-1].name] = RunState("failed", 1.0, "error: <b>out of memory</b>")
+    page = write_results(named, runs, states, outcomes).read_text()
+    assert "6 of 7 runs have ended, 1 failed" in page
+    assert named.digest in page
+    assert "**supported**" in page
+    assert "<b>" not in page
+    assert "B|x" not in page.replace("B\\|x", "")  # it would open another column
+    assert prompt_table(outcomes).num_rows == 6 * 2 * PROMPTS
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("README.md", "gains.svg", "prompts.parquet", "arms.parquet", "verdicts.parquet")
+    }
+    svg = (tmp_path / "gains.svg").read_bytes()
+    write_results(named, runs, states, outcomes)
+    assert (tmp_path / "gains.svg").read_bytes() == svg  # nothing of the day or the machine in it
+
+
+def test_a_study_whose_runs_have_not_ended(tmp_path: Path) -> None:
+    run = PlannedRun("base", 1, "a", {}, Path("x"))
+    page = write_results(study(tmp_path), [run], {run.name: None}, []).read_text()
+    assert "0 of 1 runs have ended" in page
+    assert "No claim can be read yet" in page
