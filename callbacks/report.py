@@ -58,4 +58,6 @@ class ReportFile(SelfPlayCallback):
         except Exception as error:
             if disk_is_full(error):
                 raise
-            rank_zero_warn(f"{data.folder.report} could not be written ({first_line(error)}): the run goes on.")
+            rank_zero_warn(
+                f"{data.folder.report} could not be written ({first_line(error)}): the run goes on."
+            )

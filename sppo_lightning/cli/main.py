@@ -348,8 +348,8 @@ def run(args: list[str]) -> None:
         parser_kwargs={
             "prog": "sppo-lightning",
             "description": "Self-play preference optimisation. Two commands more than those below: `sppo-lightning "
-            "export RUN --format FORMAT` writes a run's policy as a folder that other tools load, `sppo-lightning report "
-            "RUN` what happened as a page for a browser (--help says more).",
+            "export RUN --format FORMAT` writes a run's policy as a folder that other tools load, `sppo-lightning "
+            "report RUN` what happened as a page for a browser (--help says more).",
         },
     )
 

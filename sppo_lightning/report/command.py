@@ -105,13 +105,17 @@ def _categories(source: str, field: str, run: RunData) -> dict[str, str]:
     table = read_prompts(source, key="--prompts", columns=columns if isinstance(columns, dict) else {})
     found = categories_of(table, field)
     if not found:
-        raise UserError(f"--prompts {source}: no prompt has the field {field!r}: name another with --category_field")
+        raise UserError(
+            f"--prompts {source}: no prompt has the field {field!r}: name another with --category_field"
+        )
     return found
 
 
 def categories_of(prompts: Sequence[Any], field: str) -> dict[str, str]:
     """Return the category of each prompt that has one, by id."""
-    return {prompt.id: str(prompt.metadata[field]) for prompt in prompts if prompt.metadata.get(field) is not None}
+    return {
+        prompt.id: str(prompt.metadata[field]) for prompt in prompts if prompt.metadata.get(field) is not None
+    }
 
 
 def main(args: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""How difficult the prompts were, how they moved, and which of them gained. Difficulty is a mean reward: low is hard."""
+"""How difficult the prompts were, how they moved, and which of them gained; a low mean reward is difficult."""
 
 from __future__ import annotations
 
@@ -106,7 +106,11 @@ def gain_by_quartile(iterations: Sequence[Iteration]) -> tuple[int, int, list[Es
         return None
     places = torch.tensor(_quartiles(order))
     change = torch.tensor(gains, dtype=torch.float64)
-    return first.number, last.number, [Estimate.of(change[places == place]) for place in range(len(QUARTILES))]
+    return (
+        first.number,
+        last.number,
+        [Estimate.of(change[places == place]) for place in range(len(QUARTILES))],
+    )
 
 
 def _quartiles(values: Sequence[float]) -> list[int]:

@@ -20,14 +20,14 @@ class Estimate(NamedTuple):
 
     mean: float
     stderr: float  # NaN below two values
-    count: int
+    size: int  # values that it is the mean of
 
     @classmethod
     def of(cls, values: Tensor | Iterable[float]) -> Estimate:
         """Return the mean of the finite values."""
         tensor = values if isinstance(values, Tensor) else torch.tensor(list(values), dtype=torch.float64)
-        mean, stderr, count = mean_with_error(tensor).tolist()
-        return cls(mean, stderr, int(count))
+        mean, stderr, size = mean_with_error(tensor).tolist()
+        return cls(mean, stderr, int(size))
 
     @classmethod
     def of_difference(cls, difference: PairedDifference) -> Estimate:

@@ -28,9 +28,9 @@ MEASURES: Mapping[str, Measure] = {
         "Win rate", "share", "Answers with a higher reward than the initial policy's; ties count half."
     ),
     "kl": Measure(
-        "KL from the initial policy",
+        "KL",
         "nat per token",
-        "How much less likely the policy makes the initial policy's answers; no interval is stored.",
+        "From the initial policy: how much less likely its answers have become; no interval is stored.",
     ),
     "length": Measure("Length", "tokens", "Mean tokens of an answer, its end token included."),
 }

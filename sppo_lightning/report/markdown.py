@@ -26,16 +26,23 @@ def _run(run: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterator[str]:
         facts.append(f"seed {run['seed']}")
     if run["started"]:
         start = run["starts"][0]
-        facts.append(f"started {start['time']} on {start.get('processes')} × {start.get('device')}")
+        facts.append(
+            f"started {start['time']} on {start.get('device')}, {start.get('processes')} process(es)"
+        )
     yield for_markdown(", ".join(facts)) + "."
     if run["missing"]:
         yield "What is missing:\n\n" + "\n".join(f"- {for_markdown(text)}" for text in run["missing"])
     if run["held_out"]:
         yield f"## Held-out prompts ({run['held_out_prompts']})"
-        names = [name for name in summary["measures"] if any(name in one["measures"] for one in run["held_out"])]
+        names = [
+            name for name in summary["measures"] if any(name in one["measures"] for one in run["held_out"])
+        ]
         titles = [f"{summary['measures'][name]['title']}{_unit(summary['measures'][name])}" for name in names]
         rows = [
-            [_policy(one["finished"]), *(_estimate(one["measures"].get(name), summary, name) for name in names)]
+            [
+                _policy(one["finished"]),
+                *(_estimate(one["measures"].get(name), summary, name) for name in names),
+            ]
             for one in run["held_out"]
         ]
         yield _table(["policy", *titles], rows)
@@ -47,20 +54,20 @@ def _run(run: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterator[str]:
         yield _table(
             ["quartile", "gain", "prompts"],
             [
-                [name, _mean(gain, summary["interval"]), str(gain["count"])]
+                [name, _mean(gain, summary["interval"]), str(gain["size"])]
                 for name, gain in zip(summary["quartiles"], found["gains"], strict=True)
             ],
         )
     if run["decisions"]:
         yield "## Decisions of the gate"
         yield _table(
-            ["after", "decision", "best", "learning rate", "reasons"],
+            ["after", "decision", "best", "learning rate, factor", "reasons"],
             [
                 [
                     f"{one['finished']} iteration(s)",
                     one["action"],
                     _policy(one["best"]),
-                    f"× {one['learning_rate_factor']:g}",
+                    f"{one['learning_rate_factor']:g}",
                     "; ".join(one["reasons"]),
                 ]
                 for one in run["decisions"]
@@ -90,7 +97,14 @@ def _iterations(run: Mapping[str, Any]) -> Iterator[str]:
                 f"{seconds[number]:,.0f}" if seconds.get(number) else "",
             ]
         )
-    heads = ["iteration", "reward", "difficulty q25 / q50 / q75", "prompts with a pair", "without, by reason", "s"]
+    heads = [
+        "iteration",
+        "reward",
+        "difficulty q25 / q50 / q75",
+        "prompts with a pair",
+        "without, by reason",
+        "s",
+    ]
     yield _table(heads, rows)
 
 
@@ -116,7 +130,10 @@ def _comparison(summary: Mapping[str, Any]) -> Iterator[str]:
         yield "No held-out answers to compare yet."
     if found["settings"]:
         yield "## Settings that differ"
-        rows = [[key, *("" if item is None else str(item) for item in values)] for key, values in found["settings"].items()]
+        rows = [
+            [key, *("" if item is None else str(item) for item in values)]
+            for key, values in found["settings"].items()
+        ]
         yield _table(["setting", *names], rows)
 
 
@@ -152,7 +169,7 @@ def _share(found: Mapping[str, Any], interval: float) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _table(heads: Cells, rows: Sequence[Cells]) -> str:

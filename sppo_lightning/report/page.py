@@ -17,7 +17,17 @@ from sppo_lightning.report.text_chunks import TextChunks, packed
 
 STYLES = ("vendor/uPlot.min.css", "style.css")
 LIBRARIES = ("vendor/uPlot.iife.min.js", "vendor/diff.min.js")
-SCRIPTS = ("dom.js", "format.js", "blocks.js", "charts.js", "table.js", "answers.js", "views.js", "runs.js", "app.js")
+SCRIPTS = (
+    "dom.js",
+    "format.js",
+    "blocks.js",
+    "charts.js",
+    "table.js",
+    "answers.js",
+    "views.js",
+    "runs.js",
+    "app.js",
+)
 """Parts of one script, in the order in which they need each other."""
 FIRST = ("summary", "prompts")
 """Blocks that lie before the scripts: the page is shown before all of a large file is read."""
@@ -62,7 +72,12 @@ def render(blocks: Mapping[str, str], *, title: str) -> bytes:
     template, policy = _fixed()
     parts = {name: _data(name, block) for name, block in blocks.items()}
     first = "".join(parts.pop(name) for name in FIRST if name in parts)
-    marks = {"policy": escape(policy), "title": escape(_visible(title)), "first": first, "blocks": "".join(parts.values())}
+    marks = {
+        "policy": escape(policy),
+        "title": escape(_visible(title)),
+        "first": first,
+        "blocks": "".join(parts.values()),
+    }
     return "".join(marks.get(part, part) for part in template.split("\0")).encode()
 
 

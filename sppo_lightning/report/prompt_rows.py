@@ -113,7 +113,11 @@ def prompt_rows(
     for prompt_id in dict.fromkeys((*known, *samples, *gaps)):
         found = samples.get(prompt_id, Samples())
         chosen_for = prompt_id in selected or prompt_id in gaps
-        outcome = PAIRED if prompt_id in gaps else _outcome(found, dropped, selected=chosen_for, whole=pairs is not None)
+        outcome = (
+            PAIRED
+            if prompt_id in gaps
+            else _outcome(found, dropped, selected=chosen_for, whole=pairs is not None)
+        )
         rewards = found.rewards
         rows.append(
             PromptRow(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class PromptTable:
         self.left_out: list[str] = []
         self._numbers: dict[tuple[str, str], int] = {}  # by set of prompts and id: two sets may share ids
         self._beginnings: list[str] = []
+        self._prompt_blocks: dict[int, int] = {}  # where longer texts lie, by prompt
         self._gains: dict[tuple[int, int, str], float] = {}
         self._places: dict[tuple[int, int, int], list[int]] = {}
         self._held_out = [
@@ -62,6 +64,7 @@ class PromptTable:
         return {
             "ids": ids,
             "prompts": self._beginnings,
+            "prompt_blocks": self._prompt_blocks,
             "categories": [self.categories.get(prompt_id) for prompt_id in ids] if self.categories else None,
             "outcomes": reasons,
             "run": [run for run, *_ in rows],
@@ -75,11 +78,14 @@ class PromptTable:
         }
 
     def _prompt(self, kind: str, prompt_id: str, text: str) -> int:
+        """Return a prompt's number, and keep its text once it is known."""
         number = self._numbers.setdefault((kind, prompt_id), len(self._numbers))
         if number == len(self._beginnings):
-            self._beginnings.append(text[:BEGINNING])
-        elif not self._beginnings[number]:
+            self._beginnings.append("")
+        if text and not self._beginnings[number]:
             self._beginnings[number] = text[:BEGINNING]
+            if len(text) > BEGINNING and (block := self.chunks.add(f"p{number}", text)) is not None:
+                self._prompt_blocks[number] = block
         return number
 
     def _answers(self, run: int, evaluation: Evaluation) -> dict[str, Any]:
@@ -91,8 +97,8 @@ class PromptTable:
             columns["reward"].append(short(row.reward))
             columns["length"].append(row.length)
             logp = evaluation.logps.get(row.prompt_id)
-            content = {"prompt": row.prompt, "answers": [_response(row, logp)]}
-            columns["block"].append(self.chunks.add(f"e{run}.{evaluation.finished}.{number}", content))
+            answer = _response(row, logp)
+            columns["block"].append(self.chunks.add(f"e{run}.{evaluation.finished}.{number}", answer))
         return {"finished": evaluation.finished, **columns}
 
     def _add(self, run: RunData, place: int, iteration: Iteration, first: Mapping[str, float]) -> None:
@@ -105,8 +111,8 @@ class PromptTable:
             gain = mean(samples.fair) - first.get(row.prompt_id, math.nan) if samples else math.nan
             number = self._prompt("trained on", row.prompt_id, "")
             self._rows.append((place, iteration.number, number, row, gain))
-        for prompt_id, content in _texts(run, iteration):
-            number = self._prompt("trained on", prompt_id, content["prompt"])
+        for prompt_id, prompt, content in _texts(run, iteration):
+            number = self._prompt("trained on", prompt_id, prompt)
             block = self.chunks.add(f"t{place}.{iteration.number}.{number}", content)
             if block is None:
                 self.left_out.append(f"{run.name}: responses of iteration {iteration.number}")
@@ -124,10 +130,10 @@ def _first_means(run: RunData) -> dict[str, float]:
     return found
 
 
-def _texts(run: RunData, iteration: Iteration) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield an iteration's prompts with texts, shard by shard; where those are gone, the pairs' texts.
+def _texts(run: RunData, iteration: Iteration) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield an iteration's prompts, id and text, with their responses and pairs, shard by shard.
 
-    What cannot be read has been noted when its numbers were read.
+    Where the responses are gone, those of the pairs. What cannot be read has been noted when its numbers were read.
     """
     reader = run.reader
     store = reader.folder.iteration(iteration.number)
@@ -136,13 +142,17 @@ def _texts(run: RunData, iteration: Iteration) -> Iterator[tuple[str, dict[str, 
         pairs = reader.read(store.pairs_path, store.read_pairs, lacks="Chosen and rejected are not marked.")
     marks = _marks(pairs) if pairs is not None else {}
     for path in store.shards.paths():
-        shard = reader.read(path, lambda path=path: list(_shard(path)), lacks="Its responses are missing.")  # type: ignore[misc]
+        shard = reader.read(path, partial(_shard, path), lacks="Its responses are missing.")
         for prompt_id, prompt, responses in shard or ():
-            yield prompt_id, {"prompt": prompt, "answers": responses, "pairs": marks.get(prompt_id, [])}
+            yield prompt_id, prompt, {"answers": responses, "pairs": marks.get(prompt_id, [])}
     if not iteration.samples and pairs is not None:
         for pair in pairs:
             sides = [
-                {"text": getattr(pair, side), "reward": short(getattr(pair, f"{side}_reward")), "length": length}
+                {
+                    "text": getattr(pair, side),
+                    "reward": short(getattr(pair, f"{side}_reward")),
+                    "length": length,
+                }
                 for side, length in (
                     ("chosen", len(pair.chosen_token_ids)),
                     ("rejected", len(pair.rejected_token_ids)),
@@ -150,7 +160,7 @@ def _texts(run: RunData, iteration: Iteration) -> Iterator[tuple[str, dict[str, 
             ]
             mark = {**marks[pair.prompt_id][0], "chosen": 0, "rejected": 1}
             answers = [{"sample": number, **side} for number, side in enumerate(sides)]
-            yield pair.prompt_id, {"prompt": "", "answers": answers, "pairs": [mark]}
+            yield pair.prompt_id, "", {"answers": answers, "pairs": [mark]}
 
 
 def _marks(pairs: PairTable) -> dict[str, list[dict[str, Any]]]:
@@ -167,32 +177,37 @@ def _marks(pairs: PairTable) -> dict[str, list[dict[str, Any]]]:
     columns = [pairs.table[name].to_pylist() for name in names.values()]
     for prompt_id, *values in zip(pairs.prompt_ids, *columns, strict=True):
         numbers = {name: short(value) for name, value in zip(names, values, strict=True)}
-        found.setdefault(prompt_id, []).append({name: value for name, value in numbers.items() if value is not None})
+        found.setdefault(prompt_id, []).append(
+            {name: value for name, value in numbers.items() if value is not None}
+        )
     return found
 
 
-def _shard(path: Path) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
-    """Yield a shard's prompts: id, text, responses."""
+def _shard(path: Path) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """Return a shard's prompts: id, text, responses."""
     table: pa.Table = read_table(path, ROLLOUT_SCHEMA)
     lengths = TokenColumn(table["token_ids"]).lengths
     names = ("prompt_id", "prompt", "sample_index", "response", "finish_reason", "reward", "drop_reason")
     columns = (table[name].to_pylist() for name in names)
-    current: tuple[str, str, list[dict[str, Any]]] | None = None
+    found: list[tuple[str, str, list[dict[str, Any]]]] = []
     for (prompt_id, prompt, index, text, finish, reward, drop), parts, length in zip(
         zip(*columns, strict=True), parts_of(table), lengths, strict=True
     ):
-        if current is None or current[0] != prompt_id:
-            if current is not None:
-                yield current
-            current = (prompt_id, prompt, [])
-        current[2].append(_answer(index, text, length, finish, reward, parts, drop))
-    if current is not None:
-        yield current
+        if not found or found[-1][0] != prompt_id:
+            found.append((prompt_id, prompt, []))
+        found[-1][2].append(_answer(index, text, length, finish, reward, parts, drop))
+    return found
 
 
 def _response(row: Rollout, logp: float | None) -> dict[str, Any]:
     answer = _answer(
-        row.sample_index, row.response, row.length, row.finish_reason, row.reward, row.reward_parts, row.drop_reason
+        row.sample_index,
+        row.response,
+        row.length,
+        row.finish_reason,
+        row.reward,
+        row.reward_parts,
+        row.drop_reason,
     )
     return answer if logp is None else {**answer, "logp": short(logp)}
 

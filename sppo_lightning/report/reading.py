@@ -29,8 +29,12 @@ class RunReader:
         self.missing: list[str] = []
         self._inside = root.resolve()
         if not root.is_dir():
-            raise UserError(f"{str(root)!r} is no folder: give a folder that was a fit's trainer.default_root_dir")
-        if not any(path.exists() for path in (self.folder.config, self.folder.iterations, self.folder.evaluations)):
+            raise UserError(
+                f"{str(root)!r} is no folder: give a folder that was a fit's trainer.default_root_dir"
+            )
+        if not any(
+            path.exists() for path in (self.folder.config, self.folder.iterations, self.folder.evaluations)
+        ):
             raise UserError(
                 f"{str(root)!r} is no run: it has neither config.yaml nor iterations/; give a folder that was a fit's "
                 "trainer.default_root_dir"
@@ -56,16 +60,18 @@ class RunReader:
         if text not in self.missing:
             self.missing.append(text)
 
-    def read(self, path: Path, read: Callable[[], T], *, lacks: str) -> T | None:
+    def read(self, path: Path, read: Callable[[], T], *, lacks: str, optional: bool = False) -> T | None:
         """Return what a file holds; ``None``, with a note, where it is not there or cannot be read.
 
         Args:
             path: of the file.
             read: reads it.
             lacks: what the report does not show without it.
+            optional: a run may lack it, which is not noted.
         """
         if not path.exists():
-            self.note(path, f"not there. {lacks}")
+            if not optional:
+                self.note(path, f"not there. {lacks}")
             return None
         if not path.resolve().is_relative_to(self._inside):
             self.note(path, f"a link out of the run's folder, which is not followed. {lacks}")

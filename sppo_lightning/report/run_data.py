@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,7 +107,8 @@ class RunData:
         """Iterations that are trained."""
         found = [one.number + 1 for one in self.iterations if one.diagnostics]
         found += [one.number for one in self.iterations]  # the next one has begun
-        found += [one.finished for one in (*self.evaluations, *self.decisions)]
+        found += [one.finished for one in self.evaluations]
+        found += [one.finished for one in self.decisions]
         return max(found, default=0)
 
 
@@ -124,20 +126,20 @@ def read_run(root: Path) -> RunData:
     """
     reader = RunReader(root)
     folder = reader.folder
-    config = reader.read(folder.config, lambda: _config(folder.config), lacks="The settings are not shown.")
-    curves: dict[str, Curve] = {}
-    found = reader.read(folder.metrics, lambda: _curves(folder.metrics), lacks="The curves are not shown.")
-    curves.update(found or {})
-    starts = None
-    if folder.environment.exists():  # runs of older versions have none
-        starts = reader.read(
-            folder.environment, lambda: _some(read_starts(folder.environment)), lacks="Versions are not shown."
-        )
-    decisions = None
-    if folder.gate.exists():
-        decisions = reader.read(
-            folder.gate, lambda: read_decisions(folder), lacks="The gate's decisions are not shown."
-        )
+    config = reader.read(folder.config, partial(_config, folder.config), lacks="The settings are not shown.")
+    curves = reader.read(folder.metrics, partial(_curves, folder.metrics), lacks="The curves are not shown.")
+    starts = reader.read(
+        folder.environment,
+        lambda: _some(read_starts(folder.environment)),
+        lacks="Versions are not shown.",
+        optional=True,  # runs of older versions have none
+    )
+    decisions = reader.read(
+        folder.gate,
+        partial(read_decisions, folder),
+        lacks="The gate's decisions are not shown.",
+        optional=True,
+    )
     return RunData(
         name=reader.name,
         reader=reader,
@@ -147,7 +149,7 @@ def read_run(root: Path) -> RunData:
         iterations=[
             _iteration(reader, folder.iteration(number)) for number in sorted(folder.iteration_numbers())
         ],
-        curves=curves,
+        curves=curves or {},
         decisions=decisions or [],
     )
 
@@ -188,42 +190,49 @@ def _evaluations(reader: RunReader) -> Iterator[Evaluation]:
             reader.note(path, "not there yet: the held-out prompts are being answered.")
             continue
         rows = reader.read(
-            path, lambda path=path: read_rollouts(path), lacks=f"Held-out answers after {number} iteration(s) are missing."
+            path,
+            partial(read_rollouts, path),
+            lacks=f"Held-out answers after {number} iteration(s) are missing.",
         )
         if rows:
-            logps = {}
-            if (place / LOGPS).exists():
-                logps = reader.read(
-                    place / LOGPS, lambda place=place: _some(stored_logps(place)), lacks="Their log-probs are missing."
-                )
+            logps = reader.read(
+                place / LOGPS, partial(_logps, place), lacks="Their log-probs are missing.", optional=True
+            )
             yield Evaluation(number, rows, logps or {})
 
 
+def _logps(place: Path) -> dict[str, float]:
+    return _some(stored_logps(place))
+
+
 def _iteration(reader: RunReader, store: IterationStore) -> Iteration:
-    number = int(store.folder.name)
-    manifest: Mapping[str, Any] = (
-        reader.read(store.manifest_path, store.read_manifest, lacks="Counts and reasons are missing.") or {}
-    )
+    found = reader.read(store.manifest_path, store.read_manifest, lacks="Counts and reasons are missing.")
+    manifest: Mapping[str, Any] = found or {}
     complete, pruned = bool(manifest.get("complete")), bool(manifest.get("pruned"))
-    if not complete and manifest:
+    if manifest and not complete:
         reader.note(store.folder, "its data is not complete yet.")
-    table = None
-    if complete or store.difficulty_path.exists():
-        table = reader.read(store.difficulty_path, store.read_difficulty, lacks="Difficulties are missing.")
-    pairs = None
-    if complete or store.pairs_path.exists():
-        pairs = reader.read(store.pairs_path, store.read_pairs, lacks="Chosen and rejected are not marked.")
-    diagnostics: Mapping[str, float] = {}
-    if store.diagnostics_path.exists():
-        diagnostics = (
-            reader.read(
-                store.diagnostics_path, lambda: _some(store.read_diagnostics()), lacks="Its KL is missing."
-            )
-            or {}
-        )
+    table = reader.read(
+        store.difficulty_path,
+        store.read_difficulty,
+        lacks="Difficulties are missing.",
+        optional=not complete,
+    )
+    pairs = reader.read(
+        store.pairs_path,
+        store.read_pairs,
+        lacks="Chosen and rejected are not marked.",
+        optional=not complete,
+    )
+    diagnostics = reader.read(
+        store.diagnostics_path,
+        lambda: _some(store.read_diagnostics()),
+        lacks="Its KL is missing.",
+        optional=True,
+    )
     if pruned:
         reader.note(
-            store.shards.folder, "deleted to save space (data.keep_iterations): of its responses only pairs are there."
+            store.shards.folder,
+            "deleted to save space (data.keep_iterations): of its responses only pairs are there.",
         )
     samples, tokens = _samples(reader, store)
     difficulty, selected = table if table is not None else (None, set())
@@ -231,12 +240,12 @@ def _iteration(reader: RunReader, store: IterationStore) -> Iteration:
     if pairs is not None:
         tokens["reference"] = tokens["training"] = int(pairs.tokens().sum())
     return Iteration(
-        number=number,
+        number=int(store.folder.name),
         complete=complete,
         dropped=dropped,
         counts=_numbers(manifest.get("counts")),
         metrics=_numbers(manifest.get("metrics")),
-        diagnostics=diagnostics,
+        diagnostics=diagnostics or {},
         samples=samples,
         rows=prompt_rows(samples, difficulty, selected, pairs, dropped),
         tokens=tokens,
@@ -254,9 +263,7 @@ def _samples(reader: RunReader, store: IterationStore) -> tuple[dict[str, Sample
     for name, phase in (("probe", "probing"), ("topup", "generating")):
         for path in store.shards.paths(name):
             shard = reader.read(
-                path,
-                lambda path=path, name=name: _shard(path, probe=name == "probe"),  # type: ignore[misc]
-                lacks="Its responses are missing.",
+                path, partial(_shard, path, probe=name == "probe"), lacks="Its responses are missing."
             )
             for prompt_id, samples in (shard or {}).items():
                 found.setdefault(prompt_id, Samples()).update(samples)

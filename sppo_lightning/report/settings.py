@@ -20,7 +20,7 @@ def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     while rest:
         key, value = rest.pop()
         if isinstance(value, Mapping) and value:
-            rest.extend((f"{key}.{name}".lstrip("."), item) for name, item in reversed(value.items()))
+            rest.extend((f"{key}.{name}".lstrip("."), item) for name, item in reversed(list(value.items())))
         elif isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value):
             rest.extend((f"{key}[{number}]", item) for number, item in reversed(list(enumerate(value))))
         else:

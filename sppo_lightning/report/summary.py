@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-import sppo_lightning
+from sppo_lightning import __version__
 from sppo_lightning.report.comparison import differences, differing_settings
 from sppo_lightning.report.difficulty_views import QUARTILES, gain_by_quartile, histogram, moves, outcomes
 from sppo_lightning.report.estimates import INTERVAL, Estimate
@@ -29,7 +29,7 @@ def summary(runs: Sequence[RunData]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {
         "format": FORMAT,
-        "version": sppo_lightning.__version__,
+        "version": __version__,
         "interval": INTERVAL,
         "measures": {name: measure._asdict() for name, measure in MEASURES.items()},
         "quartiles": list(QUARTILES),
@@ -61,7 +61,9 @@ def _run(run: RunData) -> dict[str, Any]:
         "held_out": [point._asdict() for point in points],
         "difficulty": None if shapes is None else shapes._asdict(),
         "moves": [one._asdict() for one in moves(run.iterations)],
-        "gain_by_quartile": None if gains is None else dict(zip(("before", "after", "gains"), gains, strict=True)),
+        "gain_by_quartile": None
+        if gains is None
+        else dict(zip(("before", "after", "gains"), gains, strict=True)),
         "iterations": [
             {
                 "iteration": one.number,
@@ -95,7 +97,11 @@ def thinned(curve: Curve) -> Curve:
     """Return a curve of at most :data:`POINTS` points, in the order of its steps; neighbours are averaged."""
     ordered = sorted((step, value) for step, value in zip(*curve, strict=True) if math.isfinite(value))
     size = max(1, len(ordered))
-    bounds = sorted({size * number // POINTS for number in range(POINTS + 1)}) if size > POINTS else range(size + 1)
+    bounds = (
+        sorted({size * number // POINTS for number in range(POINTS + 1)})
+        if size > POINTS
+        else range(size + 1)
+    )
     parts = [ordered[start:end] for start, end in pairwise(bounds) if ordered[start:end]]
     return (
         [part[len(part) // 2][0] for part in parts],
@@ -140,4 +146,3 @@ def _cleaned(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-

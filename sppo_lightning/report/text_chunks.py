@@ -12,7 +12,9 @@ CHUNK = 2**18  # characters of JSON; what opening one prompt decompresses
 
 def packed(content: Any) -> str:
     """Return JSON, compressed, in letters that end no HTML element."""
-    plain = json.dumps(content, separators=(",", ":")).encode()  # ASCII alone: half a surrogate pair is escaped
+    plain = json.dumps(
+        content, separators=(",", ":")
+    ).encode()  # ASCII alone: half a surrogate pair is escaped
     return base64.b64encode(gzip.compress(plain, compresslevel=6, mtime=0)).decode()
 
 

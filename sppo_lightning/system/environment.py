@@ -13,7 +13,16 @@ import torch
 
 from sppo_lightning.system.durable import read_checksummed, with_checksum, write_atomically
 
-PACKAGES = ("sppo-lightning", "torch", "lightning", "transformers", "peft", "bitsandbytes", "datasets", "vllm")
+PACKAGES = (
+    "sppo-lightning",
+    "torch",
+    "lightning",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "vllm",
+)
 
 
 def describe_environment(device: torch.device, *, processes: int, step: int) -> dict[str, Any]:
@@ -24,12 +33,9 @@ def describe_environment(device: torch.device, *, processes: int, step: int) -> 
         processes: that share the run.
         step: optimizer step that the run starts or resumes from.
     """
+    found = {name: _version(name) for name in PACKAGES}
     versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    versions |= {name: known for name, known in found.items() if known is not None}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "time": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
@@ -39,6 +45,13 @@ def describe_environment(device: torch.device, *, processes: int, step: int) -> 
         "system": f"{platform.system()} {platform.machine()}",
         "versions": versions,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def add_start(path: Path, start: Mapping[str, Any]) -> None:

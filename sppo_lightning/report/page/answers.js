@@ -63,12 +63,15 @@ const labelled = (label, ...nodes) => el("section", { class: "labelled" }, el("h
 async function fillPrompt(row, heading, content) {
   const prompt = PROMPTS.prompt[row];
   promptHeading(heading, prompt);
-  const rows = PROMPTS.ofPrompt(prompt);
+  const rows = [row, ...PROMPTS.ofPrompt(prompt).filter((other) => other !== row)]; // the one that was asked for first
   const parts = await Promise.all(rows.map(responsesOf));
-  const text = parts.map((part) => part.prompt).find(Boolean) ?? PROMPTS.prompts[prompt];
-  const nodes = rows.map((other, place) => iterationOf(other, parts[place], other === row));
-  content.replaceChildren(labelled("Prompt", textBlock(text)), ...nodes);
-  content.querySelector(".this-row")?.scrollIntoView?.({ block: "nearest" });
+  const nodes = rows.map((other, place) => iterationOf(other, parts[place]));
+  content.replaceChildren(labelled("Prompt", textBlock(await promptText(prompt))), ...nodes);
+}
+
+async function promptText(prompt) {
+  const block = PROMPTS.prompt_blocks[prompt];
+  return block === undefined ? PROMPTS.prompts[prompt] : (await texts(block))[`p${prompt}`];
 }
 
 async function responsesOf(row) {
@@ -76,13 +79,12 @@ async function responsesOf(row) {
   const blocks = await Promise.all(PROMPTS.blocks[row].map(texts));
   const found = blocks.map((block) => block[key]).filter(Boolean);
   return {
-    prompt: found.map((one) => one.prompt).find(Boolean),
     answers: found.flatMap((one) => one.answers),
     pairs: found.find((one) => one.pairs.length)?.pairs ?? [],
   };
 }
 
-function iterationOf(row, { answers, pairs }, isThis) {
+function iterationOf(row, { answers, pairs }) {
   const run = DATA.runs.length > 1 ? `${inLine(DATA.runs[PROMPTS.run[row]].name)}, ` : "";
   const facts = [
     outcomeName(PROMPTS.outcomes[PROMPTS.outcome[row]]),
@@ -92,7 +94,7 @@ function iterationOf(row, { answers, pairs }, isThis) {
   const sorted = [...answers].sort((one, other) => (other.reward ?? -Infinity) - (one.reward ?? -Infinity));
   return el(
     "section",
-    { class: `labelled ${isThis ? "this-row" : ""}` },
+    { class: "labelled" },
     el("h3", {}, `${run}iteration ${PROMPTS.iteration[row]}`, el("span", { class: "facts" }, facts.join(" · "))),
     ...sorted.map((answer) => responseCard(answer, pairs)),
     answers.length ? null : el("p", { class: "nothing" }, "Its responses are not in this report."),
@@ -155,17 +157,15 @@ async function fillHeldOut(prompt, heading, content) {
   const left = choice(otherRun >= 0 ? otherRun : 0, "Left");
   const right = choice(last, "Right");
   const sides = el("div", {});
-  const question = el("div", {});
   const update = async () => {
     const [one, other] = [left, right].map((label) => answers[label.querySelector("select").value]);
     const [first, second] = await Promise.all([textsOf(one), textsOf(other)]);
-    question.replaceChildren(textBlock(first?.prompt ?? second?.prompt ?? PROMPTS.prompts[prompt]));
-    sides.replaceChildren(sideBySide(first?.answers[0] ?? missing(one), second?.answers[0] ?? missing(other), [one.name, other.name]));
+    sides.replaceChildren(sideBySide(first ?? missing(one), second ?? missing(other), [one.name, other.name]));
   };
   left.addEventListener("change", update);
   right.addEventListener("change", update);
   await update();
-  content.replaceChildren(labelled("Prompt", question), labelled("Answers", el("div", { class: "filters" }, left, right), sides));
+  content.replaceChildren(labelled("Prompt", textBlock(await promptText(prompt))), labelled("Answers", el("div", { class: "filters" }, left, right), sides));
 }
 
 const missing = ({ reward, length }) => ({ text: "", reward, length });

@@ -33,7 +33,12 @@ function grouped(prompts) {
 }
 
 function navigation(main) {
-  const links = [...main.querySelectorAll("section.part")].map((part) => el("li", {}, el("a", { href: `#${part.id}` }, part.querySelector("h2").textContent)));
+  const parts = new Map(); // of several runs' parts that say the same of each, the first one
+  for (const part of main.querySelectorAll("section.part")) {
+    const title = part.querySelector("h2").firstChild.textContent;
+    if (!parts.has(title)) parts.set(title, part.id);
+  }
+  const links = [...parts].map(([title, id]) => el("li", {}, el("a", { href: `#${id}` }, title)));
   return el("nav", { class: "contents", "aria-label": "Contents" }, el("ul", {}, ...links));
 }
 

@@ -99,7 +99,7 @@ function draw(node, options, data, height, prepare, label) {
 }
 
 // series: [{name, x, y, error?}], errors to either side; the same x may be missing in some of them.
-function lineChart(node, { title, unit, xTitle, series, marks = [], wholeX = false, xFormat, zero = false, smooth = false }) {
+function lineChart(node, { title, unit, xTitle, series, marks = [], base = null, wholeX = false, xFormat, zero = false, smooth = false }) {
   const format = (value) => inUnit(value, unit);
   const few = series.every((one) => one.x.length <= 24);
   const joined = uPlot.join(series.map((one) => [one.x, one.y]));
@@ -138,6 +138,15 @@ function lineChart(node, { title, unit, xTitle, series, marks = [], wholeX = fal
         ctx.lineTo(x, u.bbox.top + u.bbox.height);
         ctx.stroke();
       }
+      if (base !== null) {
+        const y = Math.round(u.valToPos(base, "y", true));
+        ctx.strokeStyle = css("--muted");
+        ctx.setLineDash([2 * dpr(), 4 * dpr()]);
+        ctx.beginPath();
+        ctx.moveTo(u.bbox.left, y);
+        ctx.lineTo(u.bbox.left + u.bbox.width, y);
+        ctx.stroke();
+      }
       ctx.setLineDash([]);
       series.forEach((one, number) => {
         ctx.strokeStyle = ctx.fillStyle = colour(number);
@@ -168,6 +177,7 @@ function lineChart(node, { title, unit, xTitle, series, marks = [], wholeX = fal
   const finite = joined.slice(1).flatMap((values, number) =>
     values.flatMap((value, place) => (value === null || value === undefined ? [] : [value - errors[number][place], value + errors[number][place]])),
   );
+  if (base !== null) finite.push(base);
   const raw = smooth && shown.some((values, place) => values !== joined[place + 1]);
   const lines = (values, extra) => series.map((one, number) => ({ stroke: () => colour(number), dash: DASHES[number % 5], width: 2, spanGaps: true, points: { show: false }, ...extra }));
   const options = {

@@ -5,13 +5,13 @@ const NONE = "–";
 function number(value, digits = 3) {
   if (value === null || value === undefined || !Number.isFinite(value)) return NONE;
   const size = Math.abs(value);
-  if (size !== 0 && (size < 10 ** -digits || size >= 1e6)) return value.toExponential(2).replace("-", "−").replace("e−", "e−");
+  if (size !== 0 && (size < 10 ** -digits || size >= 1e6)) return value.toExponential(2).replaceAll("-", "−");
   return value.toFixed(size >= 1000 ? 0 : digits).replace("-", "−");
 }
 
 const whole = (value) => (value === null || value === undefined ? NONE : Math.round(value).toLocaleString("en"));
 const percent = (value) => (value === null || value === undefined ? NONE : `${(100 * value).toFixed(1)} %`);
-const signed = (text) => (text.startsWith("−") || text === NONE ? text : `+${text}`);
+const signed = (text) => (/^[−0.]*$|^−/u.test(text) || text === NONE ? text : `+${text}`);
 
 // A value in the unit of its measure.
 function inUnit(value, unit) {
@@ -21,9 +21,13 @@ function inUnit(value, unit) {
 
 function withInterval(estimate, unit, { sign = false } = {}) {
   if (!estimate || estimate.mean === null) return NONE;
-  const mean = sign ? signed(inUnit(estimate.mean, unit)) : inUnit(estimate.mean, unit);
-  if (estimate.stderr === null) return mean;
-  return `${mean} ± ${inUnit(DATA.interval * estimate.stderr, unit)}`;
+  const signs = sign ? signed : (text) => text;
+  if (estimate.stderr === null) return signs(inUnit(estimate.mean, unit));
+  const reach = DATA.interval * estimate.stderr;
+  if (unit === "share") return `${(100 * estimate.mean).toFixed(1)} ± ${percent(reach)}`;
+  // as many digits as the interval has two of
+  const digits = Math.min(8, Math.max(unit === "tokens" ? 1 : 3, reach > 0 ? Math.ceil(-Math.log10(reach)) + 1 : 0));
+  return `${signs(estimate.mean.toFixed(digits).replace("-", "−"))} ± ${reach.toFixed(digits)}`;
 }
 
 function duration(seconds) {

@@ -14,13 +14,20 @@ function state(run) {
 // The policy that the run has now: after a step back that was reverted, an earlier one.
 const standing = (run) => lastOf(run.decisions)?.policy ?? lastOf(run.held_out)?.finished;
 
+// A name of the hub as it is; of a folder the last part.
+function modelName(run) {
+  const given = run.settings["model.policy.pretrained"];
+  if (!given) return null;
+  return inLine(/^[^./…][^/]*\/[^/]+$/u.test(given) ? given : given.split("/").filter(Boolean).at(-1));
+}
+
 function headOf(run) {
   const start = run.starts[0];
   const devices = start ? `${start.processes > 1 ? `${start.processes} × ` : ""}${inLine(start.device)}` : null;
   const facts = [
     state(run),
     run.seed === null ? null : `seed ${run.seed}`,
-    inLine(run.settings["model.policy.pretrained"] ?? "") || null,
+    modelName(run),
     devices,
     start ? `started ${inLine(start.time)}` : null,
   ];
@@ -95,10 +102,10 @@ function promptsPart(runs, sheet) {
   const column = (name, title, about, digits = 3, minor = false) => ({ title, about, numeric: true, minor, cell: (row) => number(PROMPTS[name][row], digits), key: (row) => PROMPTS[name][row] });
   const columns = [
     ...(several ? [{ title: "run", cell: (row) => inLine(runs[PROMPTS.run[row]].name), key: (row) => PROMPTS.run[row], minor: true }] : []),
-    { title: "it.", about: "iteration", numeric: true, cell: (row) => String(PROMPTS.iteration[row]), key: (row) => PROMPTS.iteration[row] },
+    { title: "it.", width: "3.2rem", about: "iteration", numeric: true, cell: (row) => String(PROMPTS.iteration[row]), key: (row) => PROMPTS.iteration[row] },
     { title: "prompt", wide: true, cell: (row) => PROMPTS.line(PROMPTS.prompt[row]), key: (row) => PROMPTS.line(PROMPTS.prompt[row]) },
-    ...(PROMPTS.categories ? [{ title: "category", minor: true, cell: (row) => inLine(PROMPTS.categories[PROMPTS.prompt[row]] ?? NONE), key: (row) => PROMPTS.categories[PROMPTS.prompt[row]] }] : []),
-    { title: "outcome", minor: true, cell: (row) => outcomeName(inLine(PROMPTS.outcomes[PROMPTS.outcome[row]])), key: (row) => outcomeName(PROMPTS.outcomes[PROMPTS.outcome[row]]) },
+    ...(PROMPTS.categories ? [{ title: "category", minor: true, width: "8rem", cell: (row) => inLine(PROMPTS.categories[PROMPTS.prompt[row]] ?? NONE), key: (row) => PROMPTS.categories[PROMPTS.prompt[row]] }] : []),
+    { title: "outcome", minor: true, width: "10.8rem", cell: (row) => outcomeName(inLine(PROMPTS.outcomes[PROMPTS.outcome[row]])), key: (row) => outcomeName(PROMPTS.outcomes[PROMPTS.outcome[row]]) },
     column("difficulty", "difficulty", "mean reward that the selection saw; low is hard"),
     column("reward", "reward", "mean over all responses", 3, true),
     column("spread", "spread", "standard deviation of the rewards", 3, true),

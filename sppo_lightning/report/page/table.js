@@ -10,21 +10,24 @@ class RowTable {
     this.order = [];
     this.active = 0;
     this.sorted = { column: null, down: false };
-    this.body = el("tbody");
+    this.pool = []; // rows in the page, of which a row of the table always takes the same one
+    this.body = el("div", { class: "body", role: "rowgroup" });
     this.heads = columns.map((column, place) => {
       const button = el("button", { type: "button", title: column.about, onclick: () => this.sortBy(place) }, column.title, el("span", { class: "arrow", "aria-hidden": "true" }));
-      return el("th", { scope: "col", class: this.classOf(column) }, button);
+      return el("div", { role: "columnheader", class: this.classOf(column) }, button);
     });
-    this.table = el("table", { class: "rows", role: "grid", "aria-label": label }, el("thead", {}, el("tr", { "aria-rowindex": 1 }, ...this.heads)), this.body);
-    this.view = el("div", { class: "view", tabindex: -1 }, this.table);
+    const head = el("div", { class: "heads", role: "rowgroup" }, el("div", { class: "row", role: "row", "aria-rowindex": 1 }, ...this.heads));
+    this.table = el("div", { class: "rows", role: "grid", "aria-label": label }, head, this.body);
+    this.view = el("div", { class: "view", tabindex: -1, "--columns": this.widths(columns), "--few-columns": this.widths(columns.filter(({ minor }) => !minor)) }, this.table);
     this.nothing = el("p", { class: "nothing", hidden: true }, empty);
     this.node = el("div", { class: "row-table" }, this.view, this.nothing);
-    this.above = el("tr", { class: "space", "aria-hidden": "true" }, el("td", { colspan: columns.length }));
-    this.below = this.above.cloneNode(true);
-    this.pool = [];
     this.view.addEventListener("scroll", () => this.later(), { passive: true });
     this.table.addEventListener("keydown", (event) => this.press(event));
     new ResizeObserver(() => this.later()).observe(this.view);
+  }
+
+  widths(columns) {
+    return columns.map(({ wide, width }) => (wide ? "minmax(7rem, 1fr)" : (width ?? "var(--column)"))).join(" ");
   }
 
   classOf(column) {
@@ -91,34 +94,37 @@ class RowTable {
     const start = Math.max(0, Math.min(Math.floor(this.view.scrollTop / this.height) - SPARE, count - visible));
     const end = Math.min(count, start + visible + 2 * SPARE);
     const focused = this.body.contains(document.activeElement);
-    while (this.pool.length < end - start) this.pool.push(this.newRow());
-    const rows = this.pool.slice(0, end - start);
-    rows.forEach((row, place) => this.fill(row, start + place));
-    this.above.style.setProperty("--space", `${start * this.height}px`);
-    this.below.style.setProperty("--space", `${(count - end) * this.height}px`);
-    if (this.body.childElementCount !== rows.length + 2) this.body.replaceChildren(this.above, ...rows, this.below);
+    while (this.pool.length < Math.min(count, visible + 2 * SPARE)) this.body.append((this.pool[this.pool.length] = this.newRow()));
+    const used = new Set();
+    for (let place = start; place < end; place++) {
+      const row = this.pool[place % this.pool.length];
+      used.add(row);
+      this.fill(row, place);
+    }
+    for (const row of this.pool) row.hidden = !used.has(row);
+    this.body.style.setProperty("height", `${count * this.height}px`);
     if (focused) this.rowAt(this.active)?.focus({ preventScroll: true });
   }
 
   newRow() {
-    const row = el("tr", {}, ...this.columns.map((column) => el("td", { class: this.classOf(column), dir: column.wide ? "auto" : null })));
+    const cells = this.columns.map((column) => el("div", { role: "gridcell", class: this.classOf(column), dir: column.wide ? "auto" : null }));
+    const row = el("div", { class: "row", role: "row" }, ...cells);
     row.addEventListener("click", () => this.choose(row.place));
     return row;
   }
 
   fill(row, place) {
-    row.place = place;
+    const shown = this.order[place];
     row.tabIndex = place === this.active ? 0 : -1;
+    if (row.place === place && row.shown === shown) return;
+    Object.assign(row, { place, shown });
     row.setAttribute("aria-rowindex", place + 2);
-    this.columns.forEach((column, number) => {
-      const text = column.cell(this.order[place]);
-      const cell = row.children[number];
-      if (cell.textContent !== text) cell.textContent = text;
-    });
+    row.style.setProperty("transform", `translateY(${place * this.height}px)`);
+    this.columns.forEach((column, number) => (row.children[number].textContent = column.cell(shown)));
   }
 
   rowAt(place) {
-    return this.pool.find((row) => row.isConnected && row.place === place);
+    return this.pool.find((row) => !row.hidden && row.place === place);
   }
 
   choose(place) {
@@ -128,7 +134,7 @@ class RowTable {
   }
 
   press(event) {
-    if (!event.target.closest("tbody")) return;
+    if (!this.body.contains(event.target)) return;
     const page = Math.max(1, Math.floor(this.view.clientHeight / this.height) - 2);
     const steps = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -Infinity, End: Infinity };
     if (event.key === "Enter" || event.key === " ") this.choose(this.active);

@@ -4,8 +4,8 @@ const lastOf = (list) => list[list.length - 1];
 const hasMeasure = (run, name) => run.held_out.some((one) => one.measures[name]);
 const measureNames = (runs) => Object.keys(DATA.measures).filter((name) => runs.some((run) => hasMeasure(run, name)));
 
-function figure(title, about, fill) {
-  const node = el("figure", { class: "chart" }, el("figcaption", {}, el("strong", {}, title), about ? el("span", {}, about) : null));
+function figure(title, about, fill, hint = null) {
+  const node = el("figure", { class: "chart" }, el("figcaption", {}, el("strong", { title: hint }, title), about ? el("span", {}, about) : null));
   const plot = el("div", { class: "plot-area" });
   node.append(plot);
   CHARTS.push(() => fill(plot));
@@ -13,6 +13,7 @@ function figure(title, about, fill) {
 }
 
 const sectionOf = (id, title, about, ...nodes) => el("section", { id, class: "part" }, el("h2", {}, title), about ? el("p", { class: "about" }, about) : null, ...nodes);
+const ofRun = (title, run, only) => (only ? title : [title, el("span", { class: "of" }, inLine(run.name))]);
 const unitLabel = (unit) => (unit === "share" ? "" : unit);
 
 // ------------------------------------------------------------ held-out prompts
@@ -35,7 +36,8 @@ function heldOutPart(runs) {
     });
     const unit = unitLabel(measure.unit);
     return figure(measure.title, unit && unit !== "reward" ? unit : null, (node) =>
-      lineChart(node, { title: measure.title, unit: measure.unit, xTitle: "iterations finished", series, wholeX: true, xFormat: (value) => (value === 0 ? "initial" : String(value)) }),
+      lineChart(node, { title: measure.title, unit: measure.unit, xTitle: "iterations finished", series, wholeX: true, base: name.includes("win_rate") ? 0.5 : null, xFormat: (value) => (value === 0 ? "initial" : String(value)) }),
+      measure.about,
     );
   });
   const rows = runs.flatMap((run) =>
@@ -53,7 +55,7 @@ function heldOutPart(runs) {
     "Held-out prompts",
     `Greedy answers to ${whole(runs[0].held_out_prompts)} prompts that are not trained on. Bars and ± are 95 % intervals over prompts (${DATA.interval} standard errors).`,
     legend(names, true),
-    el("div", { class: "charts" }, ...charts),
+    el("div", { class: "charts four" }, ...charts),
     el("details", {}, el("summary", {}, "As a table"), tableOf(heads, rows)),
   );
 }
@@ -88,7 +90,7 @@ function difficultyPart(run, only) {
   if (!nodes.length) return null;
   return sectionOf(
     `difficulty-${DATA.runs.indexOf(run)}`,
-    only ? "Difficulty and selection" : `Difficulty and selection: ${inLine(run.name)}`,
+    ofRun("Difficulty and selection", run, only),
     "Difficulty is a prompt's mean reward over sampled responses: the lower, the harder.",
     ...nodes,
   );
@@ -122,7 +124,7 @@ function gainChart({ before, after, gains }) {
     figure(`Reward, iteration ${after} less iteration ${before}`, null, (plot) =>
       lineChart(plot, { title: "Gain by difficulty quartile", unit: "reward", xTitle: "quartile of the prompts", series, wholeX: true, zero: true, xFormat: (value) => DATA.quartiles[value] ?? "" }),
     ),
-    el("p", { class: "note" }, `Ordered by half of the first responses, measured on the other half, so that chance alone shows no gain. Prompts: ${gains.map((gain) => whole(gain.count)).join(", ")}.`),
+    el("p", { class: "note" }, `Ordered by half of the first responses, measured on the other half, so that chance alone shows no gain. Prompts: ${gains.map((gain) => whole(gain.size)).join(", ")}.`),
   );
   return node;
 }
@@ -145,20 +147,20 @@ const CURVES = [
   ["Reward margin", [["rewards/margin", "chosen less rejected"]]],
   ["Reward accuracy", [["rewards/accuracy", "share of pairs"]], "share"],
   ["Log-ratios to the reference", [["logratios/chosen", "chosen"], ["logratios/rejected", "rejected"]], "nat"],
-  ["Learning rate", [["lr", "learning rate"]]],
+  ["Learning rate", [["lr", "learning rate"]], "", "exact"],
 ];
 
 function trainingPart(runs) {
   if (!runs.some((run) => Object.keys(run.curves).length)) return null;
   const used = new Set(CURVES.flatMap(([, curves]) => curves.map(([name]) => name)));
   const others = [...new Set(runs.flatMap((run) => Object.keys(run.curves)))].filter((name) => !used.has(name)).sort();
-  const chart = ([title, curves, unit]) => {
+  const chart = ([title, curves, unit, exact]) => {
     const series = runs.flatMap((run) =>
       curves.filter(([name]) => run.curves[name]?.[0].length).map(([name, label]) => ({ name: runs.length > 1 ? (curves.length > 1 ? `${run.name}, ${label}` : run.name) : label, x: run.curves[name][0], y: run.curves[name][1] })),
     );
     if (!series.length) return null;
     const marks = runs.length === 1 ? Object.values(runs[0].iteration_steps).filter((step) => step > 0) : [];
-    const node = figure(title, unit === "nat" ? "nat per response" : null, (plot) => lineChart(plot, { title, unit: unit ?? "", xTitle: "optimizer step", series, marks, smooth: true }));
+    const node = figure(title, unit === "nat" ? "nat per response" : null, (plot) => lineChart(plot, { title, unit: unit ?? "", xTitle: "optimizer step", series, marks, smooth: !exact }));
     if (curves.length > 1) node.querySelector("figcaption").append(legend(series.map((one) => one.name), false));
     return node;
   };
@@ -191,14 +193,14 @@ function gatePart(run, only) {
   const rows = run.decisions.map((one) => [
     policyName(one.finished),
     ACTIONS[one.action] ?? inLine(one.action),
-    one.difference === null ? NONE : `${signed(number(one.difference))}${one.stderr === null ? "" : ` ± ${number(DATA.interval * one.stderr)}`}`,
+    withInterval({ mean: one.difference, stderr: one.stderr }, "reward", { sign: true }),
     policyName(one.best),
     `× ${one.learning_rate_factor}`,
     inLine(one.reasons.join("; ")) || NONE,
   ]);
   return sectionOf(
     `gate-${DATA.runs.indexOf(run)}`,
-    only ? "Decisions of the gate" : `Decisions of the gate: ${inLine(run.name)}`,
+    ofRun("Decisions of the gate", run, only),
     null,
     tableOf(["policy", "decision", "reward, less the best before", "best so far", "learning rate", "reasons"], rows),
   );
@@ -227,7 +229,7 @@ function timePart(run, only) {
   rows.at(-1)[iterations.length + 2] = rows.at(-1)[iterations.length + 3] = NONE;
   return sectionOf(
     `time-${DATA.runs.indexOf(run)}`,
-    only ? "Time and tokens" : `Time and tokens: ${inLine(run.name)}`,
+    ofRun("Time and tokens", run, only),
     "Wall time of the first process. Tokens sampled; of reference and training, tokens of prompts and pairs that are read.",
     tableOf(["phase", ...iterations.map((one) => `iteration ${one}`), "all", "tokens", "tokens/s"], rows, { className: "bars" }),
   );
