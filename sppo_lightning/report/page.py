@@ -16,7 +16,8 @@ from sppo_lightning.report.run_data import RunData
 from sppo_lightning.report.text_chunks import TextChunks, packed
 
 STYLES = ("vendor/uPlot.min.css", "style.css")
-LIBRARIES = ("vendor/uPlot.iife.min.js", "vendor/diff.min.js")
+LIBRARIES = {"vendor/uPlot.iife.min.js": "vendor/uPlot.LICENSE", "vendor/diff.min.js": "vendor/diff.LICENSE"}
+"""Others' scripts with their licences, which stand before them in each page."""
 SCRIPTS = (
     "dom.js",
     "format.js",
@@ -93,7 +94,8 @@ def _visible(text: str) -> str:
 def _fixed() -> tuple[str, str]:
     """Return what is the same in all pages, with marks for the rest, and its content-security policy."""
     own = "\n".join(_part(name) for name in SCRIPTS)
-    scripts = [*map(_part, LIBRARIES), f'"use strict";\n(() => {{\n{own}\n}})();']
+    libraries = [f"/*\n{_part(licence)}\n*/\n{_part(name)}" for name, licence in LIBRARIES.items()]
+    scripts = [*libraries, f'"use strict";\n(() => {{\n{own}\n}})();']
     style = "\n".join(map(_part, STYLES))
     assert not any("</script" in script for script in scripts)
     policy = "; ".join(

@@ -35,6 +35,7 @@ def test_a_page_in_the_runs_folder(made: MadeRun, capsys: pytest.CaptureFixture[
     page = made.folder.report.read_text()
     assert page.startswith("<!doctype html>")
     assert str(made.root.parent) not in page
+    assert all(name in page for name in ("Leon Sorokin", "Kevin Decker"))  # licences of the libraries in it
 
 
 def test_the_same_run_gives_the_same_page(made: MadeRun) -> None:
