@@ -15,6 +15,7 @@ from sppo_lightning.callbacks.gate import IterationGate
 from sppo_lightning.callbacks.initial_evaluation import InitialEvaluation
 from sppo_lightning.callbacks.memory import PhaseMemory
 from sppo_lightning.callbacks.progress import SelfPlayProgress
+from sppo_lightning.callbacks.report import ReportFile
 from sppo_lightning.callbacks.samples import SampleTable
 from sppo_lightning.callbacks.summary import RunSummary
 from sppo_lightning.callbacks.times import PhaseTimes
@@ -29,6 +30,7 @@ __all__ = [
     "PhaseMemory",
     "PhaseTimes",
     "PolicyExport",
+    "ReportFile",
     "RunCheckpoint",
     "RunSummary",
     "SampleTable",

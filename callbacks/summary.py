@@ -73,6 +73,11 @@ class RunSummary(SelfPlayCallback):
                 if folder.samples.exists()
                 else []
             ),
+            *(
+                [f"  {folder.report}   all of this in a browser, with every answer"]
+                if folder.report.exists()
+                else []
+            ),
             f"  {folder.iterations}    every response, reward, difficulty and pair, as Parquet",
             "What to do next",
             f"  answer prompts of your own:  sppo-lightning predict --config {folder.config} "

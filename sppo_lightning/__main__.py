@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pkgutil
 import select
 import sys
 from pathlib import Path
@@ -15,6 +16,12 @@ from sppo_lightning.system.lock import is_first_process
 from sppo_lightning.text import for_terminal
 from sppo_lightning.types import Stopped, UserError
 
+COMMANDS = {
+    "export": "sppo_lightning.export.command:main",
+    "report": "sppo_lightning.report.command:main",
+    "study": "sppo_lightning.study.command:main",
+}
+"""Commands of their own, beside those of LightningCLI; imported when they are asked for."""
 READER_GONE = 128 + 13  # as a shell counts SIGPIPE
 
 
@@ -40,14 +47,8 @@ def main(args: list[str] | None = None) -> None:
 def _run(given: list[str]) -> None:
     find_modules_in(Path.cwd())  # so that a config or --format can name a class in a file there
     try:
-        if given[:1] == ["export"]:
-            from sppo_lightning.export.command import main as export
-
-            export(given[1:])
-        elif given[:1] == ["study"]:
-            from sppo_lightning.study.command import main as study
-
-            study(given[1:])
+        if given and given[0] in COMMANDS:
+            pkgutil.resolve_name(COMMANDS[given[0]])(given[1:])
         else:
             from sppo_lightning.cli.main import run
 

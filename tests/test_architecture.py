@@ -25,7 +25,7 @@ generation training
 rollouts
 iteration evaluation memory
 module
-export preflight
+export preflight report
 datamodule
 callbacks study
 cli
@@ -90,7 +90,7 @@ PUBLIC = {
     """,
     "sppo_lightning.callbacks": """
         DifficultyReestimation DisplacementWarning InitialEvaluation IterationGate LearningDiagnostics PhaseMemory
-        PhaseTimes PolicyExport RunCheckpoint RunSummary SampleTable SelfPlayCallback SelfPlayProgress
+        PhaseTimes PolicyExport ReportFile RunCheckpoint RunSummary SampleTable SelfPlayCallback SelfPlayProgress
         WeightUpdateCheck
     """,
     "sppo_lightning.pair_forward": "AutoForward PairForward PlainForward SharedForward VarlenForward",

@@ -45,6 +45,10 @@ def test_wheel_holds_every_module_and_callback_once(wheel: Path) -> None:
         relative = path.relative_to(package)
         expected.add(f"sppo_lightning/{relative.as_posix()}")
     expected.add("sppo_lightning/py.typed")
+    page = package / "report" / "page"
+    expected |= {
+        f"sppo_lightning/{path.relative_to(package).as_posix()}" for path in page.rglob("*") if path.is_file()
+    }
     shipped = [name for name in names if ".dist-info/" not in name]
     assert sorted(shipped) == sorted(expected)
 

@@ -30,12 +30,14 @@ from sppo_lightning.callbacks import (
     PhaseMemory,
     PhaseTimes,
     PolicyExport,
+    ReportFile,
     RunCheckpoint,
     RunSummary,
     SampleTable,
     SelfPlayProgress,
     WeightUpdateCheck,
 )
+from sppo_lightning.callbacks.environment import EnvironmentFile
 from sppo_lightning.callbacks.run_config import RunConfigFile
 from sppo_lightning.cli.estimate import SelfPlayTrainer, plan_on_cpu, planned_sharding
 from sppo_lightning.cli.parse_errors import check_config_files, class_paths, explain
@@ -261,12 +263,14 @@ class SelfPlayCLI(LightningCLI):
             DisplacementWarning(),
             SampleTable(),
             PolicyExport(),
+            ReportFile(),
             RunSummary(),
         ]
         if config["enable_progress_bar"] is not False:
             defaults.append(SelfPlayProgress())
         if config["enable_checkpointing"] is not False:
             defaults.append(RunCheckpoint())  # in addition to a user's own: the run resumes from it
+        defaults.append(EnvironmentFile())
         defaults.append(RunConfigFile(yaml.safe_dump(self.run_config, sort_keys=False)))
         for item in defaults:
             kind = ProgressBar if isinstance(item, ProgressBar) else type(item)
@@ -343,8 +347,9 @@ def run(args: list[str]) -> None:
         load_from_checkpoint_support=False,
         parser_kwargs={
             "prog": "sppo-lightning",
-            "description": "Self-play preference optimisation. One command more than those below: `sppo-lightning "
-            "export RUN --format FORMAT` writes a run's policy as a folder that other tools load (--help says more).",
+            "description": "Self-play preference optimisation. Two commands more than those below: `sppo-lightning "
+            "export RUN --format FORMAT` writes a run's policy as a folder that other tools load, `sppo-lightning "
+            "report RUN` what happened as a page for a browser (--help says more).",
         },
     )
 

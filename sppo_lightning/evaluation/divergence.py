@@ -96,7 +96,7 @@ def read_answers(
     divergences = {}
     own: dict[str, float] = {}
     for name, (rows, folder) in earlier.items():
-        tokens, stored = _tokens(rows), _stored(folder)
+        tokens, stored = _tokens(rows), stored_logps(folder)
         own, others = reader.logps(own_tokens, tokens)
         drops = [(stored[key] - logp) / len(tokens[key]) for key, logp in others.items() if key in stored]
         if drops:
@@ -112,8 +112,14 @@ def _tokens(rows: Sequence[Rollout]) -> dict[str, tuple[int, ...]]:
     return {row.prompt_id: tuple(row.token_ids) for row in rows}
 
 
-def _stored(folder: Path) -> dict[str, float]:
-    """Return stored log-probs by prompt id; none where they are missing or damaged."""
+def stored_logps(folder: Path) -> dict[str, float]:
+    """Return the summed log-probs of an evaluation's answers under the policy that gave them, by prompt id, in nats.
+
+    None where they are missing or damaged.
+
+    Args:
+        folder: of the evaluation.
+    """
     try:
         found = read_checksummed((folder / FILE).read_bytes())["logps"]
         return {str(key): float(value) for key, value in found.items()}

@@ -98,6 +98,16 @@ class RunFolder:
         return self.root / "samples.md"
 
     @property
+    def report(self) -> Path:
+        """What happened, as a page for a browser."""
+        return self.root / "report.html"
+
+    @property
+    def environment(self) -> Path:
+        """What each start of the run ran on."""
+        return self.root / "environment.json"
+
+    @property
     def predictions(self) -> Path:
         """What ``predict`` answered."""
         return self.root / "predictions.jsonl"

@@ -55,7 +55,8 @@ _KEY_SCHEMA = pa.schema(
 )
 
 
-_STORED_SCHEMA = pa.schema([ROLLOUT_SCHEMA.field(name) for name in STORED_COLUMNS])
+STORED_SCHEMA = pa.schema([ROLLOUT_SCHEMA.field(name) for name in STORED_COLUMNS])
+"""Of what :func:`~sppo_lightning.store.rows.stored_rollouts` reads."""
 
 
 _ID_SCHEMA = pa.schema([ROLLOUT_SCHEMA.field("prompt_id")])
@@ -85,7 +86,7 @@ class ShardStore:
         A probe that was sampled again may have changed the selection, so that fewer top-up shards are asked for.
         """
         if self.has_quarantined:
-            for path in self._paths(name):
+            for path in self.paths(name):
                 if int(path.stem.rpartition("-")[2]) >= shards:
                     quarantine(path)
 
@@ -142,7 +143,7 @@ class ShardStore:
         Raises:
             UserError: if one is damaged.
         """
-        for path in self._paths("*"):
+        for path in self.paths("*"):
             _check_file(path, embedding_rows)
 
     def key(self, name: str, number: int) -> ShardKey | None:
@@ -157,22 +158,22 @@ class ShardStore:
 
     def count(self, name: str = "*") -> int:
         """Return the rows of all shards of ``name``, whatever is in them."""
-        return sum(row_count(path) for path in self._paths(name))
+        return sum(row_count(path) for path in self.paths(name))
 
     def read_all(self, name: str = "*") -> Iterator[Rollout]:
         """Yield the rows of all shards of ``name``, shard by shard."""
-        for path in self._paths(name):
+        for path in self.paths(name):
             yield from read_rollouts(path)
 
     def stream(self, name: str = "*") -> Iterator[StoredRollout]:
         """Yield the rows of all shards of ``name``, of which only what is looked at becomes objects."""
-        for path in self._paths(name):
-            yield from stored_rollouts(read_table(path, _STORED_SCHEMA))
+        for path in self.paths(name):
+            yield from stored_rollouts(read_table(path, STORED_SCHEMA))
 
     def rewards(self, name: str = "*") -> dict[str, array[float]]:
         """Return the rewards of the usable responses, by prompt id, in the order of the shards."""
         found: dict[str, array[float]] = {}
-        for path in self._paths(name):
+        for path in self.paths(name):
             table = read_table(path, _REWARD_SCHEMA)
             table = table.filter(usable_rows(table))
             for prompt_id, reward in zip(
@@ -187,7 +188,7 @@ class ShardStore:
         Not the top-up's of a probed prompt: only selected ones have them, and they were selected by their probe.
         """
         probed: set[str] = set()
-        for path in self._paths("probe"):
+        for path in self.paths("probe"):
             probed.update(read_table(path, _ID_SCHEMA)["prompt_id"].to_pylist())
         later = {name: rewards for name, rewards in self.rewards("topup").items() if name not in probed}
         return self.rewards("probe"), later
@@ -196,7 +197,7 @@ class ShardStore:
         """Return what can be measured of the usable responses to ``prompt_ids``, packed, in that order."""
         place = {prompt_id: row for row, prompt_id in enumerate(prompt_ids)}
         prompts, rewards, lengths, codes = array("q"), array("d"), array("i"), array("b")
-        for path in self._paths(name):
+        for path in self.paths(name):
             table = read_table(path, _MEASURED_SCHEMA)
             table = table.filter(usable_rows(table))
             prompts.extend(place[prompt_id] for prompt_id in table["prompt_id"].to_pylist())
@@ -213,7 +214,8 @@ class ShardStore:
             starts=torch.cat([ends.new_zeros(1), ends]),
         )
 
-    def _paths(self, name: str) -> list[Path]:
+    def paths(self, name: str = "*") -> list[Path]:
+        """Return the files of all shards of ``name``."""
         return sorted(self.folder.glob(f"{name}-[0-9]*.parquet"))
 
 

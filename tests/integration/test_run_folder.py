@@ -63,6 +63,7 @@ def rollouts(run: Path, iteration: int) -> dict[tuple[str, int], dict[str, Any]]
 
 def test_every_file_is_there(run: Path) -> None:
     expected = ["config.yaml", "metrics.csv", "checkpoints/last.ckpt", "policy/config.json", "samples.md"]
+    expected += ["report.html", "environment.json"]
     expected += ["policy/model.safetensors", "policy/tokenizer.json"]
     for iteration in ("000", "001"):
         expected += [

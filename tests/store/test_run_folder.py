@@ -43,6 +43,8 @@ def test_names_of_files_are_fixed(tmp_path: Path) -> None:
         "kept_policy": "policies/003",
         "export": "export-hf",
         "samples": "samples.md",
+        "report": "report.html",
+        "environment": "environment.json",
         "predictions": "predictions.jsonl",
         "prediction_parts": "predictions-parts",
         "lock": ".lock",

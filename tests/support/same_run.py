@@ -12,6 +12,8 @@ import torch
 
 OWN = ("metrics.csv", "checkpoints/last.ckpt")
 """Files that are compared by what they say."""
+TIMED = ("report.html", "environment.json")
+"""Files that say when and how long: both have them or none."""
 LOCK = ".lock"  # names the process that holds it, and stays
 
 
@@ -25,8 +27,8 @@ def rows(run: Path, pattern: str) -> dict[str, list[dict[str, Any]]]:
 def differences(one: Path, other: Path) -> list[str]:
     """Return what differs between two run folders: names of files, of weights and of states, rows of metrics.
 
-    All files count, with all their bytes. Of the checkpoint, what Lightning counts for itself (micro-batches, calls of
-    hooks) is left out: the data module counts for it.
+    All files count, with all their bytes, but those that say times. Of the checkpoint, what Lightning counts for
+    itself (micro-batches, calls of hooks) is left out: the data module counts for it.
     """
     files = [
         {str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir()}
@@ -35,7 +37,9 @@ def differences(one: Path, other: Path) -> list[str]:
     found = [f"only one has {name}" for name in sorted(files[0] ^ files[1])]
     both = sorted(files[0] & files[1])
     found += [
-        name for name in both if name not in OWN and (one / name).read_bytes() != (other / name).read_bytes()
+        name
+        for name in both
+        if name not in OWN + TIMED and (one / name).read_bytes() != (other / name).read_bytes()
     ]
     if "metrics.csv" in both:
         found += _rows_that_differ(metric_rows(one), metric_rows(other))

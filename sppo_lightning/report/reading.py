@@ -1,0 +1,86 @@
+"""Reads the files of a run's folder one by one, and notes what cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow as pa
+
+from sppo_lightning.store.run_folder import RunFolder
+from sppo_lightning.types import UserError
+
+T = TypeVar("T")
+
+
+class RunReader:
+    """The files of a run's folder, of which any may be missing, damaged or a link to elsewhere.
+
+    Args:
+        root: the run's folder.
+
+    Raises:
+        UserError: if it is no run.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.folder = RunFolder(root)
+        self.missing: list[str] = []
+        self._inside = root.resolve()
+        if not root.is_dir():
+            raise UserError(
+                f"{str(root)!r} is no folder: give a folder that was a fit's trainer.default_root_dir"
+            )
+        if not any(
+            path.exists() for path in (self.folder.config, self.folder.iterations, self.folder.evaluations)
+        ):
+            raise UserError(
+                f"{str(root)!r} is no run: it has neither config.yaml nor iterations/; give a folder that was a fit's "
+                "trainer.default_root_dir"
+            )
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder."""
+        return self._inside.name
+
+    def note(self, path: Path, what: str) -> None:
+        """Note what is missing, by the file's place in the folder.
+
+        Args:
+            path: of the file.
+            what: is the matter with it, and what the report lacks.
+        """
+        try:
+            place = path.relative_to(self.folder.root).as_posix()
+        except ValueError:
+            place = path.name
+        text = f"{place}: {what}"
+        if text not in self.missing:
+            self.missing.append(text)
+
+    def read(self, path: Path, read: Callable[[], T], *, lacks: str, optional: bool = False) -> T | None:
+        """Return what a file holds; ``None``, with a note, where it is not there or cannot be read.
+
+        Args:
+            path: of the file.
+            read: reads it.
+            lacks: what the report does not show without it.
+            optional: a run may lack it, which is not noted.
+        """
+        if not path.exists():
+            if not optional:
+                self.note(path, f"not there. {lacks}")
+            return None
+        if not path.resolve().is_relative_to(self._inside):
+            self.note(path, f"a link out of the run's folder, which is not followed. {lacks}")
+            return None
+        if not path.is_file():
+            self.note(path, f"no file. {lacks}")
+            return None
+        try:
+            return read()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, pa.ArrowException):
+            self.note(path, f"damaged, or of another version. {lacks}")
+            return None

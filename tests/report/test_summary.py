@@ -1,0 +1,116 @@
+"""The summary in JSON types and in Markdown, and several runs against each other."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from support.made_runs import MadeRun
+
+from sppo_lightning.report.comparison import check_comparable
+from sppo_lightning.report.markdown import markdown
+from sppo_lightning.report.run_data import read_run
+from sppo_lightning.report.settings import flat_settings
+from sppo_lightning.report.summary import POINTS, summary, thinned
+from sppo_lightning.types import UserError
+
+
+def test_held_out_numbers(tmp_path: Path) -> None:
+    """Rewards 0, 0.1, 0.2, 0.3; after one iteration 0.2 + 0.15 k: gains 0.2, 0.25, 0.3, 0.35."""
+    found = summary([read_run(MadeRun(tmp_path / "run").write().root)])
+    initial, first, _ = found["runs"][0]["held_out"]
+    assert initial["measures"]["reward"] == pytest.approx(
+        {"mean": 0.15, "stderr": math.sqrt(0.05 / 3) / 2, "size": 4}
+    )
+    assert "gain" not in initial["measures"]
+    assert first["measures"]["gain"]["mean"] == pytest.approx(0.275)
+    assert first["measures"]["win_rate"] == {"mean": 1.0, "stderr": 0.0, "size": 4}
+    assert first["measures"]["length"]["mean"] == 9.0
+    assert first["measures"]["kl"]["mean"] == 0.05
+    assert first["measures"]["kl"]["stderr"] is None
+
+
+def test_phases_have_times_and_tokens(tmp_path: Path) -> None:
+    """Iteration 0 answers the held-out prompts twice: 4 x 10 tokens before it, 4 x 9 after."""
+    (run,) = summary([read_run(MadeRun(tmp_path / "run").write().root)])["runs"]
+    phases = {(one["iteration"], one["phase"]): (one["seconds"], one["tokens"]) for one in run["phases"]}
+    assert phases[0, "probing"] == (2.0, 132)
+    assert phases[0, "evaluating"] == (None, 76)
+    assert phases[1, "evaluating"] == (None, 32)
+    assert phases[1, "training"] == (5.0, 45)
+    assert run["iteration_steps"] == {"0": 0, "1": 5}
+
+
+def test_a_summary_is_json_without_nan(tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run", held_out=1).write()  # one prompt has no standard error
+    found = summary([read_run(made.root)])
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["runs"][0]["held_out"][0]["measures"]["reward"]["stderr"] is None
+
+
+def test_no_folder_of_the_machine_is_named(tmp_path: Path) -> None:
+    found = summary([read_run(MadeRun(tmp_path / "run").write().root)])
+    assert str(tmp_path) not in json.dumps(found)
+    settings = found["runs"][0]["settings"]
+    assert settings["trainer.default_root_dir"] == "…/run"
+    assert settings["model.policy.pretrained"] == "…/tiny"
+
+
+def test_settings_are_flat() -> None:
+    config = {"a": {"b": [1, 2]}, "c": [{"d": "x"}, None], "e": {}, "f": "owner/name"}
+    assert flat_settings(config) == {"a.b": "1, 2", "c[0].d": "x", "c[1]": None, "e": "{}", "f": "owner/name"}
+
+
+def test_long_curves_are_averaged() -> None:
+    steps, values = thinned((list(range(10_000)), [float(step) for step in range(10_000)]))
+    assert len(steps) == POINTS
+    assert values == sorted(values)
+    assert values[0] == pytest.approx(7.5)  # of 16 values
+    assert thinned(([2, 1], [5.0, math.nan])) == ([2], [5.0])
+
+
+def test_runs_are_compared_prompt_by_prompt(tmp_path: Path) -> None:
+    one = MadeRun(tmp_path / "one").write()
+    other = MadeRun(tmp_path / "other", lift=0.5, config={"seed_everything": 4}).write()
+    runs = [read_run(made.root) for made in (one, other)]
+    check_comparable(runs)
+    comparison = summary(runs)["comparison"]
+    assert comparison["settings"] == {"seed_everything": [3, 4]}
+    assert [item["finished"] for item in comparison["differences"]] == [1, 2]
+    for item in comparison["differences"]:
+        assert item["reward"]["mean"] == pytest.approx(0.5)
+        assert item["reward"]["stderr"] == pytest.approx(0.0, abs=1e-9)
+        assert item["win_rate"]["mean"] == 1.0
+
+
+def test_other_held_out_prompts_are_refused(tmp_path: Path) -> None:
+    runs = [
+        read_run(MadeRun(tmp_path / f"run{held_out}", held_out=held_out).write().root) for held_out in (4, 3)
+    ]
+    with pytest.raises(
+        UserError, match=r"the runs run4 and run3 have different held-out prompts \(4 and 3, 3 of"
+    ):
+        check_comparable(runs)
+
+
+def test_markdown(tmp_path: Path) -> None:
+    runs = [
+        read_run(MadeRun(tmp_path / name, lift=lift).write().root)
+        for name, lift in (("one", 0.0), ("two", 0.5))
+    ]
+    text = markdown(summary(runs))
+    assert (
+        "| after 1 iteration(s) | 0.425 ± 0.190 | +0.275 ± 0.063 | 100.0% ± 0.0% | 0.050 | 9.0 ± 0.0 |"
+        in text
+    )
+    assert "| 0 | 0.500 | 0.250 / 0.500 / 0.750 | 3 | 6 not_selected, 3 tied_rewards | 8 |" in text
+    assert "| 2 iteration(s) | accept | after 2 iteration(s) | 1 |  |" in text
+    assert "| two | 1 iteration(s) | +0.500 ± 0.000 | 100.0% ± 0.0% | +0.0 ± 0.0 |" in text
+
+
+def test_markdown_of_hostile_names(tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "<img src=x>|`run`").write()
+    text = markdown(summary([read_run(made.root)]))
+    assert text.startswith("# &lt;img src=x>\\|\\`run\\`\n")
