@@ -26,6 +26,7 @@ from sppo_lightning.callbacks import (
     DisplacementWarning,
     InitialEvaluation,
     IterationGate,
+    IterationHistograms,
     LearningDiagnostics,
     PhaseMemory,
     PhaseTimes,
@@ -40,6 +41,8 @@ from sppo_lightning.callbacks.run_config import RunConfigFile
 from sppo_lightning.cli.estimate import SelfPlayTrainer, plan_on_cpu, planned_sharding
 from sppo_lightning.cli.parse_errors import check_config_files, class_paths, explain
 from sppo_lightning.datamodule import SelfPlayDataModule
+from sppo_lightning.loggers.runs import continue_runs
+from sppo_lightning.loggers.settings import check_loggers, tracker_errors
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.paths import expand_path
 from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
@@ -103,7 +106,7 @@ class SelfPlayCLI(LightningCLI):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.start: Path | None = None  # checkpoint of the run folder that fit resumes from
-        with ExitStack() as self._held:
+        with ExitStack() as self._held, tracker_errors():
             super().__init__(*args, **kwargs)
 
     @staticmethod
@@ -166,6 +169,8 @@ class SelfPlayCLI(LightningCLI):
         self.run_config = masked(given)
         for name in ("ckpt_path", "weights_only", "verbose", "return_predictions", "config"):
             self.run_config.pop(name, None)
+        if self.subcommand != "estimate" and is_first_process(os.environ):
+            check_loggers(config.trainer.logger)
         self._derive(config)
         self._check_optimizer(config.model.optimizer)
         planned_sharding(
@@ -187,6 +192,7 @@ class SelfPlayCLI(LightningCLI):
                     sections=SECTIONS,
                     given=None if given is None else Path(given),
                 )
+                continue_runs(self.folder, config.trainer.logger)
 
     def _freeze_defaults(self, config: Any) -> None:
         """Fill in what follows from this machine and this day, or, in a folder that holds a run, from that run's."""
@@ -259,6 +265,7 @@ class SelfPlayCLI(LightningCLI):
         defaults += [
             LearningDiagnostics(),
             DisplacementWarning(),
+            IterationHistograms(),
             SampleTable(),
             PolicyExport(),
             RunSummary(),
