@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 MODEL := .cache/smollm2-135m-instruct
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: quickstart test test-slow lint format bench gpu-check clean
+.PHONY: quickstart test test-slow test-loggers lint format bench gpu-check clean
 
 quickstart: $(VENV)/run.done $(MODEL)/config.json
 	$(BIN)/sppo-lightning fit --config configs/quickstart.yaml
@@ -16,6 +16,9 @@ test: $(VENV)/dev.done
 
 test-slow: $(VENV)/dev.done $(MODEL)/config.json
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+test-loggers: $(VENV)/loggers.done
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/loggers
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .
@@ -48,6 +51,10 @@ $(VENV)/run.done: pyproject.toml requirements/pins.txt
 
 $(VENV)/dev.done: $(VENV)/run.done
 	@$(PIP) -c requirements/pins.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/loggers.done: $(VENV)/dev.done
+	@$(PIP) -c requirements/pins.txt -e '.[loggers]'
 	@touch $@
 
 $(VENV)/bench.done: $(VENV)/dev.done

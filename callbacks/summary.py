@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
@@ -35,7 +36,7 @@ class RunSummary(SelfPlayCallback):
         """Print the summary."""
         datamodule = self_play_data(trainer)
         print()
-        print_parts(self.parts(datamodule.folder, datamodule.rules.iterations))
+        print_parts(self.parts(datamodule.folder, datamodule.rules.iterations), sys.stdout)
 
     def render(self, folder: RunFolder, iterations: int) -> str:
         """Return the summary of a run folder as plain lines."""

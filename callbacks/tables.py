@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -85,21 +85,21 @@ def plain_text(parts: Sequence[Part]) -> str:
     return "\n".join(line for part in parts for line in ([part] if isinstance(part, str) else part.plain()))
 
 
-def print_parts(parts: Sequence[Part]) -> None:
-    """Print a summary: with tables as wide as the terminal, or as plain lines where standard output is none.
+def print_parts(parts: Sequence[Part], file: TextIO) -> None:
+    """Print a summary: with tables as wide as the terminal, or as plain lines where ``file`` is none.
 
     ``NO_COLOR`` and ``TERM=dumb`` ask for plain lines too.
     """
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
-        print(for_terminal(plain_text(parts)), flush=True)
+    if not file.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        print(for_terminal(plain_text(parts)), file=file, flush=True)
         return
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(file=file, highlight=False)
     for part in parts:
         if isinstance(part, str):
             console.print(_text(part), soft_wrap=True)  # so that a command can be copied
         else:
             console.print(part.rich())
-    sys.stdout.flush()
+    file.flush()
 
 
 def _text(cell: str) -> Text:

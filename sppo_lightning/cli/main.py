@@ -42,7 +42,7 @@ from sppo_lightning.cli.estimate import SelfPlayTrainer, plan_on_cpu, planned_sh
 from sppo_lightning.cli.parse_errors import check_config_files, class_paths, explain
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.loggers.runs import continue_runs
-from sppo_lightning.loggers.settings import check_loggers, tracker_errors
+from sppo_lightning.loggers.settings import check_loggers, hide_command_line, tracker_errors
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.paths import expand_path
 from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
@@ -167,6 +167,8 @@ class SelfPlayCLI(LightningCLI):
                 f"{lost} is masked, as a run's config.yaml holds it: give the secret itself again"
             )
         self.run_config = masked(given)
+        if self.run_config != given:
+            hide_command_line()
         for name in ("ckpt_path", "weights_only", "verbose", "return_predictions", "config"):
             self.run_config.pop(name, None)
         if self.subcommand != "estimate" and is_first_process(os.environ):

@@ -132,13 +132,18 @@ def _check_reachable(key: str, address: str) -> None:
         ) from error
 
 
+def hide_command_line() -> None:
+    """Keep W&B, which records the command line, from recording it: it may hold a secret."""
+    os.environ["WANDB_X_DISABLE_META"] = "true"
+
+
 @contextmanager
 def tracker_errors() -> Iterator[None]:
     """Turn an error of a tracker's package, such as a missing login, into a :class:`UserError`."""
     try:
         yield
     except Exception as error:
-        package = type(error).__module__.partition(".")[0]
+        package = type(error).__module__.partition(".")[0].replace("sqlalchemy", "mlflow")  # its database's
         tracker = next((found for found in TRACKERS.values() if found.package == package), None)
         if tracker is None:
             raise
