@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 MODEL := .cache/smollm2-135m-instruct
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: quickstart test test-slow test-browser lint format bench gpu-check clean
+.PHONY: quickstart test test-slow test-browser test-loggers lint format bench gpu-check clean
 
 quickstart: $(VENV)/run.done $(MODEL)/config.json
 	$(BIN)/sppo-lightning fit --config configs/quickstart.yaml
@@ -20,6 +20,9 @@ test-slow: $(VENV)/dev.done $(MODEL)/config.json
 # the report in a real browser; Chromium is Debian's where there is none
 test-browser: $(VENV)/browser.done
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/report
+
+test-loggers: $(VENV)/loggers.done
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/loggers
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .
@@ -57,6 +60,10 @@ $(VENV)/dev.done: $(VENV)/run.done
 $(VENV)/browser.done: $(VENV)/dev.done
 	@$(PIP) -c requirements/pins.txt -e '.[browser]'
 	@command -v chromium chromium-browser google-chrome || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium)
+	@touch $@
+
+$(VENV)/loggers.done: $(VENV)/dev.done
+	@$(PIP) -c requirements/pins.txt -e '.[loggers]'
 	@touch $@
 
 $(VENV)/bench.done: $(VENV)/dev.done

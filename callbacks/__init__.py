@@ -12,6 +12,7 @@ from sppo_lightning.callbacks.difficulty import DifficultyReestimation
 from sppo_lightning.callbacks.displacement import DisplacementWarning
 from sppo_lightning.callbacks.export import PolicyExport
 from sppo_lightning.callbacks.gate import IterationGate
+from sppo_lightning.callbacks.histograms import IterationHistograms
 from sppo_lightning.callbacks.initial_evaluation import InitialEvaluation
 from sppo_lightning.callbacks.memory import PhaseMemory
 from sppo_lightning.callbacks.progress import SelfPlayProgress
@@ -26,6 +27,7 @@ __all__ = [
     "DisplacementWarning",
     "InitialEvaluation",
     "IterationGate",
+    "IterationHistograms",
     "LearningDiagnostics",
     "PhaseMemory",
     "PhaseTimes",

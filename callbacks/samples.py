@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from sppo_lightning.callbacks.base import SelfPlayCallback
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.evaluation.held_out import load_evaluation
+from sppo_lightning.loggers.media import Rows, markdown_table, media_of
 from sppo_lightning.system.durable import write_atomically
-from sppo_lightning.text import for_markdown
 from sppo_lightning.types import Rollout
+
+COLUMNS = ("prompt", "initial_response", "initial_reward", "response", "reward")
 
 
 class SampleTable(SelfPlayCallback):
-    """Writes ``samples.md`` after each evaluation, and shows it in TensorBoard.
+    """Writes ``samples.md`` after each evaluation, and gives the same table to the loggers that show tables.
 
     Args:
         prompts: held-out prompts in the table.
@@ -42,29 +44,36 @@ class SampleTable(SelfPlayCallback):
         after = load_evaluation(data.folder.evaluation(f"{finished:03d}"))
         if before is None or after is None:
             return
-        text = self.render(before[: self.prompts], after, finished)
-        write_atomically(data.folder.samples, text.encode())
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("samples", text, trainer.global_step)
+        rows = self.rows(before[: self.prompts], after)
+        write_atomically(data.folder.samples, self.render(rows, finished).encode())
+        for media in map(media_of, trainer.loggers):
+            if media is not None:
+                media.log_table("samples", COLUMNS, rows, trainer.global_step)
 
-    def render(self, before: Sequence[Rollout], after: Sequence[Rollout], finished: int) -> str:
-        """Return a Markdown table of the prompts in ``before``."""
+    def rows(self, before: Sequence[Rollout], after: Sequence[Rollout]) -> Rows:
+        """Return a row of :data:`COLUMNS` for each prompt in ``before`` that has an answer in ``after``."""
         now = {row.prompt_id: row for row in after}
-        lines = [
-            f"| prompt | initial policy | reward | after {finished} iteration(s) | reward |",
-            "|---|---|---|---|---|",
+        both = [(row, now[row.prompt_id]) for row in before if row.prompt_id in now]
+        return [
+            (
+                self._cut(row.prompt),
+                self._cut(row.response),
+                _number(row.reward),
+                self._cut(new.response),
+                _number(new.reward),
+            )
+            for row, new in both
         ]
-        for row in before:
-            new = now.get(row.prompt_id)
-            if new is not None:
-                texts = [self._cell(text) for text in (row.prompt, row.response, new.response)]
-                lines.append(
-                    f"| {texts[0]} | {texts[1]} | {row.reward:.3f} | {texts[2]} | {new.reward:.3f} |"
-                )
-        return "\n".join(lines) + "\n"
 
-    def _cell(self, text: str) -> str:
+    def render(self, rows: Rows, finished: int) -> str:
+        """Return the rows as a Markdown table."""
+        headings = ("prompt", "initial policy", "reward", f"after {finished} iteration(s)", "reward")
+        return markdown_table(headings, rows)
+
+    def _cut(self, text: str) -> str:
         flat = " ".join(text.split())
-        cut = flat if len(flat) <= self.max_characters else flat[: self.max_characters - 1] + "…"
-        return for_markdown(cut)
+        return flat if len(flat) <= self.max_characters else flat[: self.max_characters - 1] + "…"
+
+
+def _number(reward: float | None) -> float:
+    return math.nan if reward is None else reward

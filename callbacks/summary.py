@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shlex
+import sys
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
 from sppo_lightning.callbacks.base import SelfPlayCallback
+from sppo_lightning.callbacks.tables import AnswerTable, Part, SummaryTable, plain_text, print_parts
 from sppo_lightning.datamodule import self_play_data
 from sppo_lightning.evaluation.gate import best_finished, read_decisions
 from sppo_lightning.evaluation.held_out import load_evaluation
 from sppo_lightning.evaluation.results import HEADINGS, held_out_results
 from sppo_lightning.store.run_folder import RunFolder
-from sppo_lightning.text import for_terminal
+
+ITERATION_COLUMNS = ("k", "reward", "difficulty q25 / q50 / q75", "selected", "pairs", "dropped")
 
 
 class RunSummary(SelfPlayCallback):
@@ -32,19 +35,20 @@ class RunSummary(SelfPlayCallback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the summary."""
         datamodule = self_play_data(trainer)
-        summary = self.render(datamodule.folder, datamodule.rules.iterations)
-        print("\n" + for_terminal(summary), flush=True)
+        print()
+        print_parts(self.parts(datamodule.folder, datamodule.rules.iterations), sys.stdout)
 
     def render(self, folder: RunFolder, iterations: int) -> str:
+        """Return the summary of a run folder as plain lines."""
+        return plain_text(self.parts(folder, iterations))
+
+    def parts(self, folder: RunFolder, iterations: int) -> list[Part]:
         """Return the summary of a run folder.
 
         ``reward`` is the mean over the prompts sampled in the iteration: all candidates where difficulty is
         estimated anew, the selected ones otherwise.
         """
-        lines = ["Iterations"]
-        lines.append(
-            f"  {'k':>2} {'reward':>8} {'difficulty q25 / q50 / q75':>27} {'selected':>9} {'pairs':>6}  dropped"
-        )
+        rows = []
         for number in range(iterations):
             manifest = folder.iteration(number).read_manifest()
             if manifest is None or not manifest["complete"]:
@@ -52,10 +56,10 @@ class RunSummary(SelfPlayCallback):
             metrics, counts = manifest["metrics"], manifest["counts"]
             quartiles = " / ".join(f"{metrics[f'iteration/difficulty/q{q}']:.3f}" for q in (25, 50, 75))
             dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(manifest["dropped"].items()))
-            lines.append(
-                f"  {number:>2} {metrics['iteration/reward/mean']:>8.3f} {quartiles:>27} "
-                f"{counts['selected']:>9} {counts['pairs']:>6}  {dropped or 'none'}"
-            )
+            reward = f"{metrics['iteration/reward/mean']:.3f}"
+            sizes = (str(counts["selected"]), str(counts["pairs"]))
+            rows.append((str(number), reward, quartiles, *sizes, dropped or "none"))
+        lines: list[Part] = ["Iterations", SummaryTable(ITERATION_COLUMNS, rows, (2, 8, 27, 9, 6))]
         lines += self._evaluations(folder, iterations)
         lines += [
             f"  after {item.finished} iteration(s), {item.action}: {'; '.join(item.reasons)}"
@@ -86,27 +90,22 @@ class RunSummary(SelfPlayCallback):
             "  another rule, seed or model: add e.g. --data.selection.init_args.fraction 0.5 "
             "--trainer.default_root_dir runs/other",
         ]
-        return "\n".join(lines)
+        return lines
 
-    def _evaluations(self, folder: RunFolder, iterations: int) -> list[str]:
+    def _evaluations(self, folder: RunFolder, iterations: int) -> list[Part]:
         initial = load_evaluation(folder.evaluation("000"))
         if initial is None:
             return []
         results = held_out_results(folder, iterations)
-        lines = ["", "Held-out prompts (greedy answers)"]
-        for after, reward, gain, wins, tokens in (HEADINGS, *(result.cells for result in results)):
-            lines.append(f"  {after:>16} {reward:>16} {gain:>20} {wins:>9} {tokens:>7}")
+        table = SummaryTable(HEADINGS, [result.cells for result in results], (16, 16, 20, 9, 7))
+        parts: list[Part] = ["", "Held-out prompts (greedy answers)", table]
         last = load_evaluation(folder.evaluation(f"{results[-1].finished:03d}"))
         if last is not None and results[-1].finished > 0 and self.prompts:
-            lines += ["", "Some answers, before and after"]
             now = {row.prompt_id: row for row in last}
-            for row in initial[: self.prompts]:
-                lines += [
-                    f"  {_line(row.prompt)}",
-                    f"    before ({row.reward:.2f})  {_line(row.response)}",
-                    f"    after  ({now[row.prompt_id].reward:.2f})  {_line(now[row.prompt_id].response)}",
-                ]
-        return lines
+            both = [(row, now[row.prompt_id]) for row in initial[: self.prompts]]
+            answers = [(old.prompt, old.reward, old.response, new.reward, new.response) for old, new in both]
+            parts += ["", "Some answers, before and after", AnswerTable(answers)]
+        return parts
 
 
 def _policies(folder: RunFolder, iterations: int) -> list[str]:
@@ -126,8 +125,3 @@ def _policies(folder: RunFolder, iterations: int) -> list[str]:
 
 def _policy(finished: int) -> str:
     return f"the policy after {finished} iteration(s)" if finished else "the initial policy"
-
-
-def _line(text: str, width: int = 96) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= width else flat[: width - 1] + "…"

@@ -32,6 +32,7 @@ _OF_A_TEXT = _words(
 # what stands before ``keys`` and ``tokens`` where they are secrets
 _SEVERAL = _words("access admin api private ssh")
 _USER = re.compile(r"(://[^/@\s:]*:)[^/@\s]+(?=@)")
+_QUERY = re.compile(r"([?&]([\w.-]+)=)[^&#\s'\"]+")
 _BEARER = re.compile(r"\b(bearer)\s+[^\s'\",;)}\]]+", re.IGNORECASE)
 
 
@@ -78,8 +79,9 @@ def _masked(value: Any, *, secret: bool) -> Any:
 
 
 def without_passwords(text: str, instead: str = "…") -> str:
-    """Return a text without passwords in addresses and without bearer tokens."""
+    """Return a text without passwords and keys in addresses, and without bearer tokens."""
     text = _USER.sub(lambda found: found[1] + instead, text)
+    text = _QUERY.sub(lambda found: found[1] + instead if names_secret(found[2]) else found[0], text)
     return _BEARER.sub(lambda found: f"{found[1]} {instead}", text)
 
 

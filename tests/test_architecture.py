@@ -20,7 +20,7 @@ seeding paths text redaction limits
 losses schedules difficulty
 selection pairing system prompts
 store policy
-resume pair_forward rewards
+resume pair_forward rewards loggers
 generation training
 rollouts
 iteration evaluation memory
@@ -89,10 +89,11 @@ PUBLIC = {
         WeightSync
     """,
     "sppo_lightning.callbacks": """
-        DifficultyReestimation DisplacementWarning InitialEvaluation IterationGate LearningDiagnostics PhaseMemory
-        PhaseTimes PolicyExport ReportFile RunCheckpoint RunSummary SampleTable SelfPlayCallback SelfPlayProgress
-        WeightUpdateCheck
+        DifficultyReestimation DisplacementWarning InitialEvaluation IterationGate IterationHistograms
+        LearningDiagnostics PhaseMemory PhaseTimes PolicyExport ReportFile RunCheckpoint RunSummary SampleTable
+        SelfPlayCallback SelfPlayProgress WeightUpdateCheck
     """,
+    "sppo_lightning.loggers": "TrackioLogger",
     "sppo_lightning.pair_forward": "AutoForward PairForward PlainForward SharedForward VarlenForward",
     "sppo_lightning.export": """
         Exporter FinishedRun GGUFReadyModel HFModel MergedModel PEFTAdapter SavedPolicy

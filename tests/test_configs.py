@@ -12,9 +12,13 @@ import pytest
 import yaml
 
 from sppo_lightning.__main__ import main
+from sppo_lightning.loggers.settings import TRACKERS
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "recipes")
+CONFIGS = sorted(
+    path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ("recipes", "loggers")
+)
+LOGGERS = sorted((ROOT / "configs/loggers").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -29,6 +33,22 @@ def test_config_parses_and_prints_back(path: Path, capsys: pytest.CaptureFixture
     reestimates = any(item["class_path"].endswith("DifficultyReestimation") for item in callbacks)
     again = not printed["data"]["schedule"]["class_path"].endswith("DisjointSplits")
     assert reestimates == again  # where no prompt comes twice there is nothing to estimate again
+
+
+@pytest.mark.parametrize("path", LOGGERS, ids=lambda path: path.stem)
+def test_a_loggers_config_is_given_after_a_runs_own(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["fit", f"--config={ROOT}/configs/quickstart.yaml", f"--config={path}", "--print_config"])
+    assert left.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    logger = yaml.safe_load(path.read_text())["trainer"]["logger"]
+    assert printed["trainer"]["logger"]["class_path"] == logger["class_path"]
+    assert logger["init_args"].items() <= printed["trainer"]["logger"]["init_args"].items()
+    assert printed["data"]["iterations"] == 3
+
+
+def test_each_tracker_has_a_config() -> None:
+    assert {path.stem for path in LOGGERS} == {tracker.package for tracker in TRACKERS.values()}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -60,6 +60,7 @@ def test_masked_golden() -> None:
             "headers": {"Authorization": "Basic abc", "accept": "json", "x": "Bearer abc"},
             "credentials": {"user": "me", "nested": {"a": "b"}, "use": True},
             "url": "https://me:pw@host/v1?x=1",
+            "server_url": "https://host/?write_token=abc&page=2",
             "weights": {"key": {"class_path": "mine.Reward", "init_args": {"scale": 2.0, "secret": "x"}}},
         },
     }
@@ -76,6 +77,7 @@ def test_masked_golden() -> None:
             "headers": {"Authorization": MASK, "accept": "json", "x": f"Bearer {MASK}"},
             "credentials": {"user": MASK, "nested": {"a": MASK}, "use": True},
             "url": f"https://me:{MASK}@host/v1?x=1",
+            "server_url": f"https://host/?write_token={MASK}&page=2",
             "weights": {"key": {"class_path": "mine.Reward", "init_args": {"scale": 2.0, "secret": MASK}}},
         },
     }
@@ -83,7 +85,8 @@ def test_masked_golden() -> None:
     assert list(masked_keys(masked(given))) == [
         *("init_args.api_key", "init_args.password", "init_args.hf_token[0]", "init_args.hf_token[1]"),
         *("init_args.headers.Authorization", "init_args.headers.x", "init_args.credentials.user"),
-        *("init_args.credentials.nested.a", "init_args.url", "init_args.weights.key.init_args.secret"),
+        *("init_args.credentials.nested.a", "init_args.url", "init_args.server_url"),
+        "init_args.weights.key.init_args.secret",
     ]
     assert list(masked_keys(given)) == []
 

@@ -26,6 +26,7 @@ from sppo_lightning.callbacks import (
     DisplacementWarning,
     InitialEvaluation,
     IterationGate,
+    IterationHistograms,
     LearningDiagnostics,
     PhaseMemory,
     PhaseTimes,
@@ -42,6 +43,8 @@ from sppo_lightning.callbacks.run_config import RunConfigFile
 from sppo_lightning.cli.estimate import SelfPlayTrainer, plan_on_cpu, planned_sharding
 from sppo_lightning.cli.parse_errors import check_config_files, class_paths, explain
 from sppo_lightning.datamodule import SelfPlayDataModule
+from sppo_lightning.loggers.runs import continue_runs
+from sppo_lightning.loggers.settings import check_loggers, hide_command_line, tracker_errors
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.paths import expand_path
 from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
@@ -105,7 +108,7 @@ class SelfPlayCLI(LightningCLI):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.start: Path | None = None  # checkpoint of the run folder that fit resumes from
-        with ExitStack() as self._held:
+        with ExitStack() as self._held, tracker_errors():
             super().__init__(*args, **kwargs)
 
     @staticmethod
@@ -166,8 +169,12 @@ class SelfPlayCLI(LightningCLI):
                 f"{lost} is masked, as a run's config.yaml holds it: give the secret itself again"
             )
         self.run_config = masked(given)
+        if self.run_config != given:
+            hide_command_line()
         for name in ("ckpt_path", "weights_only", "verbose", "return_predictions", "config"):
             self.run_config.pop(name, None)
+        if self.subcommand != "estimate" and is_first_process(os.environ):
+            check_loggers(config.trainer.logger)
         self._derive(config)
         self._check_optimizer(config.model.optimizer)
         planned_sharding(
@@ -189,6 +196,7 @@ class SelfPlayCLI(LightningCLI):
                     sections=SECTIONS,
                     given=None if given is None else Path(given),
                 )
+                continue_runs(self.folder, config.trainer.logger)
 
     def _freeze_defaults(self, config: Any) -> None:
         """Fill in what follows from this machine and this day, or, in a folder that holds a run, from that run's."""
@@ -261,6 +269,7 @@ class SelfPlayCLI(LightningCLI):
         defaults += [
             LearningDiagnostics(),
             DisplacementWarning(),
+            IterationHistograms(),
             SampleTable(),
             PolicyExport(),
             ReportFile(),

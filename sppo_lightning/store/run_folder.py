@@ -30,6 +30,11 @@ class RunFolder:
         return self.root / "config.yaml"
 
     @property
+    def loggers(self) -> Path:
+        """The runs of experiment trackers that this run logs to."""
+        return self.root / "loggers.json"
+
+    @property
     def metrics(self) -> Path:
         """All metrics that were logged."""
         return self.root / "metrics.csv"

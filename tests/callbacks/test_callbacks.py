@@ -170,7 +170,9 @@ def test_phase_times_add_up_to_the_iterations_time(monkeypatch: pytest.MonkeyPat
 def test_sample_table_shows_both_answers_and_escapes_them() -> None:
     before = [rollout("a", "one | two\nthree", 0.25), rollout("b", "<script>", 0.0)]
     after = [rollout("b", "x" * 50, 1.0), rollout("a", "better", 0.5)]
-    lines = SampleTable(max_characters=20).render(before, after, finished=2).splitlines()
+    table = SampleTable(max_characters=20)
+    lines = table.render(table.rows(before, after), finished=2).splitlines()
+    assert lines[0] == "| prompt | initial policy | reward | after 2 iteration(s) | reward |"
     assert lines[2] == "| say a | one \\| two three | 0.250 | better | 0.500 |"
     assert lines[3] == f"| say b | &lt;script> | 0.000 | {'x' * 19}… | 1.000 |"
 
