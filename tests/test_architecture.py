@@ -94,7 +94,8 @@ PUBLIC = {
     """,
     "sppo_lightning.pair_forward": "AutoForward PairForward PlainForward SharedForward VarlenForward",
     "sppo_lightning.export": """
-        Exporter FinishedRun GGUFReadyModel HFModel MergedModel PEFTAdapter SavedPolicy
+        DataExporter ExportFormat Exporter FinishedRun GGUFReadyModel HFModel MergedModel PEFTAdapter PreferenceData
+        SavedPolicy StoredRun
     """,
 }
 """Class paths that a config or a user's module may name."""

@@ -10,10 +10,9 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import yaml
 
-from sppo_lightning.limits import check_size
-from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
+from sppo_lightning.export.stored_run import PRECISIONS, read_run
+from sppo_lightning.policy.config import PolicyConfig
 from sppo_lightning.policy.pretrained import DTYPES, load_model_config
 from sppo_lightning.resume.checkpoints import state_file
 from sppo_lightning.store.run_folder import RunFolder
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 RECORD = "run.json"  # in a policy's folder: its iteration and fingerprint
-PRECISIONS = {"None": "32-true", "32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
 @dataclass(frozen=True)
@@ -124,29 +122,8 @@ def open_run(root: Path, *, iteration: int | Literal["best"] | None = None) -> F
     Raises:
         UserError: if this is no run, or the policy is not there.
     """
-    folder = RunFolder(root)
-    path = folder.config
-    if not path.is_file():
-        raise UserError(
-            f"{str(root)!r} is no run: it has no config.yaml; give a folder that was a fit's trainer.default_root_dir"
-        )
-    try:
-        config = yaml.safe_load(path.read_bytes())
-        check_size(config)
-        settings = dict(config["model"]["policy"])
-        if settings.get("lora") is not None:
-            settings["lora"] = LoRAConfig(**settings["lora"])
-        policy = PolicyConfig(**settings)
-        precision = str(config["trainer"].get("precision"))
-        if PRECISIONS.get(precision, precision) not in COMPUTE_DTYPES:
-            raise KeyError(f"trainer.precision: {precision}")
-    except UserError:
-        raise
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read as a run's config ({' '.join(str(error).split())}): restore it, or export with "
-            "the version of sppo-lightning that wrote it"
-        ) from error
+    found = read_run(root)
+    folder, config, policy = found.folder, found.config, found.policy_config
     place = folder.policy
     latest = _iteration_of(place, folder) if place.is_dir() else None
     if latest is None:
