@@ -27,7 +27,7 @@ iteration evaluation memory
 module
 export preflight
 datamodule
-callbacks
+callbacks chat
 cli
 __main__ __init__
 """

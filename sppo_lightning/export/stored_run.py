@@ -8,6 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 
 from sppo_lightning.limits import check_size
@@ -38,6 +39,11 @@ class StoredRun:
     config: Mapping[str, Any]
     policy_config: PolicyConfig
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the products in training."""
+        return compute_dtype(self.config)
+
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the policy's tokenizer with the chat template that the run's prompts got, and set its clock.
 
@@ -56,6 +62,12 @@ class StoredRun:
         )
         choose_chat_template(tokenizer, policy.chat_template, key=f"{key}.chat_template")
         return tokenizer
+
+
+def compute_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """Return the dtype of the products in training; ``config``: of a run."""
+    precision = str(config["trainer"].get("precision"))
+    return COMPUTE_DTYPES[PRECISIONS.get(precision, precision)]
 
 
 def read_run(root: Path) -> StoredRun:
@@ -80,9 +92,7 @@ def read_run(root: Path) -> StoredRun:
         if settings.get("lora") is not None:
             settings["lora"] = LoRAConfig(**settings["lora"])
         policy = PolicyConfig(**settings)
-        precision = str(config["trainer"].get("precision"))
-        if PRECISIONS.get(precision, precision) not in COMPUTE_DTYPES:
-            raise KeyError(f"trainer.precision: {precision}")
+        compute_dtype(config)
     except UserError:
         raise
     except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
