@@ -48,6 +48,10 @@ def _run(given: list[str]) -> None:
             from sppo_lightning.chat.command import main as chat
 
             chat(given[1:])
+        elif given[:1] == ["watch"]:
+            from sppo_lightning.watch.command import main as watch
+
+            watch(given[1:])
         else:
             from sppo_lightning.cli.main import run
 

@@ -27,7 +27,7 @@ iteration evaluation memory
 module
 export preflight
 datamodule
-callbacks chat
+callbacks chat watch
 cli
 __main__ __init__
 """
