@@ -17,9 +17,11 @@ from sppo_lightning.text import for_terminal
 from sppo_lightning.types import Stopped, UserError
 
 COMMANDS = {
+    "chat": "sppo_lightning.chat.command:main",
     "export": "sppo_lightning.export.command:main",
     "report": "sppo_lightning.report.command:main",
     "study": "sppo_lightning.study.command:main",
+    "watch": "sppo_lightning.watch.command:main",
 }
 """Commands of their own, beside those of LightningCLI; imported when they are asked for."""
 READER_GONE = 128 + 13  # as a shell counts SIGPIPE

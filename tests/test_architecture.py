@@ -27,7 +27,7 @@ iteration evaluation memory
 module
 export preflight report
 datamodule
-callbacks study
+callbacks chat study watch
 cli
 __main__ __init__
 """
@@ -96,7 +96,8 @@ PUBLIC = {
     "sppo_lightning.loggers": "TrackioLogger",
     "sppo_lightning.pair_forward": "AutoForward PairForward PlainForward SharedForward VarlenForward",
     "sppo_lightning.export": """
-        Exporter FinishedRun GGUFReadyModel HFModel MergedModel PEFTAdapter SavedPolicy
+        DataExporter ExportFormat Exporter FinishedRun GGUFReadyModel HFModel MergedModel PEFTAdapter PreferenceData
+        SavedPolicy StoredRun
     """,
 }
 """Class paths that a config or a user's module may name."""

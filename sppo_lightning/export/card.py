@@ -54,12 +54,12 @@ def model_card(exporter: Exporter, policy: SavedPolicy, check: Check | None) -> 
         f"among its own responses, which a reward ranked. This folder holds {exporter.holds}.",
         *_results(source),
         "## Settings",
-        _table(("setting", "value"), settings(source)),
+        table(("setting", "value"), settings(source)),
         *(["## How to load it", *loading] if loading else []),
         "## Check",
         *_check(source, check),
         "## Made with",
-        _versions(),
+        versions(),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -76,6 +76,18 @@ def settings(source: FinishedRun) -> Iterator[tuple[str, str]]:
         yield "trained", f"all weights, held in {held}"
     yield "iterations", f"{source.iteration + 1} of {data['iterations']}"
     yield "epochs in each", str(data.get("epochs_per_iteration", 1))
+    yield from data_settings(data)
+    yield "loss", component(model["loss"])
+    yield "reference", REFERENCES[model["reference"]]
+    yield "learning rate", f"{model['learning_rate']:g}"
+    if model.get("lr_schedule") is not None:
+        yield "its schedule in an iteration", component(model["lr_schedule"])
+    yield "pairs in an optimizer step", str(data["pairs_per_step"])
+    yield "seed", str(source.config["seed_everything"])
+
+
+def data_settings(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the settings that decide an iteration's pairs, with their values in words; ``data``: the config's part."""
     yield "prompts", ", ".join(map(model_name, _listed(data["prompts"])))
     for name in ("schedule", "selection", "pairing", "pair_selection", "curriculum"):
         if data.get(name) is not None:
@@ -85,13 +97,6 @@ def settings(source: FinishedRun) -> Iterator[tuple[str, str]]:
         yield "of these for its difficulty", str(data["probe_samples"])
     yield "generator", component(data["generator"])
     yield "reward", component(data["reward"])
-    yield "loss", component(model["loss"])
-    yield "reference", REFERENCES[model["reference"]]
-    yield "learning rate", f"{model['learning_rate']:g}"
-    if model.get("lr_schedule") is not None:
-        yield "its schedule in an iteration", component(model["lr_schedule"])
-    yield "pairs in an optimizer step", str(data["pairs_per_step"])
-    yield "seed", str(source.config["seed_everything"])
 
 
 def component(value: Any) -> str:
@@ -170,7 +175,7 @@ def _results(source: FinishedRun) -> list[str]:
         "## Results",
         "Greedy answers to held-out prompts; mean ± standard error. The gain compares prompt by prompt; a win is a "
         "higher reward than the initial policy's answer has, a tie half of one.",
-        _table(HEADINGS, (result.cells for result in results)),
+        table(HEADINGS, (result.cells for result in results)),
     ]
 
 
@@ -192,7 +197,7 @@ def _check(source: FinishedRun, check: Check | None) -> Iterator[str]:
         )
         for found in check.distances
     )
-    yield _table(("between", "difference", "allowed", "outcome"), rows)
+    yield table(("between", "difference", "allowed", "outcome"), rows)
     if check.moved is not None:
         yield f"For scale: training moved these log-probs by {check.moved:.2g}."
     if check.altered:
@@ -203,13 +208,15 @@ def _check(source: FinishedRun, check: Check | None) -> Iterator[str]:
         yield f"Read back, each {which} was what had been written, bit by bit."
 
 
-def _versions() -> str:
+def versions() -> str:
+    """Return what a folder was made with."""
     from importlib.metadata import version
 
     others = ", ".join(f"{name} {version(name)}" for name in ("transformers", "peft", "torch"))
     return f"sppo-lightning {__version__} ({others})."
 
 
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown; cells are texts of anybody."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(map(for_markdown, line))} |" for line in lines)

@@ -1,8 +1,9 @@
-"""``sppo-lightning export``: a run's policy as a folder that leaves the project, checked against what was trained."""
+"""``sppo-lightning export``: a run's policy in a folder, checked against what was trained; or its pairs as data."""
 
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import warnings
 from argparse import ArgumentError
@@ -15,27 +16,34 @@ import torch
 
 from sppo_lightning.export.card import model_card
 from sppo_lightning.export.check import Check, check_export
-from sppo_lightning.export.exporter import Exporter
+from sppo_lightning.export.data_card import data_card
+from sppo_lightning.export.exporter import DataExporter, Exporter, ExportFormat
 from sppo_lightning.export.finished_run import best_iteration, open_run
 from sppo_lightning.export.formats import GGUFReadyModel, HFModel, MergedModel, PEFTAdapter
+from sppo_lightning.export.preferences import PreferenceData
 from sppo_lightning.export.saved_policy import SavedPolicy
+from sppo_lightning.export.stored_run import StoredRun, read_run
 from sppo_lightning.policy.pretrained import DTYPES
+from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.durable import write_atomically
 from sppo_lightning.types import UserError, first_line
 
 FORMATS = {
     kind.name: f"sppo_lightning.export.{kind.__name__}"
-    for kind in (HFModel, PEFTAdapter, MergedModel, GGUFReadyModel)
+    for kind in (HFModel, PEFTAdapter, MergedModel, GGUFReadyModel, PreferenceData)
 }
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-SUMMARY = "Write a run's policy as a folder that other tools load, and check that it is the policy that was trained."
+SUMMARY = (
+    "Write a run's policy as a folder that other tools load, and check that it is the policy that was trained; or its "
+    "preference pairs as a data set."
+)
 
 
 def export(
     run: str,
-    format: Exporter,
+    format: ExportFormat,
     output: str | None = None,
-    iteration: int | Literal["best"] | None = None,
+    iteration: int | Literal["best", "all"] | None = None,
     dtype: Dtype = "auto",
     device: str = "cpu",
 ) -> Path:
@@ -49,16 +57,20 @@ def export(
     hold each of these weights to the last bit, rounded once. Where the run's reference was the base alone, the base
     must also give the log-probs that training stored: within 1e-3 nat per token, 0.05 for products in 16 bits.
 
+    Of data, such as the run's pairs, nothing is compared, and no model is loaded.
+
     Args:
         run: folder of the run.
         format: ``hf``: the full model of a run without lora; ``adapter``: the adapter in PEFT's layout; ``merged``:
             the adapter merged into its base, read again without quantisation; ``gguf-ready``: full weights, merged
-            where there is an adapter, with what llama.cpp's convert_hf_to_gguf.py looks for; or the class path of an
-            exporter of your own, with its arguments as ``--format.NAME VALUE``.
+            where there is an adapter, with what llama.cpp's convert_hf_to_gguf.py looks for; ``preferences``: the pairs
+            as a data set for TRL; or the class path of an exporter of your own, with its arguments as
+            ``--format.NAME VALUE``.
         output: folder to write, absent or empty; default: ``export-<format>`` in the run's folder.
         iteration: self-play iteration whose policy to take, from 0; ``best``: that of ``best/``, the one with the best
             held-out reward; default: that of ``policy/``, the last finished one or, after a step back that was
-            reverted, the one that the run went on from.
+            reverted, the one that the run went on from. Of data: the iteration that made it; ``all``; default: the last
+            one whose pairs are complete.
         dtype: of the written weights; ``auto``: as trained (float32) where no adapter is merged, else the dtype that
             the base's config names (float32 for a .gguf file).
         device: where the check computes, e.g. ``cuda``.
@@ -69,25 +81,41 @@ def export(
     Raises:
         UserError: if the run cannot be exported so, or the export is not the trained policy.
     """
-    source = open_run(Path(run), iteration=iteration)
-    wanted = DTYPES.get(dtype)
-    format.validate(source, dtype=wanted)
-    name = format.name or type(format).__name__
-    place = source.folder.export(name) if output is None else Path(output).resolve()
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise UserError(f"{place} is there and not empty: name another folder with --output, or delete it")
-    fresh = place.with_name(f"{place.name}.unchecked")
-    policy = SavedPolicy(source, dtype=wanted, device=_device(device))
-    try:
-        fresh.mkdir(parents=True)
-    except FileExistsError as error:
+    if isinstance(format, Exporter):
+        if iteration == "all":
+            raise UserError(
+                "--iteration all is for data, e.g. --format preferences: name one policy's iteration"
+            )
+        return _export_policy(
+            Path(run), format, output=output, iteration=iteration, dtype=DTYPES.get(dtype), device=device
+        )
+    if not isinstance(format, DataExporter):
         raise UserError(
-            f"{fresh} is there, perhaps of an export that failed: delete it, or name another folder with --output"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"--output {place}: the folder cannot be made ({error.strerror}): name another"
-        ) from error
+            f"--format {type(format).__name__} exports nothing: subclass sppo_lightning.export.Exporter, or "
+            "DataExporter"
+        )
+    if iteration == "best":
+        raise UserError("--iteration best is for policies: give a number, or all")
+    for option, given in (("--dtype", dtype != "auto"), ("--device", device != "cpu")):
+        if given:
+            raise UserError(f"{option} is for policies: leave it out, data has no weights")
+    return _export_data(Path(run), format, output=output, iteration=iteration)
+
+
+def _export_policy(
+    root: Path,
+    format: Exporter,
+    *,
+    output: str | None,
+    iteration: int | Literal["best"] | None,
+    dtype: torch.dtype | None,
+    device: str,
+) -> Path:
+    source = open_run(root, iteration=iteration)
+    format.validate(source, dtype=dtype)
+    place = _free_place(source.folder, format, output)
+    policy = SavedPolicy(source, dtype=dtype, device=_device(device))
+    fresh = _unchecked(place)
     format.write(policy, fresh)
     check = check_export(format, policy, fresh)
     write_atomically(fresh / "README.md", model_card(format, policy, check).encode())
@@ -101,13 +129,87 @@ def export(
             "--iteration best",
             file=sys.stderr,
         )
+    _give_name(fresh, place)
+    return place
+
+
+def _export_data(
+    root: Path, format: DataExporter, *, output: str | None, iteration: int | Literal["all"] | None
+) -> Path:
+    source = read_run(root)
+    iterations = _with_pairs(source, iteration)
+    place = _free_place(source.folder, format, output)
+    fresh = _unchecked(place)
+    try:
+        contents = list(format.write(source, iterations, fresh))
+        write_atomically(fresh / "README.md", data_card(format, source, iterations, contents).encode())
+    except BaseException:
+        shutil.rmtree(fresh)
+        raise
+    _give_name(fresh, place)
+    return place
+
+
+def _with_pairs(run: StoredRun, iteration: int | Literal["all"] | None) -> list[int]:
+    """Return the iterations whose data is asked for.
+
+    Raises:
+        UserError: if the data of one is not there.
+    """
+    folder = run.folder
+    complete = [number for number in sorted(folder.iteration_numbers()) if folder.iteration(number).complete]
+    if not complete:
+        raise UserError(f"{folder.root} has no iteration whose pairs are complete yet: run fit for longer")
+    wanted = complete if iteration == "all" else [complete[-1] if iteration is None else iteration]
+    for number in wanted:
+        if number not in complete:
+            raise UserError(
+                f"{folder.root} has no complete pairs of iteration {number}, only of "
+                f"{', '.join(map(str, complete))}: name one of those"
+            )
+        path = folder.iteration(number).pairs_path
+        if not path.exists():
+            raise UserError(f"{path} is gone, so that iteration {number} has no pairs any more: name another")
+    return wanted
+
+
+def _free_place(folder: RunFolder, format: ExportFormat, output: str | None) -> Path:
+    """Return where to write.
+
+    Raises:
+        UserError: if something is there.
+    """
+    name = format.name or type(format).__name__
+    place = folder.export(name) if output is None else Path(output).resolve()
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise UserError(f"{place} is there and not empty: name another folder with --output, or delete it")
+    return place
+
+
+def _unchecked(place: Path) -> Path:
+    """Make the folder that what is not whole and checked stands in, and return it."""
+    fresh = place.with_name(f"{place.name}.unchecked")
+    try:
+        fresh.mkdir(parents=True)
+    except FileExistsError as error:
+        raise UserError(
+            f"{fresh} is there, perhaps of an export that failed: delete it, or name another folder with --output"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"--output {place}: the folder cannot be made ({error.strerror}): name another"
+        ) from error
+    return fresh
+
+
+def _give_name(fresh: Path, place: Path) -> None:
+    """Let what was written take its name."""
     if place.exists():  # perhaps the folder that one is in, which must not go
         for part in fresh.iterdir():
             part.rename(place / part.name)
         fresh.rmdir()
     else:
         fresh.rename(place)
-    return place
 
 
 def _warn_of_rounding(check: Check) -> None:
@@ -154,7 +256,8 @@ def main(args: Sequence[str]) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing(_enable)?` is deprecated.*")
     place = export(**given)
-    print(f"The exported policy lies in {place}; README.md there says what it is and how to load it.")
+    what = "policy" if isinstance(given["format"], Exporter) else "data"
+    print(f"The exported {what} lies in {place}; README.md there says what it is and how to load it.")
 
 
 def _with_class_paths(args: Sequence[str]) -> list[str]:

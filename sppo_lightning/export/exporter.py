@@ -1,31 +1,44 @@
-"""What an exporter is: a format that a run's policy is written in."""
+"""What an exporter is: a format that a run's policy is written in, or data that a run has made."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from sppo_lightning.export.finished_run import FinishedRun
 from sppo_lightning.export.saved_policy import SavedPolicy
+from sppo_lightning.export.stored_run import StoredRun
 
 
-class Exporter(ABC):
-    """A format, chosen by ``--format``: one of our short names, or the dotted path of a class with these methods.
+class ExportFormat:
+    """What ``--format`` chooses: one of our short names, or the dotted path of an exporter of policies or of data.
+
+    Attributes:
+        name: short, in the name of the folder that is written by default; empty: the class's.
+        holds: what the folder holds, in the words of its card.
+    """
+
+    name: str = ""
+    holds: str = ""
+
+
+class Exporter(ExportFormat, ABC):
+    """A format of a policy.
 
     They are called in the order in which they stand here. The folder has another name until all is done, and keeps it
     where the check fails. Only :meth:`write` is needed.
 
     Attributes:
-        name: short, in the name of the folder that is written by default; empty: the class's.
         holds: ends the card's sentence "This folder holds …".
         library: the card's ``library_name``.
     """
 
-    name: str = ""
     holds: str = "the policy in a format of the user's own"
     library: str = "transformers"
 
@@ -66,3 +79,31 @@ class Exporter(ABC):
     def how_to_load(self, policy: SavedPolicy) -> Iterable[str]:
         """Return the paragraphs of the card's section on loading, in Markdown, without paths of this machine."""
         return ()
+
+
+class DataExporter(ExportFormat, ABC):
+    """A format of what a run has made besides its policy: no model is loaded for it.
+
+    Attributes:
+        holds: opens the card's title.
+        front_matter: the card's YAML.
+    """
+
+    holds: str = "data"
+    front_matter: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+
+    @abstractmethod
+    def write(self, run: StoredRun, iterations: Sequence[int], folder: Path) -> Iterable[str]:
+        """Write the data. A ``README.md`` is replaced by the card.
+
+        Args:
+            run: that has made it.
+            iterations: self-play iterations to write the data of, all of them complete, in ascending order.
+            folder: empty.
+
+        Returns:
+            The paragraphs of the card's section on what is in the folder, in Markdown, without paths of this machine.
+
+        Raises:
+            UserError: if it cannot be written.
+        """

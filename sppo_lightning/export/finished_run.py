@@ -10,14 +10,12 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import yaml
 
-from sppo_lightning.limits import check_size
-from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
+from sppo_lightning.export.stored_run import compute_dtype, read_run
+from sppo_lightning.policy.config import PolicyConfig
 from sppo_lightning.policy.pretrained import DTYPES, load_model_config
 from sppo_lightning.resume.checkpoints import state_file
 from sppo_lightning.store.run_folder import RunFolder
-from sppo_lightning.training.hardware import COMPUTE_DTYPES
 from sppo_lightning.types import UserError, first_line
 
 if TYPE_CHECKING:
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 RECORD = "run.json"  # in a policy's folder: its iteration and fingerprint
-PRECISIONS = {"None": "32-true", "32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
 @dataclass(frozen=True)
@@ -59,8 +56,7 @@ class FinishedRun:
     @property
     def compute_dtype(self) -> torch.dtype:
         """Dtype of the products in training."""
-        precision = str(self.config["trainer"].get("precision"))
-        return COMPUTE_DTYPES[PRECISIONS.get(precision, precision)]
+        return compute_dtype(self.config)
 
     @property
     def weights_dtype(self) -> torch.dtype:
@@ -110,7 +106,7 @@ class FinishedRun:
 
     def adapter_settings(self) -> dict[str, Any]:
         """Return the ``adapter_config.json`` of a trained adapter."""
-        return _read_json(self.policy_folder / ADAPTER_CONFIG)
+        return read_json(self.policy_folder / ADAPTER_CONFIG)
 
 
 def open_run(root: Path, *, iteration: int | Literal["best"] | None = None) -> FinishedRun:
@@ -124,31 +120,10 @@ def open_run(root: Path, *, iteration: int | Literal["best"] | None = None) -> F
     Raises:
         UserError: if this is no run, or the policy is not there.
     """
-    folder = RunFolder(root)
-    path = folder.config
-    if not path.is_file():
-        raise UserError(
-            f"{str(root)!r} is no run: it has no config.yaml; give a folder that was a fit's trainer.default_root_dir"
-        )
-    try:
-        config = yaml.safe_load(path.read_bytes())
-        check_size(config)
-        settings = dict(config["model"]["policy"])
-        if settings.get("lora") is not None:
-            settings["lora"] = LoRAConfig(**settings["lora"])
-        policy = PolicyConfig(**settings)
-        precision = str(config["trainer"].get("precision"))
-        if PRECISIONS.get(precision, precision) not in COMPUTE_DTYPES:
-            raise KeyError(f"trainer.precision: {precision}")
-    except UserError:
-        raise
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read as a run's config ({' '.join(str(error).split())}): restore it, or export with "
-            "the version of sppo-lightning that wrote it"
-        ) from error
+    found = read_run(root)
+    folder, config, policy = found.folder, found.config, found.policy_config
     place = folder.policy
-    latest = _iteration_of(place, folder) if place.is_dir() else None
+    latest = latest_iteration(folder)
     if latest is None:
         raise UserError(
             f"{root} has no finished iteration yet, so that there is no policy to export: run fit to the end of an "
@@ -180,6 +155,18 @@ def open_run(root: Path, *, iteration: int | Literal["best"] | None = None) -> F
     return FinishedRun(folder, config, _on_its_base(policy, place), iteration, place)
 
 
+def latest_iteration(folder: RunFolder) -> int | None:
+    """Return the iteration that ``policy/`` comes out of; -1: the initial policy, which the run reverted to.
+
+    Returns:
+        ``None`` if no iteration is finished.
+
+    Raises:
+        UserError: if what says it is damaged.
+    """
+    return _iteration_of(folder.policy, folder) if folder.policy.is_dir() else None
+
+
 def best_iteration(folder: RunFolder) -> int | None:
     """Return the iteration that ``best/`` comes out of; ``None`` if it is not there."""
     return _iteration_of(folder.best, folder) if folder.best.is_dir() else None
@@ -192,7 +179,7 @@ def _on_its_base(policy: PolicyConfig, place: Path) -> PolicyConfig:
     """
     if policy.lora is None:
         return policy
-    trained_on = _read_json(place / ADAPTER_CONFIG).get("base_model_name_or_path")
+    trained_on = read_json(place / ADAPTER_CONFIG).get("base_model_name_or_path")
     given = Path(policy.pretrained)
     if not trained_on or (given.exists() and given.resolve() == Path(trained_on).resolve()):
         return policy
@@ -205,12 +192,17 @@ def _iteration_of(place: Path, folder: RunFolder) -> int | None:
     if not path.is_file():
         return _last_finished(folder)
     try:
-        return int(_read_json(path)["iteration"])
+        return int(read_json(path)["iteration"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({first_line(error)}): delete it") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a policy's folder says of it.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
     try:
         content: dict[str, Any] = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:

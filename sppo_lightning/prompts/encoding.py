@@ -295,6 +295,18 @@ def tools_of(prompt: Prompt) -> list[Any] | None:
     return tools if known else None
 
 
+def asked(prompt: Prompt, system_prompt: str | None) -> tuple[Message, ...]:
+    """Return the conversation that the policy is asked to go on.
+
+    Args:
+        prompt: as its file has it.
+        system_prompt: opens the conversations that have no system message of their own.
+    """
+    if system_prompt is None or prompt.messages[0]["role"] == "system":
+        return prompt.messages
+    return (Message(role="system", content=system_prompt), *prompt.messages)
+
+
 _NO_PLACE = (
     f"{POLICY.name} has no place for data.system_prompt: leave it out, or put its text into the prompts"
 )
@@ -333,7 +345,6 @@ def encode_prompts(
             "data.system_prompt is set, but the policy's tokenizer has no chat template to put it into: leave it "
             "out, or use an instruct model"
         )
-    opening = () if system_prompt is None else (Message(role="system", content=system_prompt),)
     table = prompts if isinstance(prompts, PromptTable) else PromptTable(prompts)
     token_ids = RaggedColumn("i")
     kept = array("q")
@@ -341,8 +352,7 @@ def encode_prompts(
     one_for_all, first_ids = False, list[int]()
     heard = system_prompt is None  # whether the template is known to say it
     for row, prompt in enumerate(table):
-        own = prompt.messages[0]["role"] == "system"
-        messages = prompt.messages if own else (*opening, *prompt.messages)
+        messages = asked(prompt, system_prompt)
         encode = partial(
             template_token_ids,
             tokenizer,
@@ -356,10 +366,9 @@ def encode_prompts(
             if messages is not prompt.messages and _accepts(encode, prompt.messages):
                 raise UserError(_NO_PLACE) from error
             raise PromptError(prompt.id, str(error)) from error
-        if not heard and not own:
+        if not heard and messages is not prompt.messages:
             heard = True
-            other = Message(role="system", content=f"{system_prompt} And so on.")
-            if ids == encode((other, *prompt.messages)):
+            if ids == encode(asked(prompt, f"{system_prompt} And so on.")):
                 raise UserError(_NO_PLACE)
         one_for_all = row == 0 or (one_for_all and ids == first_ids)
         first_ids = ids if row == 0 else first_ids

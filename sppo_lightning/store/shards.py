@@ -62,6 +62,9 @@ STORED_SCHEMA = pa.schema([ROLLOUT_SCHEMA.field(name) for name in STORED_COLUMNS
 _ID_SCHEMA = pa.schema([ROLLOUT_SCHEMA.field("prompt_id")])
 
 
+_PROMPT_SCHEMA = pa.schema([ROLLOUT_SCHEMA.field(name) for name in ("prompt_id", "prompt")])
+
+
 _REWARD_SCHEMA = pa.schema([ROLLOUT_SCHEMA.field(name) for name in ("prompt_id", "reward", "drop_reason")])
 
 
@@ -169,6 +172,14 @@ class ShardStore:
         """Yield the rows of all shards of ``name``, of which only what is looked at becomes objects."""
         for path in self.paths(name):
             yield from stored_rollouts(read_table(path, STORED_SCHEMA))
+
+    def prompt_texts(self) -> dict[str, str]:
+        """Return what the user says in each prompt, by prompt id."""
+        found: dict[str, str] = {}
+        for path in self._paths("*"):
+            table = read_table(path, _PROMPT_SCHEMA)
+            found.update(zip(table["prompt_id"].to_pylist(), table["prompt"].to_pylist(), strict=True))
+        return found
 
     def rewards(self, name: str = "*") -> dict[str, array[float]]:
         """Return the rewards of the usable responses, by prompt id, in the order of the shards."""
