@@ -176,7 +176,7 @@ class ShardStore:
     def prompt_texts(self) -> dict[str, str]:
         """Return what the user says in each prompt, by prompt id."""
         found: dict[str, str] = {}
-        for path in self._paths("*"):
+        for path in self.paths("*"):
             table = read_table(path, _PROMPT_SCHEMA)
             found.update(zip(table["prompt_id"].to_pylist(), table["prompt"].to_pylist(), strict=True))
         return found
