@@ -23,7 +23,7 @@ store policy
 resume pair_forward rewards
 generation training
 rollouts
-iteration evaluation memory
+iteration evaluation memory predictions
 module
 export preflight
 datamodule
@@ -56,6 +56,7 @@ WITHOUT_LIGHTNING = [
     "rollouts",
     "iteration",
     "evaluation",
+    "predictions",
 ]
 PUBLIC = {
     "sppo_lightning": "PreferenceModule SelfPlayDataModule UserError",
@@ -86,6 +87,9 @@ PUBLIC = {
     "sppo_lightning.generation": """
         AutoGenerator ContinuousBatchingGenerator Generator HFGenerator ModelFolder OffPolicy OpenAIServerGenerator
         PolicySource PromptResponses SGLangWeights SampleRequest VLLMAdapter VLLMGenerator WeightSync
+    """,
+    "sppo_lightning.predictions": """
+        AlpacaEval ArenaHard JSONLines MTBench Prediction PredictionFormat
     """,
     "sppo_lightning.callbacks": """
         DifficultyReestimation DisplacementWarning InitialEvaluation IterationGate LearningDiagnostics PhaseMemory

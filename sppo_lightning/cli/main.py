@@ -39,6 +39,7 @@ from sppo_lightning.callbacks import (
 from sppo_lightning.callbacks.run_config import RunConfigFile
 from sppo_lightning.cli.estimate import SelfPlayTrainer, plan_on_cpu, planned_sharding
 from sppo_lightning.cli.parse_errors import check_config_files, class_paths, explain
+from sppo_lightning.cli.predict_format import with_predict_format
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.paths import expand_path
@@ -326,6 +327,7 @@ UNACTIONABLE = (
 
 def run(args: list[str]) -> None:
     """Parse the command line and run the sub-command."""
+    args = with_predict_format(args)
     check_config_files(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for message in UNACTIONABLE:

@@ -269,33 +269,3 @@ def paired_difference(rows: Sequence[Rollout], baseline: Sequence[Rollout]) -> P
     count = len(differences)
     stderr = float(differences.std()) / math.sqrt(count) if count > 1 else float("nan")
     return PairedDifference(float(differences.mean()) if count else float("nan"), stderr, count)
-
-
-def write_predictions(
-    folder: RunFolder, prompts: Sequence[EncodedPrompt], collector: Collector, policy: PolicySource
-) -> list[str]:
-    """Let ``policy`` answer prompts greedily into the run's ``predictions.jsonl``; return its lines."""
-    parts = folder.prediction_parts
-    if collector.ranks.rank == 0:
-        shutil.rmtree(parts, ignore_errors=True)  # of another policy, perhaps
-    collector.ranks.barrier("predictions begin")
-    rows = collector.collect_greedy(
-        ShardStore(parts), "greedy", prompts, policy=policy, iteration=0, phase="predicting", score=False
-    )
-    collector.ranks.barrier("predictions read")
-    lines = [
-        json.dumps(
-            {
-                "id": row.prompt_id,
-                "prompt": row.prompt,
-                "response": row.response,
-                "finish_reason": row.finish_reason,
-            },
-            ensure_ascii=False,
-        )
-        for row in rows
-    ]
-    if collector.ranks.rank == 0:
-        write_atomically(folder.predictions, "".join(f"{line}\n" for line in lines).encode())
-        shutil.rmtree(parts)
-    return lines

@@ -97,10 +97,9 @@ class RunFolder:
         """Some held-out answers, for people."""
         return self.root / "samples.md"
 
-    @property
-    def predictions(self) -> Path:
-        """What ``predict`` answered."""
-        return self.root / "predictions.jsonl"
+    def predictions(self, name: str) -> Path:
+        """Return the file called ``name`` of what ``predict`` answered."""
+        return self.root / name
 
     @property
     def prediction_parts(self) -> Path:
