@@ -44,6 +44,10 @@ def _run(given: list[str]) -> None:
             from sppo_lightning.export.command import main as export
 
             export(given[1:])
+        elif given[:1] == ["judge"]:
+            from sppo_lightning.judging.command import main as judge
+
+            judge(given[1:])
         else:
             from sppo_lightning.cli.main import run
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # a line imports from the lines above it, and each name from itself; names on one line do not know each other
 LAYERS = """
 types
-seeding paths text redaction limits
+seeding paths text redaction limits short_names
 losses schedules difficulty
 selection pairing system prompts
 store policy
@@ -25,7 +25,7 @@ generation training
 rollouts
 iteration evaluation memory predictions
 module
-export preflight
+export preflight judging
 datamodule
 callbacks
 cli
@@ -57,6 +57,7 @@ WITHOUT_LIGHTNING = [
     "iteration",
     "evaluation",
     "predictions",
+    "judging",
 ]
 PUBLIC = {
     "sppo_lightning": "PreferenceModule SelfPlayDataModule UserError",
@@ -90,6 +91,10 @@ PUBLIC = {
     """,
     "sppo_lightning.predictions": """
         AlpacaEval ArenaHard JSONLines MTBench Prediction PredictionFormat
+    """,
+    "sppo_lightning.judging": """
+        Annotator Answer AnswerSet LabelProbabilities Reading RewardAnnotator ServerJudge Shown Verdict VerdictFormat
+        WrittenVerdict
     """,
     "sppo_lightning.callbacks": """
         DifficultyReestimation DisplacementWarning InitialEvaluation IterationGate LearningDiagnostics PhaseMemory

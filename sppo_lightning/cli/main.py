@@ -39,15 +39,16 @@ from sppo_lightning.callbacks import (
 from sppo_lightning.callbacks.run_config import RunConfigFile
 from sppo_lightning.cli.estimate import SelfPlayTrainer, plan_on_cpu, planned_sharding
 from sppo_lightning.cli.parse_errors import check_config_files, class_paths, explain
-from sppo_lightning.cli.predict_format import with_predict_format
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.paths import expand_path
 from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
+from sppo_lightning.predictions.formats import FORMATS
 from sppo_lightning.redaction import masked, masked_keys
 from sppo_lightning.resume.checkpoints import check_checkpoint, verify_checkpoint
 from sppo_lightning.resume.metrics_csv import MetricsCSV
 from sppo_lightning.resume.run_config import check_writable, recorded_setting, resume_path
+from sppo_lightning.short_names import with_class_paths
 from sppo_lightning.store.run_folder import RunFolder, check_kinds, remove_leftovers
 from sppo_lightning.system.durable import disk_error
 from sppo_lightning.system.lock import RunLock, check_ranks, is_first_process
@@ -327,7 +328,8 @@ UNACTIONABLE = (
 
 def run(args: list[str]) -> None:
     """Parse the command line and run the sub-command."""
-    args = with_predict_format(args)
+    if args[:1] == ["predict"]:
+        args = with_class_paths(args, "--format", FORMATS, what="format", key="--data.predict_format")
     check_config_files(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for message in UNACTIONABLE:
@@ -345,8 +347,9 @@ def run(args: list[str]) -> None:
         load_from_checkpoint_support=False,
         parser_kwargs={
             "prog": "sppo-lightning",
-            "description": "Self-play preference optimisation. One command more than those below: `sppo-lightning "
-            "export RUN --format FORMAT` writes a run's policy as a folder that other tools load (--help says more).",
+            "description": "Self-play preference optimisation. Commands besides those below (--help says more): "
+            "`sppo-lightning export RUN --format FORMAT` writes a run's policy as a folder that other tools load; "
+            "`sppo-lightning judge ANSWERS --against OTHERS --by ANNOTATOR` compares two sets of answers.",
         },
     )
 
