@@ -92,7 +92,7 @@ def _run_answers(root: Path, source: str, iteration: Iteration) -> AnswerSet:
         )
     name = root.resolve().name
     return AnswerSet(
-        name=f"{name} (initial policy)" if finished == 0 else f"{name} (after {finished} iterations)",
+        name=f"{name} ({_policy(finished)})",
         source=source,
         answers=[
             Answer(
@@ -105,6 +105,10 @@ def _run_answers(root: Path, source: str, iteration: Iteration) -> AnswerSet:
         run=folder,
         settings=settings,
     )
+
+
+def _policy(finished: int) -> str:
+    return "initial policy" if finished == 0 else f"after {finished} iteration{'s' if finished > 1 else ''}"
 
 
 def _finished(folder: RunFolder, iteration: Iteration, evaluated: Sequence[int], source: str) -> int:

@@ -37,7 +37,7 @@ def run(tmp_path: Path) -> Path:
     ("iteration", "name", "texts"),
     [
         ("initial", "mine (initial policy)", ["a", "b"]),
-        (0, "mine (after 1 iterations)", ["aa", "bc"]),
+        (0, "mine (after 1 iteration)", ["aa", "bc"]),
         ("last", "mine (after 2 iterations)", ["abc", "b"]),
         ("best", "mine (after 2 iterations)", ["abc", "b"]),
     ],
@@ -53,7 +53,7 @@ def test_held_out_answers_of_an_iteration(run: Path, iteration: Any, name: str, 
 def test_the_last_policy_may_be_one_that_the_run_reverted_to(run: Path) -> None:
     decision = Decision(2, "revert", ("worse",), 1, -1.0, 0.1, 1.0, "f")
     write_decisions(RunFolder(run), [decision])
-    assert read(run).name == "mine (after 1 iterations)"
+    assert read(run).name == "mine (after 1 iteration)"
 
 
 def test_an_answer_that_failed_has_no_reward(tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ def test_a_run_against_its_initial_policy_by_reward(
     run = write_run(tmp_path / "mine", [before, after])
     main(["judge", str(run), "--against", "initial", "--by", "reward"])
     shown = capsys.readouterr().out.splitlines()
-    assert shown[0] == "mine (after 1 iterations) against mine (initial policy): 8 prompts"
-    place = run / "judgements/mine-after-1-iterations--against-mine-initial-policy--by-reward"
+    assert shown[0] == "mine (after 1 iteration) against mine (initial policy): 8 prompts"
+    place = run / "judgements/mine-after-1-iteration--against-mine-initial-policy--by-reward"
     found = read(place / "results.json")
     preferences = [1.0, 1.0, 1.0, 0.5, 0.5, 1.0, 1.0, 0.0]
     rate = win_rate(preferences, seed=42)
@@ -59,7 +59,7 @@ def test_a_run_against_its_initial_policy_by_reward(
         "output_1": "a",
         "generator_1": "mine (initial policy)",
         "output_2": "abc",
-        "generator_2": "mine (after 1 iterations)",
+        "generator_2": "mine (after 1 iteration)",
         "annotator": "reward",
         "preference": 2.0,
     }
