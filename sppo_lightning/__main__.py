@@ -19,6 +19,7 @@ from sppo_lightning.types import Stopped, UserError
 COMMANDS = {
     "chat": "sppo_lightning.chat.command:main",
     "export": "sppo_lightning.export.command:main",
+    "judge": "sppo_lightning.judging.command:main",
     "report": "sppo_lightning.report.command:main",
     "study": "sppo_lightning.study.command:main",
     "watch": "sppo_lightning.watch.command:main",
@@ -54,7 +55,7 @@ def _run(given: list[str]) -> None:
         else:
             from sppo_lightning.cli.main import run
 
-            run(given)
+            run(given, tuple(COMMANDS))
     except UserError as error:
         _leave(str(error))
     except Stopped as stop:

@@ -15,14 +15,16 @@ from torch.utils.data import DataLoader
 
 from sppo_lightning.difficulty import Reestimation, StatisticsTable
 from sppo_lightning.evaluation.divergence import AnswerReader
-from sppo_lightning.evaluation.held_out import EvaluationLoader, HeldOut, write_predictions
+from sppo_lightning.evaluation.held_out import EvaluationLoader, HeldOut
 from sppo_lightning.generation import Generator
 from sppo_lightning.iteration.builder import IterationBuilder
 from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.iteration.state import IterationState
 from sppo_lightning.pair_forward.layouts import PairLayout
 from sppo_lightning.pairing import BestWorst, Pairing
-from sppo_lightning.preflight import prepare_run, read_stage_prompts, shrink
+from sppo_lightning.predictions import JSONLines, PredictionFormat
+from sppo_lightning.predictions.answering import write_predictions
+from sppo_lightning.preflight import encode_later, prepare_run, read_stage_prompts, shrink
 from sppo_lightning.prompts.encoding import set_template_clock
 from sppo_lightning.prompts.reading import check_columns
 from sppo_lightning.prompts.sets import PromptSets
@@ -79,6 +81,8 @@ class SelfPlayDataModule(pl.LightningDataModule):
             default is 0.1.
         test_prompts: held-out prompts of ``test``.
         predict_prompts: prompts of ``predict``.
+        predict_format: in which ``predict`` writes the answers; default ``JSONLines``. On the command line also
+            ``--format NAME``: jsonl, alpaca_eval, arena_hard or mt_bench.
         columns: the files' own names of ``prompt``, ``answer`` and ``id``, where they have others; for all prompts.
         max_prompt_tokens: longer prompts are dropped and counted, never truncated.
         prompts_per_shard: prompts of one rollout file, the unit of work and of recovery; ``None``: by the number of
@@ -100,7 +104,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
 
     free_settings: ClassVar[frozenset[str]] = frozenset(
         {"batch_size", "resume", "keep_iterations", "max_failed_share", "memory_check"}
-        | {"test_prompts", "predict_prompts"}
+        | {"test_prompts", "predict_prompts", "predict_format"}
     )
     """Arguments that decide speed, place or display, never results: a run that resumes may change them."""
 
@@ -125,6 +129,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         eval_share: float | None = None,
         test_prompts: Sources | None = None,
         predict_prompts: Sources | None = None,
+        predict_format: PredictionFormat | None = None,
         columns: dict[str, str] | None = None,
         max_prompt_tokens: int = 1024,
         prompts_per_shard: int | None = None,
@@ -182,6 +187,7 @@ class SelfPlayDataModule(pl.LightningDataModule):
         )
         self.generator = generator
         self.reward = reward
+        self.predict_format = predict_format or JSONLines()
         self._provenance, self._legacy_provenance = (
             {"generator": describe(generator), "reward": describe(reward), "system_prompt": system_prompt}
             for describe in (identity, legacy_description)
@@ -482,13 +488,20 @@ class SelfPlayDataModule(pl.LightningDataModule):
         )
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Answer ``predict_prompts`` greedily into ``predictions.jsonl``."""
+        """Answer ``predict_prompts`` greedily into a file of ``predict_format``."""
         self._listen()
-        prompts, policy = self._encoded("predict_prompts"), self.module.trained_policy.current()
-        lines = write_predictions(self.folder, prompts, self._collector(), policy)
+        place, lines = write_predictions(
+            self.folder,
+            self.prompt_sets.records("predict_prompts"),
+            self._encoded("predict_prompts"),
+            format=self.predict_format,
+            encode=encode_later(self.prompt_sets, self.module, self.generator),
+            collector=self._collector(),
+            policy=self.module.trained_policy.current(),
+        )
         finished = self._finished_iterations()
         who = f"the policy after {finished} iteration(s)" if finished else "the initial policy"
-        rank_zero_info(f"{len(lines)} answers of {who} written to {self.folder.predictions}")
+        rank_zero_info(f"{len(lines)} answers of {who} written to {place}")
         return DataLoader(cast(Any, lines), batch_size=None)
 
     # ------------------------------------------------------------- checkpoints

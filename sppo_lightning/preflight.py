@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -16,6 +17,9 @@ from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.losses import PreferenceLoss
 from sppo_lightning.memory.check import check_memory
 from sppo_lightning.memory.workload import PromptLengths, TrainingSettings, Workload
+from sppo_lightning.predictions import PredictionFormat
+from sppo_lightning.predictions.answering import check_follow_ups
+from sppo_lightning.prompts.encoding import EncodingResult
 from sppo_lightning.prompts.reading import check_disjoint
 from sppo_lightning.prompts.sets import PromptSets
 from sppo_lightning.prompts.table import PromptTable
@@ -24,7 +28,7 @@ from sppo_lightning.selection import EasyToHard, HardToEasy
 from sppo_lightning.training.batching import accumulation_steps
 from sppo_lightning.training.hardware import Hardware, hardware_of, is_dev_run
 from sppo_lightning.training.protocol import SelfPlayModule
-from sppo_lightning.types import WIN_PROBABILITY, Ranks, UserError
+from sppo_lightning.types import WIN_PROBABILITY, Prompt, Ranks, UserError
 
 PROMPTS_OF = {"validate": "eval_prompts", "test": "test_prompts", "predict": "predict_prompts"}
 
@@ -37,6 +41,7 @@ class LoopSettings(Protocol):
     epochs_per_iteration: int
     generator: Generator
     reward: Reward
+    predict_format: PredictionFormat
     memory_check: Literal["refuse", "warn"]
 
 
@@ -65,6 +70,8 @@ def prepare_run(
             pairs_per_step=rules.pairs_per_step, batch_size=rules.batch_size, world_size=trainer.world_size
         )
     generator.check()
+    if stage == "predict":
+        data.predict_format.check_prompts(sets.records("predict_prompts"))
     if stage == "fit":
         check_comparative(reward, rules)
         check_win_probabilities(reward, rules)
@@ -85,6 +92,10 @@ def prepare_run(
     for key in keys:
         longest[key] = max(len(prompt.token_ids) for prompt in encoded(key))
         check_context(longest[key], generator, module.policy_spec.model_config, key=key)
+    if stage == "predict":
+        check_follow_ups(
+            data.predict_format, sets.records("predict_prompts"), encode_later(sets, module, generator)
+        )
     if stage == "fit":
         check_sizes(rules, encoded("prompts").ids)
         workload = workload_of(
@@ -274,6 +285,36 @@ def check_context(longest: int, generator: Generator, model_config: Any, *, key:
             "the policy's LongRoPE changes its factors, for all that share a batch with such a sequence: their samples "
             "and log-probs would depend on it; lower data.max_prompt_tokens or the generator's max_new_tokens"
         )
+
+
+def encode_later(
+    sets: PromptSets, module: SelfPlayModule, generator: Generator
+) -> Callable[[Sequence[Prompt]], EncodingResult]:
+    """Return what encodes conversations that the policy's own answers are part of, up to its context."""
+    spec = module.policy_spec
+    return partial(
+        sets.encode_later,
+        tokenizer=spec.tokenizer,
+        arguments=spec.config.chat_template_kwargs,
+        max_tokens=longest_prompt(generator, spec.model_config),
+    )
+
+
+def longest_prompt(generator: Generator, model_config: Any) -> int:
+    """Return the most tokens of a prompt that leave the policy room for a response.
+
+    Args:
+        generator: answers.
+        model_config: the policy's own settings.
+    """
+    most = generator.max_total_tokens
+    bounds = [getattr(model_config, "max_position_embeddings", None), rope_switch(model_config)]
+    limits = [
+        bound - generator.max_new_tokens
+        for bound in bounds
+        if bound is not None and (most is None or most > bound)
+    ]
+    return min([*limits, *([] if most is None else [most - 1])], default=sys.maxsize)
 
 
 def rope_switch(model_config: Any) -> int | None:

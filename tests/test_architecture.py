@@ -16,16 +16,16 @@ ROOT = Path(__file__).parents[1]
 # a line imports from the lines above it, and each name from itself; names on one line do not know each other
 LAYERS = """
 types
-seeding paths text redaction limits
+seeding paths text redaction limits short_names
 losses schedules difficulty
 selection pairing system prompts
 store policy
 resume pair_forward rewards loggers
 generation training
 rollouts
-iteration evaluation memory
+iteration evaluation memory predictions
 module
-export preflight report
+export judging preflight report
 datamodule
 callbacks chat study watch
 cli
@@ -56,6 +56,8 @@ WITHOUT_LIGHTNING = [
     "rollouts",
     "iteration",
     "evaluation",
+    "predictions",
+    "judging",
 ]
 PUBLIC = {
     "sppo_lightning": "PreferenceModule SelfPlayDataModule UserError",
@@ -87,6 +89,13 @@ PUBLIC = {
         AutoGenerator CachedGenerator ContinuousBatchingGenerator Generator HFGenerator ModelFolder OffPolicy
         OpenAIServerGenerator PolicySource PromptResponses SGLangWeights SampleRequest VLLMAdapter VLLMGenerator
         WeightSync
+    """,
+    "sppo_lightning.predictions": """
+        AlpacaEval ArenaHard JSONLines MTBench Prediction PredictionFormat
+    """,
+    "sppo_lightning.judging": """
+        Annotator Answer AnswerSet LabelProbabilities Reading RewardAnnotator ServerJudge Shown Verdict VerdictFormat
+        WrittenVerdict
     """,
     "sppo_lightning.callbacks": """
         DifficultyReestimation DisplacementWarning InitialEvaluation IterationGate IterationHistograms

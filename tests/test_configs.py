@@ -16,7 +16,9 @@ from sppo_lightning.loggers.settings import TRACKERS
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(
-    path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ("recipes", "loggers")
+    path
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if path.parent.name not in ("recipes", "loggers", "alpaca_eval_own_judge")
 )
 LOGGERS = sorted((ROOT / "configs/loggers").glob("*.yaml"))
 

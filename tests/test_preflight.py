@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from sppo_lightning.preflight import (
     check_loss,
     check_sizes,
     check_win_probabilities,
+    longest_prompt,
     rope_switch,
     set_up_rules,
 )
@@ -146,6 +148,16 @@ def test_a_batch_is_not_let_over_the_switch_of_longrope() -> None:
     ):
         check_context(57, generator, phi(64), key="prompts")
     assert rope_switch(tiny_config()) is None
+
+
+def test_the_longest_prompt_leaves_room_for_a_response() -> None:
+    """Context 512 less 12; of LongRoPE's switch at 24 less 12; under a total of 20 tokens one may be the response's."""
+    generator = HFGenerator(max_new_tokens=12, temperature=1.0)
+    assert longest_prompt(generator, tiny_config()) == 500
+    assert longest_prompt(generator, phi(24)) == 12
+    assert longest_prompt(generator, object()) == sys.maxsize
+    short = HFGenerator(max_new_tokens=12, temperature=1.0, max_total_tokens=20)
+    assert longest_prompt(short, tiny_config()) == 19
 
 
 def test_one_long_neighbour_does_change_the_log_probs_of_such_a_model() -> None:

@@ -7,7 +7,7 @@ import os
 import pkgutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import date
 from inspect import signature
@@ -48,10 +48,12 @@ from sppo_lightning.loggers.settings import check_loggers, hide_command_line, tr
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.paths import expand_path
 from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
+from sppo_lightning.predictions.formats import FORMATS
 from sppo_lightning.redaction import masked, masked_keys
 from sppo_lightning.resume.checkpoints import check_checkpoint, verify_checkpoint
 from sppo_lightning.resume.metrics_csv import MetricsCSV
 from sppo_lightning.resume.run_config import check_writable, recorded_setting, resume_path
+from sppo_lightning.short_names import with_class_paths
 from sppo_lightning.store.run_folder import RunFolder, check_kinds, remove_leftovers
 from sppo_lightning.system.durable import disk_error
 from sppo_lightning.system.lock import RunLock, check_ranks, is_first_process
@@ -337,8 +339,15 @@ UNACTIONABLE = (
 )
 
 
-def run(args: list[str]) -> None:
-    """Parse the command line and run the sub-command."""
+def run(args: list[str], other_commands: Sequence[str] = ()) -> None:
+    """Parse the command line and run the sub-command.
+
+    Args:
+        args: of the command line.
+        other_commands: named in the help, beside LightningCLI's own.
+    """
+    if args[:1] == ["predict"]:
+        args = with_class_paths(args, "--format", FORMATS, what="format", key="--data.predict_format")
     check_config_files(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for message in UNACTIONABLE:
@@ -356,9 +365,8 @@ def run(args: list[str]) -> None:
         load_from_checkpoint_support=False,
         parser_kwargs={
             "prog": "sppo-lightning",
-            "description": "Self-play preference optimisation. Two commands more than those below: `sppo-lightning "
-            "export RUN --format FORMAT` writes a run's policy as a folder that other tools load, `sppo-lightning "
-            "report RUN` what happened as a page for a browser (--help says more).",
+            "description": "Self-play preference optimisation. Commands besides those below (--help of each says more): "
+            f"{', '.join(other_commands)}.",
         },
     )
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from sppo_lightning.evaluation.metrics import EvaluationBatch
+from sppo_lightning.evaluation.win_rate import reward_preferences
 from sppo_lightning.generation import PolicySource
 from sppo_lightning.rollouts.collector import Collector
 from sppo_lightning.store.run_folder import RunFolder
@@ -234,7 +235,7 @@ def measure(rows: Sequence[Rollout], baseline: Sequence[Rollout] | None) -> Eval
     if not any(math.isfinite(reward) for reward in rewards):
         raise UserError("no held-out answer has a finite reward: check data.reward on data.eval_prompts")
     initial = {row.prompt_id: row.reward for row in baseline or ()}
-    wins = [_win(reward, initial.get(row.prompt_id)) for row, reward in zip(rows, rewards, strict=True)]
+    wins = reward_preferences(rewards, [initial.get(row.prompt_id) for row in rows])
     return EvaluationBatch(
         reward=torch.tensor(rewards, dtype=torch.float32),
         win=torch.tensor(wins, dtype=torch.float32),
@@ -243,12 +244,6 @@ def measure(rows: Sequence[Rollout], baseline: Sequence[Rollout] | None) -> Eval
         ),
         failed=torch.tensor([0.0 if math.isfinite(reward) else 1.0 for reward in rewards]),
     )
-
-
-def _win(reward: float, initial: float | None) -> float:
-    if initial is None or not math.isfinite(initial) or not math.isfinite(reward):
-        return float("nan")
-    return 1.0 if reward > initial else 0.5 if reward == initial else 0.0
 
 
 class PairedDifference(NamedTuple):
@@ -274,33 +269,3 @@ def paired_difference(rows: Sequence[Rollout], baseline: Sequence[Rollout]) -> P
     count = len(differences)
     stderr = float(differences.std()) / math.sqrt(count) if count > 1 else float("nan")
     return PairedDifference(float(differences.mean()) if count else float("nan"), stderr, count)
-
-
-def write_predictions(
-    folder: RunFolder, prompts: Sequence[EncodedPrompt], collector: Collector, policy: PolicySource
-) -> list[str]:
-    """Let ``policy`` answer prompts greedily into the run's ``predictions.jsonl``; return its lines."""
-    parts = folder.prediction_parts
-    if collector.ranks.rank == 0:
-        shutil.rmtree(parts, ignore_errors=True)  # of another policy, perhaps
-    collector.ranks.barrier("predictions begin")
-    rows = collector.collect_greedy(
-        ShardStore(parts), "greedy", prompts, policy=policy, iteration=0, phase="predicting", score=False
-    )
-    collector.ranks.barrier("predictions read")
-    lines = [
-        json.dumps(
-            {
-                "id": row.prompt_id,
-                "prompt": row.prompt,
-                "response": row.response,
-                "finish_reason": row.finish_reason,
-            },
-            ensure_ascii=False,
-        )
-        for row in rows
-    ]
-    if collector.ranks.rank == 0:
-        write_atomically(folder.predictions, "".join(f"{line}\n" for line in lines).encode())
-        shutil.rmtree(parts)
-    return lines

@@ -67,6 +67,23 @@ def read_prompts(
     return table
 
 
+def read_every_record(
+    source: str | Sequence[str], *, key: str, columns: Mapping[str, str] = MappingProxyType({})
+) -> list[Prompt]:
+    """Return the prompt of each record, in order; :func:`read_prompts` takes one that is repeated once only.
+
+    Args:
+        source: as for :func:`read_prompts`.
+        key: as for :func:`read_prompts`.
+        columns: as for :func:`read_prompts`.
+
+    Raises:
+        UserError: naming the file and line, if a record is no prompt.
+    """
+    sources = [source] if isinstance(source, str) else list(source)
+    return [_parse(record)[0] for record in _all_records(sources, key, columns)]
+
+
 def check_columns(columns: Mapping[str, str]) -> None:
     """Refuse names of columns that stand for nothing.
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from sppo_lightning.prompts.encoding import PromptError, encode_prompts
-from sppo_lightning.prompts.reading import digest_of_turns, locate, read_prompts
+from sppo_lightning.prompts.encoding import EncodingResult, PromptError, encode_prompts
+from sppo_lightning.prompts.reading import digest_of_turns, locate, read_every_record, read_prompts
 from sppo_lightning.prompts.table import EncodedPrompts, PromptTable
 from sppo_lightning.seeding import random_keys
-from sppo_lightning.types import UserError
+from sppo_lightning.types import Prompt, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,6 +75,17 @@ class PromptSets:
             if key == "prompts" and self.eval_share:
                 self._hold_out()
         return self._read[key]
+
+    def records(self, key: str) -> list[Prompt]:
+        """Return the prompt of each record of the source that the config names, repeated ones as often as they stand.
+
+        Raises:
+            UserError: as :meth:`read` does.
+        """
+        self.read(key)
+        source = self.sources[key]
+        assert source is not None
+        return read_every_record(source, key=f"data.{key}", columns=self.columns)
 
     def _hold_out(self) -> None:
         """Take some of the training prompts as held-out ones; prompts that say the same stay together."""
@@ -147,6 +158,33 @@ class PromptSets:
             self._encoded[key] = kept
             self._too_long[key] = too_long
         return self._encoded[key]
+
+    def encode_later(
+        self,
+        prompts: Sequence[Prompt],
+        tokenizer: PreTrainedTokenizerBase,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        max_tokens: int,
+    ) -> EncodingResult:
+        """Encode prompts that no file holds, as those of the files are.
+
+        Args:
+            prompts: what to encode.
+            tokenizer: the policy's.
+            arguments: further variables of its chat template.
+            max_tokens: longest one; others are left out.
+
+        Raises:
+            PromptError: naming the prompt that the tokenizer cannot take.
+        """
+        return encode_prompts(
+            tokenizer,
+            prompts,
+            max_tokens=max_tokens,
+            system_prompt=self.system_prompt,
+            arguments=arguments or {},
+        )
 
     def too_long(self, key: str) -> list[str]:
         """Return the ids of the prompts of ``key`` that did not fit; after :meth:`encode`."""

@@ -112,10 +112,9 @@ class RunFolder:
         """What each start of the run ran on."""
         return self.root / "environment.json"
 
-    @property
-    def predictions(self) -> Path:
-        """What ``predict`` answered."""
-        return self.root / "predictions.jsonl"
+    def predictions(self, name: str) -> Path:
+        """Return the file called ``name`` of what ``predict`` answered."""
+        return self.root / name
 
     @property
     def prediction_parts(self) -> Path:

@@ -76,10 +76,12 @@ class RunLock(AbstractContextManager["RunLock"]):
 
     Args:
         path: the file to lock, in the run folder.
+        instead: what else a user can do, for errors.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, instead: str = "use another trainer.default_root_dir") -> None:
         self.path = path
+        self.instead = instead
         self._descriptor: int | None = None
         # a forked child that outlives its parent would keep holding the lock
         os.register_at_fork(after_in_child=self._forget)
@@ -115,7 +117,7 @@ class RunLock(AbstractContextManager["RunLock"]):
                 raise
             raise UserError(
                 f"{root} is in use by another run ({holder or 'which has just begun'}): wait until it has ended, "
-                "or use another trainer.default_root_dir"
+                f"or {self.instead}"
             ) from error
         self._descriptor = descriptor
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
@@ -143,7 +145,7 @@ class RunLock(AbstractContextManager["RunLock"]):
             else:
                 return descriptor
             os.close(descriptor)
-        raise UserError(f"{self.path} is {why}: remove it, or use another trainer.default_root_dir")
+        raise UserError(f"{self.path} is {why}: remove it, or {self.instead}")
 
     def release(self) -> None:
         """Give the lock back, if it is held."""

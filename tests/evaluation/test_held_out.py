@@ -23,7 +23,6 @@ from sppo_lightning.evaluation.held_out import (
     load_evaluation,
     measure,
     paired_difference,
-    write_predictions,
 )
 from sppo_lightning.evaluation.metrics import EvaluationBatch
 from sppo_lightning.evaluation.results import held_out_results
@@ -418,27 +417,3 @@ def test_ranks_share_the_answers_and_all_of_them_take_part(count: int, world_siz
         rewards += [value for batch in found for value in batch.reward.tolist()]
     assert made == list(range(world_size))
     assert sorted(rewards) == list(range(count))
-
-
-# -------------------------------------------------------------------- predictions
-
-
-def test_predictions(run: Run) -> None:
-    (run.root / "predictions-parts").mkdir()
-    (run.root / "predictions-parts/greedy-00000.parquet").write_text("of another policy")
-    run.policy.level = 6
-    lines = write_predictions(
-        RunFolder(run.root), encoded(3), collector(run.engine, run.reward), run.policy.current()
-    )
-    assert (run.root / "predictions.jsonl").read_text() == "".join(f"{line}\n" for line in lines)
-    assert [json.loads(line) for line in lines] == [
-        {
-            "id": f"p{number}",
-            "prompt": f"text {number}",
-            "response": "level 6 seed 0",
-            "finish_reason": "length",
-        }
-        for number in range(3)
-    ]
-    assert run.reward.events == []
-    assert not (run.root / "predictions-parts").exists()

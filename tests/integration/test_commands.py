@@ -73,6 +73,36 @@ def test_predict_writes_answers(trained: tuple[Path, Arguments]) -> None:
     assert [row["id"] for row in found] == [f"eval{n}" for n in range(12)]
 
 
+def test_predict_asks_second_turns(
+    trained: tuple[Path, Arguments], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, build = trained
+    last = f"--ckpt_path={folder}/run/checkpoints/last.ckpt"
+    questions = [
+        {"question_id": 81 + n, "category": "math", "turns": [f"Count to {50 + n}", f"Now to {n}"]}
+        for n in range(3)
+    ]
+    (folder / "questions.jsonl").write_text("".join(f"{json.dumps(question)}\n" for question in questions))
+    main(
+        [
+            *("predict", *build(data__predict_prompts=folder / "questions.jsonl"), last),
+            *("--format", "mt_bench", "--format.model", "mine"),
+        ]
+    )
+    lines = (folder / "run/predictions-mt_bench.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [row["question_id"] for row in found] == [81, 82, 83]
+    assert {row["model_id"] for row in found} == {"mine"}
+    stored = answers(folder / "run/evaluations/001/rollouts.parquet")
+    turns = [row["choices"][0]["turns"] for row in found]
+    assert [first for first, _ in turns] == [row["response"] for row in stored[:3]]
+    assert any(second for _, second in turns)
+
+    with pytest.raises(SystemExit):
+        main(["predict", *build(data__predict_prompts=folder / "eval.jsonl"), last, "--format=mt_bench"])
+    assert "prompt 'eval0' has no 'question_id', which predict --format mt_bench" in capsys.readouterr().err
+
+
 def test_the_saved_config_and_the_exported_policy_answer_alike(
     trained: tuple[Path, Arguments], tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sppo_lightning.prompts import reading as prompts_module
-from sppo_lightning.prompts.reading import check_disjoint, read_prompts
+from sppo_lightning.prompts.reading import check_disjoint, read_every_record, read_prompts
 from sppo_lightning.types import Message, Prompt, UserError
 
 BOS, EOS = 0, 1
@@ -267,3 +267,18 @@ def test_a_folder_without_prompt_files(tmp_path: Path) -> None:
         UserError, match=r"data\.prompts: folder .* has no \.jsonl, \.ndjson, \.json, .*\.arrow file"
     ):
         read_prompts(str(tmp_path), key="data.prompts")
+
+
+def test_every_record_where_repeated_ones_count(tmp_path: Path) -> None:
+    """Without ids: the same text is the same prompt, but each record keeps what else it says."""
+    records = [
+        {"prompt": "Name a river", "row": 0},
+        {"prompt": "Name a cloud"},
+        {"prompt": "Name a river", "row": 2},
+    ]
+    file = write(tmp_path / "prompts.jsonl", records)
+    found = read_every_record(str(file), key="data.prompts")
+    assert [one.text for one in found] == [record["prompt"] for record in records]
+    assert found[0].id == found[2].id != found[1].id
+    assert [one.metadata.get("row") for one in found] == [0, None, 2]
+    assert read_prompts(str(file), key="data.prompts").ids == [found[0].id, found[1].id]

@@ -24,6 +24,7 @@ def test_names_of_files_are_fixed(tmp_path: Path) -> None:
         "kept_policy": folder.kept_policy(3),
         "kept_weights": folder.kept_weights(3),
         "export": folder.export("hf"),
+        "predictions": folder.predictions("predictions-alpaca_eval.json"),
     }
     assert {name: str(path.relative_to(tmp_path)) for name, path in found.items()} == {
         "config": "config.yaml",
@@ -45,7 +46,7 @@ def test_names_of_files_are_fixed(tmp_path: Path) -> None:
         "samples": "samples.md",
         "report": "report.html",
         "environment": "environment.json",
-        "predictions": "predictions.jsonl",
+        "predictions": "predictions-alpaca_eval.json",
         "prediction_parts": "predictions-parts",
         "lock": ".lock",
         "rendezvous": ".rendezvous",
