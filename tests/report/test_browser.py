@@ -277,6 +277,22 @@ def test_the_policy_stops_what_would_get_past_the_page(
     context.close()
 
 
+def test_no_script_or_style_but_the_pages_own_has_an_effect(browser: Any, one: Path, tmp_path: Path) -> None:
+    """As if a text had got into the file as it is: the policy knows scripts and styles by their content."""
+    leaked = (
+        "<script>attacked = 1</script><img src=x onerror='attacked = 1'><style>body { display: none }</style>"
+        "<p id=leaked style='display: none'>text</p>"
+    )
+    changed = tmp_path / "leaked.html"
+    changed.write_text(one.read_text().replace("<noscript>", f"{leaked}<noscript>", 1))
+    page = browser.new_page()
+    page.goto(changed.as_uri())
+    page.wait_for_selector("html[data-ready]")
+    assert page.evaluate("typeof attacked") == "undefined"
+    assert page.locator("#leaked").is_visible()
+    page.close()
+
+
 # ------------------------------------------------------------ what people do
 
 
