@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sppo_lightning.evaluation.win_rate import read_gamed_baselines
+from sppo_lightning.evaluation.length_controlled import read_gamed_baselines
 from sppo_lightning.judging.answers import Iteration, matched, read_answers
 from sppo_lightning.judging.by_reward import RewardAnnotator
 from sppo_lightning.judging.by_server import ServerJudge

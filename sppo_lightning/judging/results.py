@@ -8,15 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sppo_lightning.evaluation.win_rate import (
-    COVERAGE,
+from sppo_lightning.evaluation.length_controlled import (
     GamedBaselines,
     LengthControlledWinRate,
-    WinRate,
     has_scikit_learn,
     length_controlled_win_rate,
-    win_rate,
 )
+from sppo_lightning.evaluation.win_rate import COVERAGE, WinRate, win_rate
 from sppo_lightning.judging.comparing import Pair
 
 

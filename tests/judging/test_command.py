@@ -13,7 +13,8 @@ from support.servers import Answer as Sent
 from support.servers import Request, serving
 
 from sppo_lightning.__main__ import main
-from sppo_lightning.evaluation.win_rate import length_controlled_win_rate, win_rate
+from sppo_lightning.evaluation.length_controlled import length_controlled_win_rate
+from sppo_lightning.evaluation.win_rate import win_rate
 from sppo_lightning.judging import Annotator, Shown, Verdict
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "support/golden/alpaca_eval.json").read_text())
