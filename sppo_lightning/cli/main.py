@@ -365,7 +365,7 @@ def run(args: list[str], other_commands: Sequence[str] = ()) -> None:
         load_from_checkpoint_support=False,
         parser_kwargs={
             "prog": "sppo-lightning",
-            "description": "Self-play preference optimisation. Commands besides those below (--help of each says more): "
+            "description": "Self-play preference optimisation. Commands besides those below, each with --help: "
             f"{', '.join(other_commands)}.",
         },
     )
