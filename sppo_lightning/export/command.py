@@ -8,7 +8,6 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +23,7 @@ from sppo_lightning.export.preferences import PreferenceData
 from sppo_lightning.export.saved_policy import SavedPolicy
 from sppo_lightning.export.stored_run import StoredRun, read_run
 from sppo_lightning.policy.pretrained import DTYPES
+from sppo_lightning.short_names import with_class_paths
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.durable import write_atomically
 from sppo_lightning.types import UserError, first_line
@@ -249,7 +249,9 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("run", type=str, help="folder of the run")
     parser.add_function_arguments(export, skip={"run"}, as_group=False)
     try:
-        given = parser.instantiate(parser.parse_args(_with_class_paths(args))).as_dict()
+        given = parser.instantiate(
+            parser.parse_args(with_class_paths(args, "--format", FORMATS, what="format"))
+        ).as_dict()
     except (ArgumentError, ValueError, ImportError) as error:  # the latter two an exporter's own
         raise UserError(f"export: {' '.join(str(error).split())}") from error
     transformers.utils.logging.disable_progress_bar()
@@ -258,17 +260,3 @@ def main(args: Sequence[str]) -> None:
     place = export(**given)
     what = "policy" if isinstance(given["format"], Exporter) else "data"
     print(f"The exported {what} lies in {place}; README.md there says what it is and how to load it.")
-
-
-def _with_class_paths(args: Sequence[str]) -> list[str]:
-    """Return the arguments, a format's short name replaced by its class path."""
-    found = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--format=") else [arg])]
-    for place, (flag, name) in enumerate(pairwise(found), 1):
-        if flag == "--format" and "." not in name:
-            if name not in FORMATS:
-                raise UserError(
-                    f"--format {name}: there is no such format; give {', '.join(FORMATS)}, or the class path "
-                    "of an exporter of your own, e.g. my_module.MyExporter"
-                )
-            found[place] = FORMATS[name]
-    return found

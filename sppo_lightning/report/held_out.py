@@ -8,9 +8,13 @@ from typing import NamedTuple
 
 from sppo_lightning.evaluation.gate import failed_share
 from sppo_lightning.evaluation.held_out import measure, paired_difference
-from sppo_lightning.report.estimates import Estimate
+from sppo_lightning.evaluation.length_controlled import has_scikit_learn, length_controlled_win_rate
+from sppo_lightning.evaluation.win_rate import reward_preferences
+from sppo_lightning.report.estimates import INTERVAL, Estimate
 from sppo_lightning.report.run_data import Evaluation, RunData
 from sppo_lightning.types import Rollout, UserError
+
+REFITS = 100  # of the length-controlled win rate's interval, each a few milliseconds
 
 
 class Measure(NamedTuple):
@@ -26,6 +30,11 @@ MEASURES: Mapping[str, Measure] = {
     "gain": Measure("Gain", "reward", "Reward less the initial policy's, prompt by prompt."),
     "win_rate": Measure(
         "Win rate", "share", "Answers with a higher reward than the initial policy's; ties count half."
+    ),
+    "length_controlled_win_rate": Measure(
+        "Length-controlled win rate",
+        "share",
+        "What the win rate would be at equal lengths: AlpacaEval 2's model without difficulties (minimal).",
     ),
     "kl": Measure(
         "KL",
@@ -83,4 +92,22 @@ def _measures(evaluation: Evaluation, initial: Sequence[Rollout] | None) -> dict
     if initial is not None and evaluation.finished > 0:
         found["gain"] = Estimate.of_difference(paired_difference(evaluation.rows, initial))
         found["win_rate"] = Estimate.of(batch.win)
+        if has_scikit_learn():
+            found["length_controlled_win_rate"] = _length_controlled(evaluation.rows, initial)
     return found
+
+
+def _length_controlled(rows: Sequence[Rollout], initial: Sequence[Rollout]) -> Estimate:
+    """Return the length-controlled win rate; half of its bootstrap interval stands for the standard errors."""
+    before = {row.prompt_id: row for row in initial}
+    pairs = [(row, before[row.prompt_id]) for row in rows if row.prompt_id in before]
+    preferences = reward_preferences([now.reward for now, _ in pairs], [then.reward for _, then in pairs])
+    found = length_controlled_win_rate(
+        preferences,
+        [len(now.response) for now, _ in pairs],
+        [len(then.response) for _, then in pairs],
+        seed=0,
+        resamples=REFITS,
+    )
+    known = sum(map(math.isfinite, preferences))
+    return Estimate(found.rate, (found.high - found.low) / 2 / INTERVAL, known)
