@@ -92,13 +92,18 @@ def _measures(evaluation: Evaluation, initial: Sequence[Rollout] | None) -> dict
     if initial is not None and evaluation.finished > 0:
         found["gain"] = Estimate.of_difference(paired_difference(evaluation.rows, initial))
         found["win_rate"] = Estimate.of(batch.win)
-        if has_scikit_learn():
-            found["length_controlled_win_rate"] = _length_controlled(evaluation.rows, initial)
+        if has_scikit_learn() and math.isfinite(
+            (controlled := length_controlled(evaluation.rows, initial)).mean
+        ):
+            found["length_controlled_win_rate"] = controlled
     return found
 
 
-def _length_controlled(rows: Sequence[Rollout], initial: Sequence[Rollout]) -> Estimate:
-    """Return the length-controlled win rate; half of its bootstrap interval stands for the standard errors."""
+def length_controlled(rows: Sequence[Rollout], initial: Sequence[Rollout]) -> Estimate:
+    """Return the length-controlled win rate; half of its bootstrap interval stands for the standard errors.
+
+    NaN with fewer answers than its cross-validation has folds.
+    """
     before = {row.prompt_id: row for row in initial}
     pairs = [(row, before[row.prompt_id]) for row in rows if row.prompt_id in before]
     preferences = reward_preferences([now.reward for now, _ in pairs], [then.reward for _, then in pairs])

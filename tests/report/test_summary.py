@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 from support.made_runs import MadeRun
 
+from sppo_lightning.evaluation.length_controlled import length_controlled_win_rate
 from sppo_lightning.report.comparison import check_comparable
+from sppo_lightning.report.estimates import INTERVAL
+from sppo_lightning.report.held_out import REFITS, length_controlled
 from sppo_lightning.report.markdown import markdown
 from sppo_lightning.report.run_data import read_run
 from sppo_lightning.report.settings import flat_settings
 from sppo_lightning.report.summary import POINTS, summary, thinned
-from sppo_lightning.types import UserError
+from sppo_lightning.types import Rollout, UserError
 
 
 def test_held_out_numbers(tmp_path: Path) -> None:
@@ -30,6 +33,27 @@ def test_held_out_numbers(tmp_path: Path) -> None:
     assert first["measures"]["length"]["mean"] == 9.0
     assert first["measures"]["kl"]["mean"] == 0.05
     assert first["measures"]["kl"]["stderr"] is None
+
+
+def test_the_length_controlled_win_rate_is_that_of_the_judge(tmp_path: Path) -> None:
+    """Eight prompts, all won by longer answers: nothing but length tells them apart, and it says so of all."""
+    pytest.importorskip("sklearn")
+    found = summary([read_run(MadeRun(tmp_path / "run", held_out=8).write().root)])
+    initial, first, _ = found["runs"][0]["held_out"]
+    assert "length_controlled_win_rate" not in initial["measures"]
+    assert first["measures"]["length_controlled_win_rate"] == {"mean": 1.0, "stderr": 0.0, "size": 8}
+    rows = [Rollout(f"e{n}", 0, "p", "a" * (5 + n % 3), (1,), "stop", float(n % 4 < 2)) for n in range(40)]
+    before = [Rollout(f"e{n}", 0, "p", "b" * (3 + n % 5), (1,), "stop", 0.5) for n in range(40)]
+    expected = length_controlled_win_rate(
+        [float((row.reward or 0) > 0.5) for row in rows],
+        [len(row.response) for row in rows],
+        [len(row.response) for row in before],
+        seed=0,
+        resamples=REFITS,
+    )
+    shown = length_controlled(rows, before)
+    assert (shown.mean, shown.size) == (expected.rate, 40)
+    assert 2 * INTERVAL * shown.stderr == pytest.approx(expected.high - expected.low)
 
 
 def test_phases_have_times_and_tokens(tmp_path: Path) -> None:
