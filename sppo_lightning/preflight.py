@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
 from sppo_lightning.difficulty import StatisticsTable
-from sppo_lightning.generation import Generator
+from sppo_lightning.generation import CachedGenerator, Generator
 from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.losses import PreferenceLoss
 from sppo_lightning.memory.check import check_memory
@@ -364,7 +364,7 @@ def workload_of(
             pairs_per_step=data.rules.pairs_per_step,
             batch_size=data.rules.batch_size,
         ),
-        generator=data.generator,
+        generator=data.generator.generator if isinstance(data.generator, CachedGenerator) else data.generator,
         reward=data.reward,
         prompts=prompts,
         hardware=hardware,

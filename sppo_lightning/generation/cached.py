@@ -7,6 +7,7 @@ import json
 import logging
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -43,7 +44,8 @@ class CachedGenerator(Generator):
     For runs that start from one policy and differ in what comes after: its held-out answers, its probe and its first
     rollouts are sampled once. A response is found again by the policy's fingerprint, the engine's settings, the
     prompt's token ids and the response's seed. Only responses of the first policy that a process samples from are
-    kept, for a fresh run the initial one.
+    kept, for a fresh run the initial one. A fingerprint names a frozen base, and does not read it: a folder is for runs
+    whose ``model.policy`` and ``trainer.precision`` are the same.
 
     Args:
         generator: samples what is not there.
@@ -97,8 +99,7 @@ class CachedGenerator(Generator):
         digest = hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
         self._policy = policy
         self._place = Path(self.folder) / digest / fingerprint
-        self._known = _read(self._place)
-        self._fresh = {}
+        self._known, self._fresh = _read(self._place), {}
 
     def generate(self, requests: Sequence[SampleRequest]) -> Iterator[PromptResponses]:
         """Yield the known responses first, then the others as the engine makes them."""
@@ -126,10 +127,9 @@ class CachedGenerator(Generator):
             number, keys = partly[answer.request]
             made = dict(zip(_keys(missing[answer.request]), answer.responses, strict=True))
             kept = {key: response for key, response in made.items() if response.drop_reason is None}
-            self._fresh |= kept
-            found = {**self._known, **made} if len(made) < len(keys) else made
-            yield PromptResponses(number, [found[key] for key in keys])
-            self._known |= kept
+            if self._place.name == self._first:
+                self._fresh |= kept
+            yield PromptResponses(number, [made[key] if key in made else self._known[key] for key in keys])
 
     def _progress(self, prompts: float, tokens: int) -> None:
         if self.on_batch_progress is not None:
@@ -138,7 +138,7 @@ class CachedGenerator(Generator):
     def unload(self) -> None:
         """Keep what was sampled, and free what was loaded."""
         assert self._policy is not None
-        if self._fresh and self._place.name == self._first:
+        if self._fresh:
             self._place.mkdir(parents=True, exist_ok=True)
             write_table(self._place / f"{uuid4().hex}.parquet", _table(self._fresh))
         if self._loaded:
@@ -173,7 +173,8 @@ def _read(folder: Path) -> dict[str, Response]:
         try:
             table = read_table(path, SCHEMA)
         except UserError:
-            quarantine(path)
+            with suppress(FileNotFoundError):  # another process has found it too
+                quarantine(path)
             continue
         for row in table.to_pylist():
             found[row["key"]] = Response(tuple(row["token_ids"]), row["text"], row["finish_reason"])

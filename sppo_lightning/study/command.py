@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from jsonargparse import ArgumentParser
 
 from sppo_lightning.study.definition import Study, read_study
 from sppo_lightning.study.outcomes import Outcome, read_outcome
-from sppo_lightning.study.page import write_results
-from sppo_lightning.study.plan import PlannedRun, of_job, plan
-from sppo_lightning.study.runner import register, run_all, state_of
+from sppo_lightning.study.page import Results, write_results
+from sppo_lightning.study.plan import PlannedRun, of_job, pinned_settings, plan
+from sppo_lightning.study.registration import check_registered, read_registration, register
+from sppo_lightning.study.runner import holding, run_all, state_of
+from sppo_lightning.system.lock import is_first_process
+from sppo_lightning.text import for_terminal
 from sppo_lightning.types import UserError
 
 SUMMARY = (
@@ -38,58 +44,87 @@ def study(config: str, action: Action = "run", job: str | None = None) -> Path:
     Raises:
         UserError: if the study cannot be run, or runs failed.
     """
+    _check_environment()
     path = Path(config)
-    found = read_study(path)
-    runs = plan(found, path)
-    mine = runs if job is None else of_job(runs, *_job(job))
+    named = read_study(path)
+    with holding(named.folder / ".registration.lock", wait_s=60):
+        before = read_registration(named)
+        if before is None and action != "run":
+            raise UserError(f"{named.folder} holds no study yet: run it first")
+        pinned = pinned_settings(named, path) if before is None else before.pinned
+        runs = plan(named, path, pinned)
+        mine = runs if job is None else of_job(runs, *_job(job))
+        if before is not None:
+            check_registered(named, runs, before)
+        registered = before or register(named, runs, pinned)
     if action == "status":
-        _print_status(found, runs)
-        return found.folder
+        _print_status(named, runs)
+        return named.folder
     failed = 0
     if action == "run":
-        register(found)
-        failed = run_all(found, mine, ended=lambda: _write(found, runs))
-    page = _write(found, runs)
+        failed = run_all(named, mine, ended=lambda: _write(named, runs, registered.digest))
+    page = _write(named, runs, registered.digest)
     if failed:
         raise UserError(f"{failed} of {len(mine)} runs failed, see {page}: the same command runs them again")
     return page
 
 
-def _write(study: Study, runs: Sequence[PlannedRun]) -> Path:
-    states = {run.name: state_of(study, run) for run in runs}
-    outcomes = [
-        read_outcome(run)
-        for run in runs
-        if (state := states[run.name]) is not None and state.status == "ended"
-    ]
-    _check_prompts(outcomes)
-    return write_results(study, runs, states, outcomes)
+def _check_environment() -> None:
+    """Refuse to be one of several processes, and to run for hours towards statistics that cannot be computed."""
+    several = any(os.environ.get(name, "1") not in ("", "1") for name in ("WORLD_SIZE", "SLURM_NTASKS"))
+    if several or not is_first_process(os.environ):
+        raise UserError(
+            "study was started as several processes (WORLD_SIZE, SLURM_NTASKS or a rank is set): start one, and set "
+            "trainer.devices in the base config for arms on several devices"
+        )
+    if find_spec("scipy") is None:
+        raise UserError("a study's statistics need SciPy: pip install 'sppo-lightning[study]'")
 
 
-def _check_prompts(outcomes: Sequence[Outcome]) -> None:
-    """Refuse runs of one setting that were measured on different prompts."""
-    first: dict[str, Outcome] = {}
+def _write(study: Study, runs: Sequence[PlannedRun], digest: str) -> Path:
+    """Write the page and the tables of what has ended; jobs do so one after the other."""
+    with holding(study.folder / ".results.lock", wait_s=60):
+        states = {run.name: state_of(study, run) for run in runs}
+        outcomes, unreadable = [], {}
+        for run in runs:
+            state = states[run.name]
+            if state is None or state.status != "ended":
+                continue
+            try:
+                outcomes.append(read_outcome(run))
+            except UserError as error:
+                unreadable[run.name] = str(error)
+        unlike = _unlike(outcomes)
+        kept = [item for item in outcomes if item.run.name not in unlike]
+        return write_results(study, Results(runs, states, kept, {**unreadable, **unlike}, digest))
+
+
+def _unlike(outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """Return the runs that were measured otherwise than the first one of their setting, and how."""
+    found, first = {}, dict[str, Outcome]()
     for item in outcomes:
         other = first.setdefault(item.run.setting, item)
+        ours, theirs = item.evaluations[0].rewards, other.evaluations[0].rewards
         if item.prompt_ids != other.prompt_ids:
-            raise UserError(
-                f"{item.run.name} and {other.run.name} were measured on different held-out prompts: the prompt file "
-                "changed in between; give the study another output"
+            found[item.run.name] = f"was measured on other held-out prompts than {other.run.name}"
+        elif not np.array_equal(ours, theirs, equal_nan=True):
+            found[item.run.name] = (
+                f"gives the initial policy's answers other rewards than {other.run.name} does"
             )
+    return found
 
 
 def _print_status(study: Study, runs: Sequence[PlannedRun]) -> None:
     states = [(run, state_of(study, run)) for run in runs]
     for run, state in states:
         begun = "begun" if run.folder.exists() else "not begun"
-        print(
-            f"{begun if state is None else state.status:>9}  {run.name}  {'' if state is None else state.message}"
-        )
-    counts = [
+        message = "" if state is None else for_terminal(state.message)
+        print(f"{begun if state is None else state.status:>9}  {run.name}  {message}")
+    ended, failed = (
         sum(state is not None and state.status == status for _, state in states)
         for status in ("ended", "failed")
-    ]
-    print(f"{counts[0]} of {len(runs)} runs have ended, {counts[1]} failed")
+    )
+    print(f"{ended} of {len(runs)} runs have ended, {failed} failed")
 
 
 def _job(text: str) -> tuple[int, int]:

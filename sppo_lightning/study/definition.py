@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from argparse import ArgumentError
 from collections.abc import Mapping
@@ -15,6 +14,8 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from sppo_lightning.limits import check_size
+from sppo_lightning.paths import expand_path
+from sppo_lightning.redaction import masked
 from sppo_lightning.types import UserError, first_line
 
 Overrides = dict[str, Any]
@@ -85,15 +86,30 @@ class Study:
     @property
     def folder(self) -> Path:
         """Where runs and results lie."""
-        return Path(self.output or f"runs/studies/{self.name}")
+        return Path(expand_path(self.output or f"runs/studies/{self.name}", key="output"))
 
     def seeds_of(self, arm: str) -> list[int]:
         """Return the seeds of an arm."""
-        return self.arms[arm].seeds or self.seeds
+        own = self.arms[arm].seeds
+        return self.seeds if own is None else own
 
     def title(self, arm: str) -> str:
         """Return an arm's name in tables."""
         return self.arms[arm].title or arm
+
+    def seeds_of_claim(self, claim: Claim) -> list[int]:
+        """Return the seeds that both arms of a claim have."""
+        ours = self.seeds_of(claim.arm)
+        return (
+            ours
+            if claim.against == INITIAL
+            else [seed for seed in ours if seed in self.seeds_of(claim.against)]
+        )
+
+    @property
+    def tests(self) -> int:
+        """How many verdicts a reading has: claims, each in its settings."""
+        return sum(len(self.settings_of(claim)) for claim in self.claims.values())
 
     def settings_of(self, claim: Claim) -> list[str]:
         """Return the settings in which a claim is tested."""
@@ -103,13 +119,8 @@ class Study:
         """Return what is named before anything runs, as JSON types; the folder is no part of it."""
         found = asdict(self)
         del found["output"]
-        return found
-
-    @property
-    def digest(self) -> str:
-        """Of what is named before anything runs."""
-        text = json.dumps(self.registered(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+        return plain
 
 
 INITIAL = "initial"  # the name that stands for the policy that all arms start from
@@ -121,21 +132,40 @@ def read_study(path: Path) -> Study:
     Raises:
         UserError: if it is none, or names what is not there.
     """
-    try:
-        content = yaml.safe_load(path.read_bytes())
-        check_size(content)
-    except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror}): name a study file") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"--config {path}: is no YAML ({first_line(error)}): correct it") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"--config {path}: is no study file: it needs name, question, config, arms and seeds")
+    content = read_settings(path, "--config")
     try:
         study = _parsed(content)
     except (ArgumentError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"--config {path}: {' '.join(str(error).split())}") from error
     _check(study, path)
     return study
+
+
+def read_settings(path: Path, key: str) -> Overrides:
+    """Read a file of nested settings.
+
+    Args:
+        path: of the file.
+        key: that named it, for errors.
+
+    Raises:
+        UserError: if it cannot be read, holds something else, or a secret.
+    """
+    try:
+        content = yaml.safe_load(path.read_bytes())
+        check_size(content)
+    except OSError as error:
+        raise UserError(f"{key} {path}: cannot be read ({error.strerror}): name another file") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{key} {path}: is no YAML ({first_line(error)}): correct it") from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise UserError(f"{key} {path}: holds no settings by name, as a study and a config do")
+    if masked(content) != content:
+        raise UserError(
+            f"{key} {path}: holds a secret, which a study would write into its folder: take it from the environment "
+            "instead"
+        )
+    return content
 
 
 def _parsed(content: Mapping[str, Any]) -> Study:
@@ -165,6 +195,11 @@ def _parsed(content: Mapping[str, Any]) -> Study:
 def _check_overrides(key: str, given: object) -> None:
     if not isinstance(given, dict):
         raise ValueError(f"{key} is {given!r:.60}: name settings below it, as in a config file")
+    trainer = given.get("trainer")
+    if "seed_everything" in given or (isinstance(trainer, dict) and "default_root_dir" in trainer):
+        raise ValueError(
+            f"{key} sets seed_everything or trainer.default_root_dir, which the study sets for each run"
+        )
 
 
 def _check(study: Study, path: Path) -> None:
@@ -181,12 +216,16 @@ def _check(study: Study, path: Path) -> None:
             refuse(f"config: {file} is not there; it is looked for beside the study file")
     for kind in ("arms", "settings"):
         for name in getattr(study, kind):
+            if not isinstance(name, str):
+                refuse(f"{kind}: {name!r} is no text: write it in quotes")
             if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
                 refuse(f"{kind}: {name!r} becomes a folder's name: use letters, digits, '-', '_' and '.'")
     if INITIAL in study.arms:
         refuse(f"arms: {INITIAL!r} stands for the policy that all arms start from: use another name")
     for arm in study.arms:
         seeds = study.seeds_of(arm)
+        if not seeds:
+            refuse(f"arms.{arm}: seeds is empty: leave it out, or name some")
         if len(set(seeds)) < len(seeds):
             refuse(f"arms.{arm}: its seeds {seeds} repeat one")
     for name, claim in study.claims.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ class Evaluated:
 
     finished: int  # self-play iterations
     rewards: Numbers  # [P]; NaN: no finite reward
-    lengths: Numbers  # [P], tokens
+    lengths: Numbers  # [P], tokens; NaN: no answer
     tokens: int  # sampled by the run until then, held-out answers not counted
 
 
@@ -36,7 +37,8 @@ class Outcome:
         run: which one.
         prompt_ids: of the held-out prompts, in order.
         evaluations: in order; the first is of the initial policy.
-        final: index of the evaluation of the policy that the run ended with.
+        held: after each number of iterations, the index of the evaluation of the policy that the run then had: an
+            earlier one's where the gate reverted.
         pairs: trained on in each iteration, repeated ones not counted.
         reverted: iterations that the gate gave up.
     """
@@ -44,33 +46,37 @@ class Outcome:
     run: PlannedRun
     prompt_ids: tuple[str, ...]
     evaluations: tuple[Evaluated, ...]
-    final: int
+    held: tuple[int, ...]
     pairs: tuple[int, ...]
     reverted: int
 
     @property
+    def final(self) -> Evaluated:
+        """The evaluation of the policy that the run ended with."""
+        return self.evaluations[self.held[-1]]
+
+    @property
     def gain(self) -> Numbers:
         """[P]: held-out reward of the final policy less that of the initial one."""
-        found: Numbers = self.evaluations[self.final].rewards - self.evaluations[0].rewards
+        found: Numbers = self.final.rewards - self.evaluations[0].rewards
         return found
 
     @property
     def lowest_gain(self) -> float:
         """The lowest mean gain after any iteration, reverted ones included."""
         first = self.evaluations[0].rewards
-        return min(float(np.nanmean(each.rewards - first)) for each in self.evaluations[1:])
+        return min(mean_of_known(each.rewards - first) for each in self.evaluations[1:])
 
     @property
     def win_rate(self) -> float:
         """Share of prompts where the final answer is better than the initial one, ties half."""
         gain = self.gain[np.isfinite(self.gain)]
-        return float(np.mean((gain > 0) + 0.5 * (gain == 0)))
+        return mean_of_known((gain > 0) + 0.5 * (gain == 0))
 
     @property
     def length_ratio(self) -> float:
         """Mean length of the final answers over that of the initial ones."""
-        lengths = [self.evaluations[place].lengths.mean() for place in (self.final, 0)]
-        return float(lengths[0] / lengths[1])
+        return mean_of_known(self.final.lengths) / mean_of_known(self.evaluations[0].lengths)
 
     @property
     def tokens(self) -> int:
@@ -80,12 +86,19 @@ class Outcome:
     def gain_at(self, tokens: float) -> Numbers:
         """[P]: gain once so many tokens were sampled, between two evaluations on the line that joins them."""
         known = np.array([each.tokens for each in self.evaluations], dtype=np.float64)
-        rewards = np.stack([each.rewards for each in self.evaluations])
-        place = int(np.clip(np.searchsorted(known, tokens, side="right") - 1, 0, len(known) - 2))
-        width = known[place + 1] - known[place]
-        share = float(np.clip((tokens - known[place]) / width, 0.0, 1.0)) if width > 0 else 1.0
-        found: Numbers = (1 - share) * rewards[place] + share * rewards[place + 1] - rewards[0]
+        rewards = [self.evaluations[place].rewards for place in self.held]
+        place = int(np.clip(np.searchsorted(known, tokens, side="right") - 1, 0, len(known) - 1))
+        found: Numbers = rewards[place] - rewards[0]
+        if place + 1 < len(known) and tokens > known[place]:
+            share = (tokens - known[place]) / (known[place + 1] - known[place])
+            found = found + share * (rewards[place + 1] - rewards[place])
         return found
+
+
+def mean_of_known(values: Numbers) -> float:
+    """Return the mean of the finite values; NaN if there are none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if finite.size else math.nan
 
 
 def read_outcome(run: PlannedRun) -> Outcome:
@@ -95,41 +108,42 @@ def read_outcome(run: PlannedRun) -> Outcome:
         UserError: if its evaluations are not there.
     """
     folder = RunFolder(run.folder)
-    iterations = int(run.config["data"]["iterations"])
+    decisions = {item.finished: item for item in read_decisions(folder)}
+    stopped = (number for number, item in decisions.items() if item.action == "stop")
+    iterations = next(stopped, int(run.config["data"]["iterations"]))
     found, pairs, tokens = [], [], 0
     order: list[str] = []
     for finished in range(iterations + 1):
         rows = load_evaluation(folder.evaluation(f"{finished:03d}"))
         if rows is None:
-            raise UserError(
-                f"{run.name}: {folder.evaluation(f'{finished:03d}')} is missing or damaged: delete the run's file in "
-                "the study's state folder and its run folder, and start the study again"
-            )
+            raise UserError(f"{folder.evaluation(f'{finished:03d}')} is missing or damaged")
         if finished > 0:
             store = folder.iteration(finished - 1)
             tokens += sum(sum(row.length for row in store.shards.stream(name)) for name in ("probe", "topup"))
             pairs.append(int((store.read_manifest() or {})["counts"]["pairs"]))
         order = order or [row.prompt_id for row in rows]
         found.append(_evaluated(finished, rows, order, tokens))
-    decisions = read_decisions(folder)
     return Outcome(
         run,
         tuple(order),
         tuple(found),
-        decisions[-1].policy if decisions else iterations,
+        tuple(
+            decisions[number].policy if number in decisions else number for number in range(iterations + 1)
+        ),
         tuple(pairs),
-        sum(item.action == "revert" for item in decisions),
+        sum(item.action == "revert" for item in decisions.values()),
     )
 
 
 def _evaluated(finished: int, rows: Sequence[Rollout], order: Sequence[str], tokens: int) -> Evaluated:
     by_id = {row.prompt_id: row for row in rows}
     here = [by_id[key] for key in order]
-    rewards = [np.nan if row.reward is None else row.reward for row in here]
+    rewards = np.array([np.nan if row.reward is None else row.reward for row in here], dtype=np.float64)
+    lengths = [np.nan if row.finish_reason == "failed" else len(row.token_ids) for row in here]
     return Evaluated(
         finished,
-        np.array(rewards, dtype=np.float64),
-        np.array([len(row.token_ids) for row in here], dtype=np.float64),
+        np.where(np.isfinite(rewards), rewards, np.nan),
+        np.array(lengths, dtype=np.float64),
         tokens,
     )
 
@@ -139,7 +153,7 @@ def prompt_table(outcomes: Sequence[Outcome]) -> pa.Table:
     rows = [
         {
             **{"setting": item.run.setting, "seed": item.run.seed, "arm": item.run.arm},
-            **{"finished": each.finished, "prompt_id": key, "reward": float(reward), "tokens": int(length)},
+            **{"finished": each.finished, "prompt_id": key, "reward": float(reward), "tokens": float(length)},
         }
         for item in outcomes
         for each in item.evaluations

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sppo_lightning.study.definition import INITIAL, Study
-from sppo_lightning.study.outcomes import Outcome, prompt_table
+from sppo_lightning.study.figure import gains_figure
+from sppo_lightning.study.outcomes import Outcome, mean_of_known, prompt_table
 from sppo_lightning.study.plan import PlannedRun
 from sppo_lightning.study.runner import RunState
 from sppo_lightning.study.statistics import LEVEL, Comparison, compare
@@ -24,28 +25,53 @@ PAGE, FIGURE = "README.md", "gains.svg"
 TABLES = ("prompts.parquet", "arms.parquet", "verdicts.parquet")
 
 
-def write_results(
-    study: Study, runs: Sequence[PlannedRun], states: dict[str, RunState | None], outcomes: Sequence[Outcome]
-) -> Path:
+@dataclass(frozen=True)
+class Results:
+    """What a study has so far.
+
+    Args:
+        runs: all of them.
+        states: by a run's name; ``None``: it has not ended.
+        outcomes: of the runs that have ended.
+        left_out: runs that have ended but cannot be read or compared, and why.
+        digest: of what was named before the first run.
+    """
+
+    runs: Sequence[PlannedRun]
+    states: Mapping[str, RunState | None]
+    outcomes: Sequence[Outcome]
+    left_out: Mapping[str, str]
+    digest: str
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """Why runs have no results, by name."""
+        failed = {
+            name: state.message
+            for name, state in self.states.items()
+            if state is not None and state.status == "failed"
+        }
+        return {**failed, **self.left_out}
+
+
+def write_results(study: Study, results: Results) -> Path:
     """Write the page and the tables into the study's folder, and return the page's path.
 
     Args:
         study: what was compared.
-        runs: all of them.
-        states: by a run's name; ``None``: it has not ended.
-        outcomes: of the runs that have ended.
+        results: so far.
     """
-    folder = study.folder
+    folder, outcomes = study.folder, results.outcomes
     found = [*verdicts(study, outcomes, "steps"), *verdicts(study, outcomes, "tokens")]
     arms = list(_arms(study, outcomes))
     if outcomes:
         _write_table(folder / TABLES[0], prompt_table(outcomes))
         _write_table(folder / TABLES[1], pa.Table.from_pylist(arms))
         _write_table(folder / TABLES[2], pa.Table.from_pylist(list(map(_flat, found))))
-    figure = _figure(study, arms)
+    figure = gains_figure(study, arms)
     if figure is not None:
         write_atomically(folder / FIGURE, figure)
-    text = "\n".join(_page(study, runs, states, outcomes, arms, found, figure is not None))
+    text = "\n".join(_page(study, results, arms, found, figure is not None))
     write_atomically(folder / PAGE, text.encode())
     return folder / PAGE
 
@@ -58,12 +84,12 @@ def _arms(study: Study, outcomes: Sequence[Outcome]) -> Iterator[dict[str, objec
             if not here:
                 continue
             gain = compare(np.stack([item.gain for item in here]))
-            initial = [float(np.nanmean(item.evaluations[0].rewards)) for item in here]
+            initial = [mean_of_known(item.evaluations[0].rewards) for item in here]
             yield {
                 **{"setting": setting, "arm": arm, "seeds": len(here), "prompts": gain.prompts},
                 "initial": float(np.mean(initial)),
                 **{"gain": gain.mean, "low": gain.low, "high": gain.high},
-                "gains": [float(np.nanmean(item.gain)) for item in here],
+                "gains": [mean_of_known(item.gain) for item in here],
                 "lowest_gain": min(item.lowest_gain for item in here),
                 "win_rate": float(np.mean([item.win_rate for item in here])),
                 "length_ratio": float(np.mean([item.length_ratio for item in here])),
@@ -88,21 +114,18 @@ def _write_table(path: Path, table: pa.Table) -> None:
 
 def _page(
     study: Study,
-    runs: Sequence[PlannedRun],
-    states: dict[str, RunState | None],
-    outcomes: Sequence[Outcome],
+    results: Results,
     arms: Sequence[dict[str, object]],
     found: Sequence[Verdict],
     has_figure: bool,
 ) -> Iterator[str]:
-    ended = len(outcomes)
-    failed = [run for run in runs if (state := states[run.name]) is not None and state.status == "failed"]
+    problems = results.problems
     yield f"# {for_markdown(study.name)}\n"
     yield f"{for_markdown(study.question)}\n"
     yield (
-        f"{len(study.arms)} arms, {len(study.settings)} settings; {ended} of {len(runs)} runs have ended"
-        f"{f', {len(failed)} failed' if failed else ''}. Arms, claims and seeds were written down before the first run "
-        f"(`study.json`, digest `{study.digest}`). {_protocol(study)}\n"
+        f"{len(study.arms)} arms, {len(study.settings)} settings; {len(results.outcomes)} of {len(results.runs)} runs "
+        f"have ended{f', {len(problems)} without a result' if problems else ''}. Arms, claims, seeds and configs were "
+        f"written down before the first run (`study.json`, digest `{results.digest}`). {_protocol(study)}\n"
     )
     for setting in study.settings:
         rows = [row for row in arms if row["setting"] == setting]
@@ -114,20 +137,14 @@ def _page(
     if study.claims:
         yield "## Claims\n"
         yield from _claims(study, found)
-    if failed:
-        yield "## Failed runs\n"
-        yield from (
-            f"- {run.name}: {for_markdown(getattr(states[run.name], 'message', ''))}" for run in failed
-        )
+    if problems:
+        yield "## Runs without a result\n"
+        yield from (f"- {name}: {for_markdown(message)}" for name, message in problems.items())
         yield ""
     yield "## What this cannot say\n"
     one = [arm for arm in study.arms if len(study.seeds_of(arm)) == 1]
     if one:
         yield f"- {', '.join(one)}: one seed, so that no interval and no verdict can be given."
-    yield (
-        "- Intervals and p-values are of a bootstrap over seeds and held-out prompts; with fewer than ten seeds they "
-        "are too narrow rather than too wide."
-    )
     yield from (f"- {for_markdown(limit)}" for limit in study.limits)
     yield ""
 
@@ -137,7 +154,7 @@ def _protocol(study: Study) -> str:
         "All arms of a setting take equally many optimizer steps (`data.steps_per_iteration`): one with fewer pairs "
         "passes over them more often. "
         if study.matched == "steps"
-        else "Each arm takes one pass over the pairs that it has, so that optimizer steps differ. "
+        else "Each arm passes over the pairs that it has, so that optimizer steps differ. "
     )
     return (
         steps
@@ -191,7 +208,7 @@ def _claims(study: Study, found: Sequence[Verdict]) -> Iterator[str]:
         cells = (
             for_markdown(what),
             for_markdown(verdict.setting),
-            f"equal {verdict.reading}",
+            _reading(study, verdict),
             f"{each.mean:+.3f}{_interval(each.low, each.high)}",
             "" if math.isnan(each.effect) else f"{each.effect:+.2f}",
             "" if math.isnan(verdict.p) else f"{verdict.p:.3g}",
@@ -200,10 +217,18 @@ def _claims(study: Study, found: Sequence[Verdict]) -> Iterator[str]:
         )
         yield f"| {' | '.join(cells)} |"
     yield (
-        "\nDifferences are paired by seed and prompt; effect size is Cohen's d for paired samples; p is two-sided and "
-        "corrected for the number of claims and settings (Holm). Equal tokens: both arms once they had sampled as many "
-        "tokens as the one that sampled fewer, between two evaluations on the line that joins them.\n"
+        "\nDifferences are paired by seed and prompt, both taken as drawn at random: variance components, with degrees "
+        "of freedom after Satterthwaite. Effect size is Cohen's d for paired samples; p is two-sided and corrected for "
+        "the claims and settings of a reading (Holm). No verdict is given before all seeds have ended. Equal tokens: "
+        "both arms once they had sampled as many tokens as the one that sampled fewer, between two evaluations on the "
+        "line that joins them.\n"
     )
+
+
+def _reading(study: Study, verdict: Verdict) -> str:
+    if verdict.reading == "tokens":
+        return "equal tokens"
+    return "equal steps" if study.matched == "steps" else "at the end"
 
 
 def _to_settle(word: str, each: Comparison) -> str:
@@ -212,9 +237,9 @@ def _to_settle(word: str, each: Comparison) -> str:
         return ""
     ways = []
     if each.seeds_needed is not None:
-        ways.append(f"{each.seeds_needed} seeds")
+        ways.append(f"{max(each.seeds_needed, each.seeds + 1)} seeds")
     if each.prompts_needed is not None:
-        ways.append(f"{each.prompts_needed} prompts")
+        ways.append(f"{max(each.prompts_needed, each.prompts + 1)} prompts")
     return " or ".join(ways) or "more seeds and more prompts"
 
 
@@ -225,38 +250,3 @@ def _number(value: object) -> float:
 
 def _interval(low: float, high: float) -> str:
     return "" if math.isnan(low) else f" [{low:+.3f}, {high:+.3f}]"
-
-
-def _figure(study: Study, arms: Sequence[dict[str, object]]) -> bytes | None:
-    """Return the gains with their intervals and seeds as SVG; ``None``: nothing to draw, or matplotlib is not there."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    settings = [name for name in study.settings if any(row["setting"] == name for row in arms)]
-    if not settings:
-        return None
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": study.digest}):
-        figure = Figure(figsize=(4 + 3.5 * len(settings), 1.2 + 0.34 * len(study.arms)), layout="constrained")
-        axes = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
-        names = list(study.arms)
-        for axis, setting in zip(axes, settings, strict=True):
-            axis.axvline(0, color="0.6", linewidth=1)
-            for row in arms:
-                if row["setting"] != setting:
-                    continue
-                height = len(names) - 1 - names.index(str(row["arm"]))
-                gain, low, high = (_number(row[name]) for name in ("gain", "low", "high"))
-                gains = row["gains"]
-                assert isinstance(gains, list)
-                axis.plot(gains, [height] * len(gains), "|", color="0.35", markersize=9)
-                if not math.isnan(low):
-                    axis.plot([low, high], [height, height], "-", color="tab:blue", linewidth=2)
-                axis.plot([gain], [height], "o", color="tab:blue")
-            axis.set_title(setting)
-            axis.set_xlabel("gain in held-out reward")
-            axis.set_yticks(range(len(names)), [study.title(name) for name in reversed(names)])
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()

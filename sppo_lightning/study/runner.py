@@ -9,25 +9,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import yaml
 
-from sppo_lightning.redaction import masked
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.study.definition import Study
 from sppo_lightning.study.plan import PlannedRun
 from sppo_lightning.system.durable import write_atomically
 from sppo_lightning.system.lock import RunLock
 from sppo_lightning.system.signals import StopSignal
-from sppo_lightning.types import Stopped, UserError
+from sppo_lightning.text import for_terminal
+from sppo_lightning.types import UserError
 
 Status = Literal["ended", "failed"]
 PR_SET_PDEATHSIG = 1
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # not to be looked up after a fork
 LOCK_S = 600.0  # that a run of a killed study may take to reach its next optimizer step, and stop
 
 
@@ -44,30 +45,6 @@ class RunState:
     status: Status
     seconds: float
     message: str = ""
-
-
-def register(study: Study) -> None:
-    """Write down what the study names before anything runs, or check that it is still the same.
-
-    Raises:
-        UserError: if the folder holds another study, or this one with other arms or claims.
-    """
-    path = study.folder / "study.json"
-    registered = study.registered()
-    if not path.exists():
-        content = {"digest": study.digest, "registered": time.strftime("%Y-%m-%d"), "study": registered}
-        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-        return
-    try:
-        before = json.loads(path.read_bytes())["study"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: restore it, or give the study another output") from error
-    changed = [name for name in registered if before.get(name) != registered[name]]
-    if changed:
-        raise UserError(
-            f"{study.folder} holds a study whose {', '.join(changed)} were named otherwise before it ran: put them "
-            "back, or give this one another name or output"
-        )
 
 
 def state_of(study: Study, run: PlannedRun) -> RunState | None:
@@ -89,17 +66,23 @@ def run_all(study: Study, runs: Sequence[PlannedRun], *, ended: Callable[[], obj
     Raises:
         Stopped: if a signal came; the run that it met is saved, and continues with the same command.
     """
-    pending = [run for run in runs if (found := state_of(study, run)) is None or found.status == "failed"]
+    pending = [run for run in runs if not _has_ended(study, run)]
+    for run in runs:
+        if run not in pending:
+            _remove_weights(RunFolder(run.folder))  # a kill may have come in between
     began, failed = time.monotonic(), 0
-    _say(
-        f"{len(runs)} runs, {len(runs) - len(pending)} of them ended before; they lie in {study.folder / 'runs'}"
-    )
+    before = len(runs) - len(pending)
+    _say(f"{len(runs)} runs, {before} of them ended before; they lie in {study.folder / 'runs'}")
     for number, run in enumerate(pending):
         left = (time.monotonic() - began) / number * (len(pending) - number) if number else None
         about = "" if left is None else f"; about {_duration(left)} left"
-        _say(
-            f"[{len(runs) - len(pending) + number + 1}/{len(runs)}] {run.name}: log in {_log(study, run)}{about}"
-        )
+        _say(f"[{before + number + 1}/{len(runs)}] {run.name}: log in {_log(study, run)}{about}")
+        if not _wait_for_lock(RunFolder(run.folder)):
+            _say("  left to the process that is training it")
+            continue
+        if _has_ended(study, run):
+            _say("  ended in another process")
+            continue
         state = _run(study, run)
         write_atomically(_state_file(study, run), json.dumps(asdict(state)).encode())
         if state.status == "failed":
@@ -112,55 +95,100 @@ def run_all(study: Study, runs: Sequence[PlannedRun], *, ended: Callable[[], obj
     return failed
 
 
+def _has_ended(study: Study, run: PlannedRun) -> bool:
+    state = state_of(study, run)
+    return state is not None and state.status == "ended"
+
+
 def _run(study: Study, run: PlannedRun) -> RunState:
     """Run one ``fit`` to its end, and pass signals on to it."""
     config, log = study.folder / "configs" / f"{run.name}.yaml", _log(study, run)
-    if masked(run.config) != run.config:
-        raise UserError(
-            f"the config of {run.name} holds a secret, which a study would write into its folder: take it from the "
-            "environment instead"
-        )
     write_atomically(config, yaml.safe_dump(run.config, sort_keys=False).encode())
     log.parent.mkdir(parents=True, exist_ok=True)
-    _wait_for_lock(RunFolder(run.folder))
     began = time.monotonic()
+    begun: list[subprocess.Popen[bytes]] = []
     stop = StopSignal()
+    stop.listen(lambda number: begun[0].send_signal(number) if begun else None)
     command = [sys.executable, "-m", "sppo_lightning", "fit", "--config", str(config)]
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C reaches it once, through here
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-        )
-        stop.listen(process.send_signal)
-        try:
-            code = process.wait()
-        except Stopped:
-            process.wait()
-            raise
-        finally:
-            stop.ignore()
+    try:
+        with log.open("ab") as output:
+            stop.defer()  # until there is a process to pass a signal on to
+            begun.append(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # a Ctrl-C reaches it once, through here
+                    preexec_fn=_end_with_parent if _PRCTL is not None else None,
+                )
+            )
+        code = _waited_for(begun[0], stop)
+    finally:
+        stop.ignore()
     seconds = time.monotonic() - began
     if code == 0:
         return RunState("ended", seconds)
     return RunState("failed", seconds, _last_line(log) or f"exit status {code}")
 
 
+def _waited_for(process: subprocess.Popen[bytes], stop: StopSignal) -> int:
+    """Return a run's exit status; a signal that came meanwhile is raised once the run has saved itself."""
+    passed_on = False
+    while True:
+        try:
+            code = process.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            if stop.received and not passed_on:
+                passed_on = True
+                process.terminate()
+            continue
+        if stop.received:
+            stop.raise_pending()
+        return code
+
+
 def _end_with_parent() -> None:
     """Have the kernel ask the run to stop where the study is killed: it would train on, unseen."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    assert _PRCTL is not None
+    _PRCTL(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _wait_for_lock(folder: RunFolder) -> None:
-    """Wait until the run of a study that was killed has stopped."""
+def _wait_for_lock(folder: RunFolder) -> bool:
+    """Return whether nobody else trains in a run's folder, once the run of a study that was killed has stopped."""
+    if not folder.root.exists():
+        return True
     until = time.monotonic() + LOCK_S
-    while folder.root.exists() and time.monotonic() < until:
+    while True:
         with suppress(UserError), RunLock(folder.lock):
-            return
+            return True
+        if time.monotonic() > until:
+            return False
         time.sleep(0.5)
+
+
+@contextmanager
+def holding(path: Path, *, wait_s: float) -> Iterator[None]:
+    """Hold a file's lock; jobs of a study that write the same files take turns.
+
+    Args:
+        path: of the lock.
+        wait_s: seconds to wait for another process.
+
+    Raises:
+        UserError: if it still holds the lock then.
+    """
+    lock, until = RunLock(path), time.monotonic() + wait_s
+    while not lock.held:
+        try:
+            lock.acquire()
+            break  # also on a file system without locks
+        except UserError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.1)
+    with lock if lock.held else nullcontext():
+        yield
 
 
 def _remove_weights(folder: RunFolder) -> None:
@@ -183,7 +211,7 @@ def _last_line(log: Path) -> str:
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(for_terminal(message), file=sys.stderr, flush=True)
 
 
 def _duration(seconds: float) -> str:

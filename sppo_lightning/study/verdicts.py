@@ -26,7 +26,8 @@ class Verdict:
         reading: ``steps``: the policies that the runs ended with; ``tokens``: both arms once they had sampled as many
             tokens as the one that sampled fewer.
         comparison: of the claim's arm with the other one.
-        p: corrected for all claims and settings of the reading (Holm).
+        p: corrected for all claims and settings of the reading (Holm), those included that cannot be read yet.
+        seeds: that the comparison will have once all runs have ended.
     """
 
     claim: str
@@ -34,10 +35,16 @@ class Verdict:
     reading: Reading
     comparison: Comparison
     p: float
+    seeds: int
 
     @property
     def word(self) -> str:
-        """``supported``, ``contradicted`` or ``undecided``; ``one seed`` where no interval can be given."""
+        """``supported``, ``contradicted`` or ``undecided``; or why there is no verdict.
+
+        None is given before all seeds have ended: to look until a claim comes true is no test.
+        """
+        if self.comparison.seeds < self.seeds:
+            return "not complete"
         if math.isnan(self.p):
             return "one seed" if self.comparison.seeds == 1 else "not measured"
         if self.p >= 1 - LEVEL:
@@ -60,10 +67,18 @@ def verdicts(study: Study, outcomes: Sequence[Outcome], reading: Reading) -> lis
             pairs = _pairs(by_run, setting, claim.arm, claim.against)
             if pairs:
                 differences = np.stack([_difference(ours, other, reading) for ours, other in pairs])
-                found[name, setting] = compare(differences)
-    corrected = holm({f"{name}\0{setting}": each.p for (name, setting), each in found.items()})
+                found[name, setting] = compare(differences, tests=study.tests)
+    p_values = {f"{name}\0{setting}": each.p for (name, setting), each in found.items()}
+    corrected = holm(p_values, tests=study.tests)
     return [
-        Verdict(name, setting, reading, each, corrected[f"{name}\0{setting}"])
+        Verdict(
+            name,
+            setting,
+            reading,
+            each,
+            corrected[f"{name}\0{setting}"],
+            len(study.seeds_of_claim(study.claims[name])),
+        )
         for (name, setting), each in found.items()
     ]
 
@@ -83,7 +98,7 @@ def _pairs(
 
 def _difference(ours: Outcome, other: Outcome | None, reading: Reading) -> Numbers:
     """[P]: how much more an arm gained than another, or, for ``None``, than nothing."""
-    if other is None:
+    if other is None:  # at any number of tokens it is the initial policy
         return ours.gain
     if reading == "steps":
         return ours.gain - other.gain

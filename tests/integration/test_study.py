@@ -96,7 +96,7 @@ def test_a_study_from_its_start_to_its_tables(
     assert {row["arm"]: row["seeds"] for row in arms} == {"all": 1, "easy": 1}
     assert arms[0]["tokens"] > arms[1]["tokens"]
     page = (out / "README.md").read_text()
-    assert "2 of 3 runs have ended, 1 failed" in page
+    assert "2 of 3 runs have ended, 1 without a result" in page
     assert "one seed" in page
 
     begun = {path: path.stat().st_mtime_ns for path in (out / "logs").glob("*/*/*.log")}
@@ -110,7 +110,7 @@ def test_a_study_from_its_start_to_its_tables(
     study_file.write_text(study_file.read_text().replace("Easy beats all.", "All beats easy."))
     with pytest.raises(SystemExit):
         main(arguments)
-    assert "whose claims were named otherwise before it ran" in capsys.readouterr().err
+    assert "whose claims was named otherwise before it ran" in capsys.readouterr().err
 
 
 def started(command: list[str], then: Path) -> subprocess.Popen[bytes]:

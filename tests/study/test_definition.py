@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 import yaml
 
 from sppo_lightning.study.definition import read_study
-from sppo_lightning.study.plan import merged, of_job, plan
+from sppo_lightning.study.plan import merged, of_job, pinned_settings, plan
+from sppo_lightning.study.registration import check_registered, read_registration, register
 from sppo_lightning.types import UserError
 
 GENERATOR = {"class_path": "sppo_lightning.generation.HFGenerator", "init_args": {"max_new_tokens": 8}}
@@ -80,11 +82,65 @@ def test_a_class_takes_its_arguments_with_it() -> None:
     assert below["loss"]["init_args"] == {"beta": 1}
 
 
-def test_the_digest_is_of_what_is_named_before(tmp_path: Path) -> None:
-    first = read_study(written(tmp_path)).digest
-    assert read_study(written(tmp_path, output="elsewhere")).digest == first
-    assert read_study(written(tmp_path, seeds=[1, 3])).digest != first
-    assert read_study(written(tmp_path, claims={})).digest != first
+def registered(path: Path) -> str:
+    study = read_study(path)
+    return register(study, plan(study, path), {}).digest
+
+
+def test_what_is_named_before_is_kept(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    study, digest = read_study(path), registered(path)
+    before = read_registration(study)
+    assert before is not None
+    assert before.digest == digest
+    check_registered(study, plan(study, path), before)
+
+    moved = written(tmp_path, output=str(tmp_path / "elsewhere"))
+    check_registered(read_study(moved), plan(read_study(moved), moved), before)
+    for changes, what in [
+        ({"seeds": [1, 3]}, "seeds"),
+        ({"claims": {}}, "claims"),
+        ({"arms": {"a": {}, "b": {}}}, "arms"),
+    ]:
+        path = written(tmp_path, **changes)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=f"whose {what}.* was named otherwise before it ran"):
+            check_registered(read_study(path), plan(read_study(path), path), before)
+    path = written(tmp_path, base={"data": {**BASE["data"], "batch_size": 2}})
+    with pytest.raises(UserError, match="whose config of base/seed-1/a was named otherwise"):
+        check_registered(read_study(path), plan(read_study(path), path), before)
+
+
+def test_the_day_and_the_machine_decide_nothing_after_the_start(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    study = read_study(path)
+    pinned = pinned_settings(study, path)
+    assert set(pinned["trainer"]) == {"precision"}
+    config = plan(study, path, {**pinned, "trainer": {"precision": "16-mixed"}})[0].config
+    assert config["trainer"]["precision"] == "16-mixed"
+    assert config["model"]["policy"]["template_date"] == date.today().isoformat()
+    own = written(tmp_path, base={**BASE, "trainer": {"precision": "64-true"}})
+    assert plan(study, own, pinned)[0].config["trainer"]["precision"] == "64-true"
+
+
+def test_short_forms_of_classes(tmp_path: Path) -> None:
+    below = {"loss": {"class_path": "sppo_lightning.losses.DPOLoss", "init_args": {"beta": 1}}}
+    assert merged(below, {"loss": {"class_path": "DPOLoss", "init_args": {"x": 2}}})["loss"]["init_args"] == {
+        **{"beta": 1, "x": 2}
+    }
+    assert merged({"loss": "DPOLoss"}, {"loss": {"init_args": {"x": 2}}})["loss"] == {
+        **{"class_path": "DPOLoss", "init_args": {"x": 2}}
+    }
+    path = written(tmp_path, base={"data": {**BASE["data"], "generator": "HFGenerator"}})
+    generator = plan(read_study(path), path)[0].config["data"]["generator"]
+    assert generator["init_args"]["generator"] == {"class_path": "HFGenerator"}
+    already = {"class_path": "CachedGenerator", "init_args": {"generator": "HFGenerator", "folder": "x"}}
+    path = written(tmp_path, base={"data": {**BASE["data"], "generator": already}})
+    assert plan(read_study(path), path)[0].config["data"]["generator"] == already
+
+
+def test_the_output_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    assert read_study(written(tmp_path, output="$PLACE/out")).folder == tmp_path / "out"
 
 
 @pytest.mark.parametrize(
@@ -107,6 +163,14 @@ def test_the_digest_is_of_what_is_named_before(tmp_path: Path) -> None:
         ),
         ({"arms": {"a": {"seeds": [3]}, "b": {}}}, "a and b have no seed in common"),
         ({"extra": 1}, "extra"),
+        ({"arms": {"a": {"seeds": []}, "b": {}}}, "arms.a: seeds is empty"),
+        ({"arms": {1: {}}}, "1"),
+        ({"settings": {"one": {"seed_everything": 3}}}, "which the study sets for each run"),
+        (
+            {"arms": {"a": {"config": {"trainer": {"default_root_dir": "x"}}}}},
+            "which the study sets for each run",
+        ),
+        ({"arms": {"a": {"config": {"x": {"api_key": "sk-123"}}}}}, "holds a secret"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -117,7 +181,7 @@ def test_what_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) 
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("- 1", "is no study file"), ("a: [", "is no YAML"), ("name: x", "question")]
+    ("text", "message"), [("- 1", "holds no settings"), ("a: [", "is no YAML"), ("name: x", "question")]
 )
 def test_other_files(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "study.yaml"
@@ -136,10 +200,24 @@ def test_other_files(tmp_path: Path, text: str, message: str) -> None:
         ({"data": {"steps_per_iteration": 4}}, "arms a and b have different optimizer steps"),
         ({"data": {"pairs_per_step": 8}}, "arms a and b have different optimizer steps"),
         ({"data": {"steps_per_iteration": None}}, "has no data.steps_per_iteration"),
+        ({"model": {"policy": {"quantization": "nf4"}}}, "different policies to start from"),
+        ({"data": {"generator": {"init_args": {"max_new_tokens": 9}}}}, "different lengths of answers"),
+        ({"data": {"keep_iterations": 1}}, "sets data.keep_iterations: leave it out"),
+        ({"data": {"resume": "never"}}, "sets data.resume: leave it out"),
     ],
 )
 def test_arms_that_cannot_be_compared(tmp_path: Path, arm: dict[str, Any], message: str) -> None:
     path = written(tmp_path, arms={"a": {}, "b": {"config": arm}})
+    with pytest.raises(UserError, match=message):
+        plan(read_study(path), path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "is no YAML"), ("- 1", "holds no settings"), ("data:", "no data.iter")]
+)
+def test_a_base_config_that_is_none(tmp_path: Path, text: str, message: str) -> None:
+    path = written(tmp_path)
+    (tmp_path / "base.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         plan(read_study(path), path)
 

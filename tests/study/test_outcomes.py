@@ -10,7 +10,7 @@ import pytest
 
 from sppo_lightning.study.definition import Arm, Claim, Study
 from sppo_lightning.study.outcomes import Evaluated, Outcome, prompt_table
-from sppo_lightning.study.page import write_results
+from sppo_lightning.study.page import Results, write_results
 from sppo_lightning.study.plan import PlannedRun
 from sppo_lightning.study.runner import RunState
 from sppo_lightning.study.verdicts import verdicts
@@ -19,7 +19,7 @@ PROMPTS = 40
 
 
 def outcome(
-    arm: str, seed: int, rewards: list[Any], *, tokens: int = 100, final: int | None = None
+    arm: str, seed: int, rewards: list[Any], *, tokens: int = 100, held: tuple[int, ...] = ()
 ) -> Outcome:
     """A run whose evaluations have these rewards, ``tokens`` sampled in each iteration."""
     run = PlannedRun("base", seed, arm, {}, Path(f"{arm}-{seed}"))
@@ -32,9 +32,9 @@ def outcome(
         )
         for number, each in enumerate(rewards)
     )
-    last = len(rewards) - 1 if final is None else final
+    had = held or tuple(range(len(rewards)))
     return Outcome(
-        run, tuple(f"p{n}" for n in range(PROMPTS)), evaluations, last, (12,) * (len(rewards) - 1), 0
+        run, tuple(f"p{n}" for n in range(PROMPTS)), evaluations, had, (12,) * (len(rewards) - 1), 0
     )
 
 
@@ -58,8 +58,12 @@ def test_gains() -> None:
     assert item.gain == pytest.approx(np.full(PROMPTS, 0.3))
     assert item.lowest_gain == pytest.approx(-0.1)
     assert (item.win_rate, item.length_ratio, item.tokens) == (1.0, 1.0, 200)
-    reverted = outcome("a", 1, [0.2, 0.4, 0.1], final=1)
-    assert reverted.gain == pytest.approx(np.full(PROMPTS, 0.2))
+    reverted = outcome("a", 1, [0.2, 0.4, 0.1, 0.5], held=(0, 1, 1, 3))
+    assert reverted.gain == pytest.approx(np.full(PROMPTS, 0.3))
+    assert reverted.lowest_gain == pytest.approx(-0.1)
+    assert reverted.gain_at(200) == pytest.approx(
+        np.full(PROMPTS, 0.2)
+    )  # the policy that was given up has no part
     same = outcome("a", 1, [0.2, 0.2])
     assert same.win_rate == 0.5
 
@@ -70,6 +74,14 @@ def test_gains() -> None:
 def test_gain_at_a_number_of_tokens(tokens: int, gain: float) -> None:
     item = outcome("a", 1, [0.1, 0.3, 0.4])
     assert item.gain_at(tokens) == pytest.approx(np.full(PROMPTS, gain))
+
+
+def test_a_reward_that_is_missing_stays_missing_alone() -> None:
+    item = outcome("a", 1, [0.1, 0.3, np.where(np.arange(PROMPTS) == 0, np.nan, 0.4)])
+    assert item.gain_at(100) == pytest.approx(np.full(PROMPTS, 0.2))
+    assert np.isnan(item.gain).tolist() == [True] + [False] * (PROMPTS - 1)
+    assert item.lowest_gain == pytest.approx(0.2)
+    assert item.win_rate == 1.0
 
 
 def runs_of(a: float, b: float, *, noise: float = 0.05, seeds: int = 3, tokens_a: int = 100) -> list[Outcome]:
@@ -98,8 +110,13 @@ def test_verdicts(tmp_path: Path, a: float, b: float, words: list[str]) -> None:
 
 
 def test_one_seed_gets_no_verdict(tmp_path: Path) -> None:
-    found = verdicts(study(tmp_path), runs_of(0.5, 0.2, seeds=1), "steps")
+    found = verdicts(study(tmp_path, seeds=[1]), runs_of(0.5, 0.2, seeds=1), "steps")
     assert [each.word for each in found] == ["one seed", "one seed"]
+
+
+def test_no_verdict_before_all_seeds_have_ended(tmp_path: Path) -> None:
+    found = verdicts(study(tmp_path), runs_of(0.5, 0.2, seeds=2), "steps")
+    assert [each.word for each in found] == ["not complete", "not complete"]
 
 
 def test_equal_tokens_take_the_larger_arm_earlier(tmp_path: Path) -> None:
@@ -113,12 +130,14 @@ def test_equal_tokens_take_the_larger_arm_earlier(tmp_path: Path) -> None:
 def test_the_page_and_the_tables(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     named, outcomes = study(tmp_path), runs_of(0.5, 0.2)
-    runs = [*(item.run for item in outcomes), PlannedRun("base", 4, "a", {}, Path("x"))]
+    runs = [*(item.run for item in outcomes), *(PlannedRun("base", 4, arm, {}, Path("x")) for arm in "ab")]
     states: dict[str, RunState | None] = {run.name: RunState("ended", 1.0) for run in runs}
-    states[runs[-1].name] = RunState("failed", 1.0, "error: <b>out of memory</b>")
-    page = write_results(named, runs, states, outcomes).read_text()
-    assert "6 of 7 runs have ended, 1 failed" in page
-    assert named.digest in page
+    states["base/seed-4/a"] = RunState("failed", 1.0, "error: <b>out of memory</b>")
+    results = Results(runs, states, outcomes, {"base/seed-4/b": "is damaged"}, "0123abcd")
+    page = write_results(named, results).read_text()
+    assert "6 of 8 runs have ended, 2 without a result" in page
+    assert "- base/seed-4/b: is damaged" in page
+    assert "0123abcd" in page
     assert "**supported**" in page
     assert "<b>" not in page
     assert "B|x" not in page.replace("B\\|x", "")  # it would open another column
@@ -127,12 +146,23 @@ def test_the_page_and_the_tables(tmp_path: Path) -> None:
         *("README.md", "gains.svg", "prompts.parquet", "arms.parquet", "verdicts.parquet")
     }
     svg = (tmp_path / "gains.svg").read_bytes()
-    write_results(named, runs, states, outcomes)
+    write_results(named, results)
     assert (tmp_path / "gains.svg").read_bytes() == svg  # nothing of the day or the machine in it
+
+
+def test_a_title_is_no_formula(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    named = study(tmp_path, arms={"a": Arm(title="cost $x^$"), "b": Arm()})
+    outcomes = runs_of(0.5, 0.2)
+    results = Results(
+        [item.run for item in outcomes], {item.run.name: None for item in outcomes}, outcomes, {}, "d"
+    )
+    write_results(named, results)
+    assert b"cost $x^$" in (tmp_path / "gains.svg").read_bytes()
 
 
 def test_a_study_whose_runs_have_not_ended(tmp_path: Path) -> None:
     run = PlannedRun("base", 1, "a", {}, Path("x"))
-    page = write_results(study(tmp_path), [run], {run.name: None}, []).read_text()
+    page = write_results(study(tmp_path), Results([run], {run.name: None}, [], {}, "d")).read_text()
     assert "0 of 1 runs have ended" in page
     assert "No claim can be read yet" in page

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from sppo_lightning.study.statistics import compare, holm, variance_components
+from sppo_lightning.study.statistics import compare, holm, variance_components, variance_of_mean
 
 
 def crossed(
@@ -31,14 +31,45 @@ def test_variance_components_by_hand() -> None:
     assert variance_components(np.array([[1.0, 3.0], [5.0, 11.0]])) == pytest.approx((16.0, 6.0, 4.0))
 
 
+@pytest.mark.parametrize(
+    ("seeds", "deviations"),
+    [
+        (3, (0.0, 0.0, 0.4)),
+        (3, (0.02, 0.1, 0.4)),
+        (2, (0.1, 0.0, 0.1)),
+        (3, (0.1, 0.0, 0.1)),
+        (5, (0.1, 0.1, 0.1)),
+    ],
+)
+def test_where_nothing_differs_a_twentieth_of_the_intervals_says_so(
+    seeds: int, deviations: tuple[float, float, float]
+) -> None:
+    """Few seeds, and what varies: the residual alone, all three, seeds above all. A bootstrap has up to 24 % there."""
+    of_seeds, of_prompts, rest = deviations
+    false = 0
+    for draw in range(400):
+        settings = {"mean": 0.0, "of_seeds": of_seeds, "of_prompts": of_prompts, "rest": rest}
+        found = compare(crossed(seeds, 40, **settings, draw=draw))
+        assert (found.low > 0 or found.high < 0) == (found.p < 0.05)
+        false += found.p < 0.05
+    assert 0.005 < false / 400 < 0.09
+
+
+def test_the_variance_of_a_mean_by_hand() -> None:
+    """Mean squares 36, 16 and 4 of four values: (36 + 16 - 4) / 4; 48² / (36² / 1 + 16² / 1 + 4² / 1) freedoms."""
+    variance, freedom = variance_of_mean(np.array([[1.0, 3.0], [5.0, 11.0]]))
+    assert variance == pytest.approx(12.0)
+    assert freedom == pytest.approx(48**2 / (36**2 + 16**2 + 4**2))
+
+
 def test_the_interval_is_as_wide_as_the_crossed_design_says() -> None:
-    """Var of the mean: s² / S + p² / P + r² / (S P), which a bootstrap of S seeds sees a share (S - 1) / S of."""
+    """Var of the mean: s² / S + p² / P + r² / (S P)."""
     seeds, prompts = 30, 60
     widths = []
     for draw in range(20):
         found = compare(crossed(seeds, prompts, mean=0.2, of_seeds=0.5, of_prompts=1.0, rest=1.0, draw=draw))
         widths.append(found.high - found.low)
-    expected = 2 * 1.96 * math.sqrt(0.25 / seeds + 1 / prompts + 1 / (seeds * prompts))
+    expected = 2 * 1.98 * math.sqrt(0.25 / seeds + 1 / prompts + 1 / (seeds * prompts))
     assert np.mean(widths) == pytest.approx(expected, rel=0.1)
 
 
@@ -77,6 +108,7 @@ def test_one_seed_has_no_interval() -> None:
 def test_prompts_without_a_reward_in_some_seed_are_left_out() -> None:
     found = compare(np.array([[0.1, np.nan, 0.3], [0.1, 9.0, 0.3]]))
     assert (found.prompts, found.mean) == (2, pytest.approx(0.2))
+    assert not math.isnan(found.p)
     assert compare(np.full((2, 3), np.nan)).prompts == 0
 
 
@@ -94,8 +126,17 @@ def test_seeds_and_prompts_that_would_settle_it() -> None:
     assert (hopeless.seeds_needed, hopeless.prompts_needed) == (None, None)
 
 
+def test_more_tests_need_more() -> None:
+    differences = crossed(4, 40, mean=0.1, of_seeds=0.1, of_prompts=0.1, rest=0.2, draw=1)
+    one, many = compare(differences), compare(differences, tests=20)
+    assert (one.mean, one.p) == (many.mean, many.p)
+    assert one.seeds_needed is not None
+    assert many.seeds_needed is None or many.seeds_needed > one.seeds_needed
+
+
 def test_holm() -> None:
-    found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": math.nan})
+    found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": math.nan}, tests=3)
     assert [round(found[name], 12) for name in "abc"] == [0.03, 0.06, 0.06]
     assert math.isnan(found["d"])
-    assert holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
+    assert holm({"a": 0.6, "b": 0.9}, tests=2) == {"a": 1.0, "b": 1.0}
+    assert holm({"a": 0.01}, tests=5) == {"a": 0.05}  # four of them cannot be read yet
