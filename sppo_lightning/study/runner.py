@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -178,16 +178,16 @@ def holding(path: Path, *, wait_s: float) -> Iterator[None]:
     Raises:
         UserError: if it still holds the lock then.
     """
-    lock, until = RunLock(path), time.monotonic() + wait_s
-    while not lock.held:
-        try:
-            lock.acquire()
-            break  # also on a file system without locks
-        except UserError:
-            if time.monotonic() > until:
-                raise
+    until = time.monotonic() + wait_s
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(RunLock(path))
+                break
+            except UserError:
+                if time.monotonic() > until:
+                    raise
             time.sleep(0.1)
-    with lock if lock.held else nullcontext():
         yield
 
 
