@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from sppo_lightning.store.iterations import IterationStore
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.store.shards import ShardStore
 from sppo_lightning.store.tables import row_count
+from sppo_lightning.training.batching import iteration_length
 from sppo_lightning.watch.metrics import MetricsTail
 
 
@@ -36,6 +36,7 @@ class Schedule:
         data = run.config["data"]
         self.iterations = int(data["iterations"])
         self.epochs = int(data.get("epochs_per_iteration") or 1)
+        self.fixed_steps = None if (given := data.get("steps_per_iteration")) is None else int(given)
         self.pairs_per_step = int(data["pairs_per_step"])
         self.samples = int(data["samples_per_prompt"])
         self.probe_samples = int(data.get("probe_samples") or self.samples)
@@ -44,7 +45,9 @@ class Schedule:
 
     def steps(self, pairs: int) -> int:
         """Return the optimizer steps of an iteration."""
-        return self.epochs * math.ceil(pairs / self.pairs_per_step)
+        return iteration_length(
+            pairs, pairs_per_step=self.pairs_per_step, epochs=self.epochs, steps=self.fixed_steps
+        ).steps
 
 
 def finished_iterations(folder: RunFolder, metrics: MetricsTail) -> int:

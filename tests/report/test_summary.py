@@ -67,6 +67,18 @@ def test_phases_have_times_and_tokens(tmp_path: Path) -> None:
     assert run["iteration_steps"] == {"0": 0, "1": 5}
 
 
+@pytest.mark.parametrize(
+    ("length", "tokens"), [({"epochs_per_iteration": 2}, 90), ({"steps_per_iteration": 6}, 180)]
+)
+def test_pairs_that_are_passed_over_again_are_counted_again(
+    length: dict[str, int], tokens: int, tmp_path: Path
+) -> None:
+    """Three pairs of 45 tokens in all, two in a step."""
+    config = {"data": {"iterations": 2, "pairs_per_step": 2, **length}}
+    (run,) = summary([read_run(MadeRun(tmp_path / "run", config=config).write().root)])["runs"]
+    assert {one["tokens"] for one in run["phases"] if one["phase"] == "training"} == {tokens}
+
+
 def test_a_summary_is_json_without_nan(tmp_path: Path) -> None:
     made = MadeRun(tmp_path / "run", held_out=1).write()  # one prompt has no standard error
     found = summary([read_run(made.root)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,25 @@ def test_a_run_in_training(killed: Path) -> None:
     assert " 3/4 optimizer steps · about " in status(view)
     age_by(killed, 3 * 3600.0)
     assert status(reader_of(killed).read()).endswith("nothing new for 3 h 0 min: it may have stopped")
+
+
+def test_a_run_of_fixed_steps(killed: Path) -> None:
+    """Six steps of the first iteration, and three of the second."""
+    config = killed / "config.yaml"
+    config.write_text(re.sub(r"(?m)^data:$", "data:\n  steps_per_iteration: 6", config.read_text()))
+    path = killed / "metrics.csv"
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        if int(row["step"]) > 3:
+            row["step"] = str(int(row["step"]) + 2)
+    with path.open("w") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    now = reader_of(killed).read().progress
+    assert now is not None
+    assert now[:4] == (1, "training", 3, 6)
 
 
 def trim(root: Path, *names: str) -> None:
