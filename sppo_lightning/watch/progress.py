@@ -134,7 +134,15 @@ def seconds_left(folder: RunFolder, schedule: Schedule, metrics: MetricsTail) ->
 
 def _changed(*paths: Path) -> float:
     """Return when the first of some files that is there was written last, in seconds of the system's clock."""
-    return next((path.stat().st_mtime for path in paths if path.exists()), time.time())
+    return next(filter(None, map(_written, paths)), time.time())
+
+
+def _written(path: Path) -> float:
+    """Return when a file was written last; 0 where it is not there, or no longer."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def age(folder: RunFolder) -> float:
@@ -144,4 +152,5 @@ def age(folder: RunFolder) -> float:
     places = [folder.root, folder.metrics, folder.last_checkpoint, folder.evaluations, folder.iterations]
     for store in newest:
         places += [store, store / "rollouts", store / "reference"]
-    return time.time() - max((path.stat().st_mtime for path in places if path.exists()), default=time.time())
+    now = time.time()
+    return now - (max(map(_written, places)) or now)

@@ -15,6 +15,7 @@ from watch.conftest import reader_of
 from sppo_lightning.evaluation.gate import Decision, write_decisions
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.watch import reading
+from sppo_lightning.watch.progress import age
 from sppo_lightning.watch.words import decisions_text, duration, sparkline, status
 
 
@@ -166,6 +167,14 @@ def test_decisions_of_the_gate(finished: Path) -> None:
     assert list(decisions_text(view.decisions)) == [
         "gate after 2 iteration(s): revert: its reward fell; val/kl is 9 (best: 1)"
     ]
+
+
+def test_files_may_go_while_they_are_looked_at(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a checkpoint is replaced, or an iteration is pruned."""
+    monkeypatch.setattr(Path, "exists", lambda self, **_: True)
+    folder = RunFolder(finished)
+    folder.metrics.unlink()
+    assert age(folder) >= 0
 
 
 def test_words() -> None:
