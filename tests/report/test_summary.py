@@ -99,6 +99,39 @@ def test_settings_are_flat() -> None:
     assert flat_settings(config) == {"a.b": "1, 2", "c[0].d": "x", "c[1]": None, "e": "{}", "f": "owner/name"}
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("/home/me/my data/x.jsonl", "…/x.jsonl"),
+        ("/data", "…/data"),
+        ("~/x", "…/x"),
+        (r"C:\Users\me\x.jsonl", "…/x.jsonl"),
+        (r"\\server\me\x.jsonl", "…/x.jsonl"),
+        ("sqlite:////home/me/x.db", "sqlite:…/x.db"),
+        ("file:///home/me/d", "file:…/d"),
+        ("file://localhost/home/me/d", "file:…/d"),
+        ("python /home/me/x.py --in=/home/me/y", "python …/x.py --in=…/y"),
+        ("first\n/home/me/x\nlast /home/me/y", "first\n…/x\nlast …/y"),
+        ("['/home/me/x', \"/home/me/y\"]", "['…/x', \"…/y\"]"),
+        ("[/home/me/x]", "[…/x]"),
+        *(
+            (same, same)
+            for same in (
+                "owner/name",
+                "data/train.jsonl",
+                "./x",
+                "https://host:8000/v1/score",
+                "s3://bucket/x",
+                "[INST] {q} [/INST] </s>",
+                "and/or 1 / 2",
+            )
+        ),
+    ],
+)
+def test_absolute_paths_inside_of_settings(value: str, shown: str) -> None:
+    assert flat_settings({"key": value}) == {"key": shown}
+
+
 def test_long_curves_are_averaged() -> None:
     steps, values = thinned((list(range(10_000)), [float(step) for step in range(10_000)]))
     assert len(steps) == POINTS
