@@ -152,5 +152,7 @@ def age(folder: RunFolder) -> float:
     places = [folder.root, folder.metrics, folder.last_checkpoint, folder.evaluations, folder.iterations]
     for store in newest:
         places += [store, store / "rollouts", store / "reference"]
+    for place in folder.evaluations.glob("[0-9]*"):
+        places += [place, *place.glob("parts-*")]
     now = time.time()
     return now - (max(map(_written, places)) or now)

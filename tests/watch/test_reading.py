@@ -169,6 +169,15 @@ def test_decisions_of_the_gate(finished: Path) -> None:
     ]
 
 
+def test_answers_that_come_in_are_news(finished: Path) -> None:
+    age_by(finished, 3600.0)
+    parts = finished / "evaluations/003/parts-abc"
+    parts.mkdir()
+    age_by(finished, 3600.0)
+    (parts / "greedy-00000.parquet").touch()
+    assert age(RunFolder(finished)) < 600
+
+
 def test_files_may_go_while_they_are_looked_at(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a checkpoint is replaced, or an iteration is pruned."""
     monkeypatch.setattr(Path, "exists", lambda self, **_: True)
