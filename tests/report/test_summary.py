@@ -154,6 +154,20 @@ def test_runs_are_compared_prompt_by_prompt(tmp_path: Path) -> None:
         assert item["win_rate"]["mean"] == 1.0
 
 
+def test_comparisons_with_other_initial_answers_are_not_compared(tmp_path: Path) -> None:
+    judge = {"class_path": "sppo_lightning.rewards.PairwiseReward", "init_args": {}}
+    config = {"data": {"iterations": 2, "reward": {"class_path": "x.Mine", "init_args": {"of": [judge]}}}}
+    one, same = (MadeRun(tmp_path / name, config=config).write() for name in ("one", "same"))
+    other = MadeRun(tmp_path / "other", config=config, response=lambda *_: "else").write()
+    found = summary([read_run(made.root) for made in (one, same, other)])
+    assert {item["run"] for item in found["comparison"]["differences"]} == {1}
+    assert found["runs"][1]["missing"] == []
+    assert found["runs"][2]["missing"] == [
+        "evaluations: rewards are comparisons with the run's own initial policy, which answered unlike that of one. "
+        "Differences from it are not shown."
+    ]
+
+
 def test_other_held_out_prompts_are_refused(tmp_path: Path) -> None:
     runs = [
         read_run(MadeRun(tmp_path / f"run{held_out}", held_out=held_out).write().root) for held_out in (4, 3)
