@@ -102,7 +102,7 @@ class RunSummary(SelfPlayCallback):
         last = load_evaluation(folder.evaluation(f"{results[-1].finished:03d}"))
         if last is not None and results[-1].finished > 0 and self.prompts:
             now = {row.prompt_id: row for row in last}
-            both = [(row, now[row.prompt_id]) for row in initial[: self.prompts]]
+            both = [(row, now[row.prompt_id]) for row in initial[: self.prompts] if row.prompt_id in now]
             answers = [(old.prompt, old.reward, old.response, new.reward, new.response) for old, new in both]
             parts += ["", "Some answers, before and after", AnswerTable(answers)]
         return parts

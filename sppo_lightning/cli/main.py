@@ -92,6 +92,11 @@ SECTIONS: dict[str, type] = {
 }
 
 
+def _place(callback: Callback) -> int:
+    """Return where a callback stands: the gate before what exports and saves, the report after what it reads."""
+    return isinstance(callback, ReportFile) - isinstance(callback, IterationGate)
+
+
 class Parser(LightningArgumentParser):
     """A parser whose errors are one line, without hundreds of lines of usage."""
 
@@ -287,7 +292,7 @@ class SelfPlayCLI(LightningCLI):
             kind = ProgressBar if isinstance(item, ProgressBar) else type(item)
             if not any(isinstance(other, kind) for other in given):
                 given.append(item)
-        given.sort(key=lambda item: not isinstance(item, IterationGate))  # before what exports and saves
+        given.sort(key=_place)
         return self.trainer_class(**{**config, "callbacks": given, "logger": self._loggers(config["logger"])})
 
     def _loggers(self, given: Any) -> list[Logger]:

@@ -30,7 +30,7 @@ class LengthControlledWinRate(NamedTuple):
 
     name: str  # of AlpacaEval's model: ``length_controlled_v1``, or ``length_controlled_minimal`` without difficulties
     rate: float  # in [0, 1]; NaN where fewer prompts than :data:`FOLDS` have a preference
-    low: float  # bounds of the bootstrap interval over prompts, at the penalty of the fit to all
+    low: float  # bootstrap interval over prompts, at the penalty of the fit to all; where that is 0, at the weakest
     high: float
     stderr: (
         float  # AlpacaEval's: of the mean prediction, the fit's own error left out; 0 without difficulties
@@ -171,9 +171,9 @@ def length_controlled_win_rate(
         return LengthControlledWinRate(name, rate, rate, rate, 0.0, 0.0)
     model = _fitted_by_validation(fitted)
     predicted = model.predict_proba(equal_lengths)[:, 1]
-    rates = _refitted_rates(
-        fitted, equal_lengths, known, strength=float(np.ravel(model.C_)[0]), seed=seed, resamples=resamples
-    )
+    # at a penalty that leaves nothing but 0 each refit gives one half, however few the prompts
+    strength = float(np.ravel(model.C_)[0] if model.coef_.any() else np.max(model.Cs_))
+    rates = _refitted_rates(fitted, equal_lengths, known, strength=strength, seed=seed, resamples=resamples)
     low, high = np.quantile(rates, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2]).tolist()
     stderr = float(predicted.std(ddof=1) / math.sqrt(len(predicted)))
     return LengthControlledWinRate(

@@ -75,7 +75,10 @@ def settings(source: FinishedRun) -> Iterator[tuple[str, str]]:
     else:
         yield "trained", f"all weights, held in {held}"
     yield "iterations", f"{source.iteration + 1} of {data['iterations']}"
-    yield "epochs in each", str(data.get("epochs_per_iteration", 1))
+    if data.get("steps_per_iteration") is not None:
+        yield "optimizer steps in each", str(data["steps_per_iteration"])
+    else:
+        yield "epochs in each", str(data.get("epochs_per_iteration", 1))
     yield from data_settings(data)
     yield "loss", component(model["loss"])
     yield "reference", REFERENCES[model["reference"]]

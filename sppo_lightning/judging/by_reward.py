@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 
+from sppo_lightning.evaluation.held_out import load_evaluation
 from sppo_lightning.evaluation.win_rate import reward_preferences
 from sppo_lightning.judging.contract import Annotator, Answer, AnswerSet, Shown, Verdict
 from sppo_lightning.prompts.sets import PromptSets
 from sppo_lightning.redaction import masked, masked_keys
 from sppo_lightning.rewards import Reward
+from sppo_lightning.rewards.comparisons import compares_responses
 from sppo_lightning.rollouts.scoring import score_rows
 from sppo_lightning.types import Prompt, Rollout, UserError, first_line
 
@@ -53,6 +55,7 @@ class RewardAnnotator(Annotator):
             each.run is not None and masked(_reward_settings(each)) == wanted for each in (judged, others)
         ]
         if all(known):
+            _check_opponents(judged, others)
             return judged, others
         prompts = _prompts_of(runs[0])
         found = [
@@ -99,6 +102,28 @@ class RewardAnnotator(Annotator):
         reward.check()
         reward.load(device)
         return reward
+
+
+def _check_opponents(judged: AnswerSet, others: AnswerSet) -> None:
+    """Refuse stored rewards that are win probabilities against different answers.
+
+    Raises:
+        UserError: if the runs' initial policies answered differently.
+    """
+    if not compares_responses(_reward_settings(judged)):
+        return
+    first, second = (
+        None if each.run is None else load_evaluation(each.run.evaluation("000")) for each in (judged, others)
+    )
+    if _texts(first) != _texts(second):
+        raise UserError(
+            f"the rewards of {judged.source} and {others.source} are comparisons with each run's own initial policy, "
+            "whose answers differ: use --by judge"
+        )
+
+
+def _texts(rows: Sequence[Rollout] | None) -> dict[str, str]:
+    return {row.prompt_id: row.response for row in rows or ()}
 
 
 def _unscored(shown: Shown) -> bool:

@@ -30,7 +30,7 @@ from sppo_lightning.system.durable import write_atomically
 from sppo_lightning.system.lock import RunLock
 from sppo_lightning.system.signals import StopSignal
 from sppo_lightning.text import for_terminal
-from sppo_lightning.types import UserError
+from sppo_lightning.types import UserError, first_line
 
 ANNOTATORS = {kind.name: f"sppo_lightning.judging.{kind.__name__}" for kind in (RewardAnnotator, ServerJudge)}
 SUMMARY = "Compare two sets of answers prompt by prompt: win rate, length-controlled win rate, annotations."
@@ -86,7 +86,12 @@ def judge(
     judged, others = by.prepare(judged, others)
     pairs = _paired(judged, others, complete=gamed is not None)
     place = _folder(judged, others, by) if output is None else Path(output)
-    place.mkdir(parents=True, exist_ok=True)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output {place} cannot be a folder ({first_line(error)}): name another one"
+        ) from error
     with _stoppable(), RunLock(place / ".lock", instead="name another folder with --output"):
         journal = Journal(place) if by.keeps_verdicts else None
         if journal is not None:

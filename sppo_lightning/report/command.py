@@ -19,7 +19,7 @@ from sppo_lightning.report.run_data import RunData, read_run, section
 from sppo_lightning.report.summary import summary
 from sppo_lightning.system.durable import write_atomically
 from sppo_lightning.text import for_terminal
-from sppo_lightning.types import UserError
+from sppo_lightning.types import UserError, first_line
 
 Format = Literal["html", "md", "json"]
 SUMMARY = "Write what happened in a run, or in several, as one HTML file, as Markdown or as JSON."
@@ -76,7 +76,12 @@ def report(
     place = Path(expand_path(output, key="--output")) if output is not None else _default(found)
     if place.is_dir():
         raise UserError(f"--output {place} is a folder: name a file")
-    write_atomically(place, content)
+    try:
+        write_atomically(place, content)
+    except OSError as error:
+        raise UserError(
+            f"--output {place} cannot be written ({first_line(error)}): name another file"
+        ) from error
     return place
 
 

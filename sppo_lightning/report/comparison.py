@@ -9,8 +9,9 @@ import torch
 
 from sppo_lightning.evaluation.held_out import measure, paired_difference
 from sppo_lightning.report.estimates import Estimate
-from sppo_lightning.report.run_data import RunData
+from sppo_lightning.report.run_data import RunData, section
 from sppo_lightning.report.settings import flat_settings
+from sppo_lightning.rewards.comparisons import compares_responses
 from sppo_lightning.types import UserError
 
 
@@ -48,6 +49,13 @@ def differences(runs: Sequence[RunData]) -> Iterator[RunDifference]:
     """Yield how each later run differs from the first one, where both were evaluated."""
     first = {one.finished: one.rows for one in runs[0].evaluations}
     for place, run in enumerate(runs[1:], 1):
+        if not _same_scale(runs[0], run):
+            run.reader.note(
+                run.reader.folder.evaluations,
+                f"rewards are comparisons with the run's own initial policy, which answered unlike that of "
+                f"{runs[0].name}. Differences from it are not shown.",
+            )
+            continue
         for one in run.evaluations:
             baseline = first.get(one.finished)
             if baseline is None or one.finished == 0:
@@ -69,6 +77,17 @@ def differences(runs: Sequence[RunData]) -> Iterator[RunDifference]:
                 win_rate=Estimate.of(batch.win),
                 length=Estimate.of(torch.tensor(longer, dtype=torch.float64)),
             )
+
+
+def _same_scale(first: RunData, run: RunData) -> bool:
+    """Whether rewards of two runs can be compared: those that are comparisons, only against the same answers."""
+    if not any(compares_responses(section(each.config, "data").get("reward")) for each in (first, run)):
+        return True
+    texts = [
+        {row.prompt_id: row.response for one in each.evaluations if one.finished == 0 for row in one.rows}
+        for each in (first, run)
+    ]
+    return texts[0] == texts[1]
 
 
 def differing_settings(runs: Sequence[RunData]) -> dict[str, list[Any]]:

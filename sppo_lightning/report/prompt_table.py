@@ -146,21 +146,25 @@ def _texts(run: RunData, iteration: Iteration) -> Iterator[tuple[str, str, dict[
         for prompt_id, prompt, responses in shard or ():
             yield prompt_id, prompt, {"answers": responses, "pairs": marks.get(prompt_id, [])}
     if not iteration.samples and pairs is not None:
-        for pair in pairs:
-            sides = [
-                {
-                    "text": getattr(pair, side),
-                    "reward": short(getattr(pair, f"{side}_reward")),
-                    "length": length,
-                }
-                for side, length in (
-                    ("chosen", len(pair.chosen_token_ids)),
-                    ("rejected", len(pair.rejected_token_ids)),
-                )
-            ]
-            mark = {**marks[pair.prompt_id][0], "chosen": 0, "rejected": 1}
-            answers = [{"sample": number, **side} for number, side in enumerate(sides)]
-            yield pair.prompt_id, "", {"answers": answers, "pairs": [mark]}
+        for prompt_id, content in _paired(pairs, marks).items():
+            yield prompt_id, "", content
+
+
+def _paired(pairs: PairTable, marks: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Return the responses of the pairs, and the pairs by their places among them, by prompt id."""
+    found: dict[str, dict[str, Any]] = {}
+    for pair in pairs:
+        content = found.setdefault(pair.prompt_id, {"answers": [], "pairs": []})
+        answers, first = content["answers"], len(content["answers"])
+        sides = (
+            (pair.chosen, pair.chosen_reward, pair.chosen_token_ids),
+            (pair.rejected, pair.rejected_reward, pair.rejected_token_ids),
+        )
+        for number, (text, reward, tokens) in enumerate(sides, first):
+            answers.append({"sample": number, "text": text, "reward": short(reward), "length": len(tokens)})
+        mark = marks[pair.prompt_id][len(content["pairs"])]
+        content["pairs"].append({**mark, "chosen": first, "rejected": first + 1})
+    return found
 
 
 def _marks(pairs: PairTable) -> dict[str, list[dict[str, Any]]]:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
+import yaml
 
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.types import UserError
 
 T = TypeVar("T")
+# what the readers of Parquet, JSON, YAML and CSV raise
+DAMAGE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    pa.ArrowException,
+    yaml.YAMLError,
+    csv.Error,
+)
 
 
 class RunReader:
@@ -81,6 +95,6 @@ class RunReader:
             return None
         try:
             return read()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, pa.ArrowException):
+        except DAMAGE:
             self.note(path, f"damaged, or of another version. {lacks}")
             return None

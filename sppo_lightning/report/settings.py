@@ -6,7 +6,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_ABSOLUTE = re.compile(r"^(/|~|[A-Za-z]:[\\/]).*[\\/]([^\\/]+)[\\/]?$")
+# a line that is one, spaces included, and one inside a text; neither what follows a URL's host, nor ``[/INST]``
+_LINE = re.compile(r"^(?:/|~|[A-Za-z]:[\\/]).*[\\/]([^\\/\n]+)[\\/]?$", re.MULTILINE)
+_PART = r"[^\s\"'`:;,|()\[\]{}<>\\/]"
+_INSIDE = re.compile(
+    r"(?<![^\s\"'`=:;,|({\[])(?!(?<=\[)/\w+\])"
+    r"(?:(?<=file:)/+|(?!//[^/])/+|~[\w.-]*[\\/]+|[A-Za-z]:[\\/]+|\\\\)"
+    rf"(?:{_PART}*[\\/]+)*({_PART}+)[\\/]?"
+)
 
 
 def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,5 +39,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return ", ".join(str(_plain(item)) for item in value)
     if isinstance(value, str):
-        return _ABSOLUTE.sub(r"…/\2", value)
+        return _INSIDE.sub(r"…/\1", _LINE.sub(r"…/\1", value))
     return value if value is None or isinstance(value, bool | int | float) else str(value)

@@ -12,8 +12,9 @@ from sppo_lightning.report.comparison import differences, differing_settings
 from sppo_lightning.report.difficulty_views import QUARTILES, gain_by_quartile, histogram, moves, outcomes
 from sppo_lightning.report.estimates import INTERVAL, Estimate
 from sppo_lightning.report.held_out import MEASURES, held_out_points
-from sppo_lightning.report.run_data import Curve, RunData, section
+from sppo_lightning.report.run_data import Curve, Iteration, RunData, section
 from sppo_lightning.report.settings import flat_settings
+from sppo_lightning.training.batching import iteration_length
 
 FORMAT = 1
 POINTS = 600  # of a curve; longer ones are averaged
@@ -116,14 +117,12 @@ def _phases(run: RunData) -> Iterator[dict[str, Any]]:
     """
     ends = run.curves.get("time/other", ([], []))[0]
     seconds = {phase: dict(zip(*run.curves.get(f"time/{phase}", ([], [])), strict=True)) for phase in PHASES}
-    epochs = section(run.config, "data").get("epochs_per_iteration", 1)
     answered = {one.finished: sum(row.length for row in one.rows) for one in run.evaluations}
     for place, iteration in enumerate(run.iterations):
         tokens = {**iteration.tokens, "evaluating": answered.get(iteration.number + 1, 0)}
         if iteration.number == 0:
             tokens["evaluating"] += answered.get(0, 0)
-        if isinstance(epochs, int):
-            tokens["training"] = tokens.get("training", 0) * epochs
+        tokens["training"] = round(tokens.get("training", 0) * _passes(run, iteration))
         for phase in PHASES:
             known = seconds[phase].get(ends[place]) if place < len(ends) else None
             if known is not None or tokens.get(phase):
@@ -133,6 +132,17 @@ def _phases(run: RunData) -> Iterator[dict[str, Any]]:
                     "seconds": known,
                     "tokens": tokens.get(phase) or None,
                 }
+
+
+def _passes(run: RunData, iteration: Iteration) -> float:
+    """Return how often an iteration's pairs are trained on; 1 where the settings do not say."""
+    data = section(run.config, "data")
+    pairs, per_step = int(iteration.counts.get("pairs", 0)), data.get("pairs_per_step")
+    epochs, steps = data.get("epochs_per_iteration", 1), data.get("steps_per_iteration")
+    if not pairs or not isinstance(per_step, int) or per_step < 1 or not isinstance(epochs, int):
+        return 1.0
+    steps = steps if isinstance(steps, int) else None
+    return iteration_length(pairs, pairs_per_step=per_step, epochs=epochs, steps=steps).pairs / pairs
 
 
 def _cleaned(value: Any) -> Any:

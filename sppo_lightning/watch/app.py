@@ -159,13 +159,17 @@ class WatchApp(App[None]):
     def _list(self) -> None:
         """Fill the tables, where what is in them has changed."""
         complete = {view.number for view in self.view.iterations}
-        state = (self.iteration, self.iteration in complete, self.evaluated, len(self.view.results))
+        shards = 0 if self.iteration is None else self._shards(self.iteration)
+        state = (self.iteration, self.iteration in complete, shards, self.evaluated, len(self.view.results))
         if state == self._listed:
             return
         self._listed = state
         self._texts = {}
         self._fill("prompts", self._prompt_rows)
         self._fill("held-out", self._held_out_rows)
+
+    def _shards(self, iteration: int) -> int:
+        return len(self.reader.folder.iteration(iteration).shards.paths())
 
     def _fill(self, name: str, rows: Callable[[], Iterable[tuple[str, str, list[str]]]]) -> None:
         table = self._table(name)

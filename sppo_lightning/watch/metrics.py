@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 from pathlib import Path
 
 
@@ -38,14 +37,22 @@ class MetricsTail:
             return False
         whole = new[: new.rfind(b"\n") + 1]  # a line may still be under way
         self._read += len(whole)
-        (columns,) = csv.reader([self._header.decode(errors="replace")])
-        rows = csv.reader(io.StringIO(whole.decode(errors="replace")))
-        self.rows += [_numbers(columns, cells) for cells in rows]
+        columns = _cells(self._header.decode(errors="replace"))
+        lines = whole.decode(errors="replace").split("\n")[:-1]
+        self.rows += [_numbers(columns, _cells(line)) for line in lines]
         return bool(whole)
 
     def column(self, name: str) -> list[float]:
         """Return the values of a metric, in the order in which they were logged."""
         return [row[name] for row in self.rows if name in row]
+
+
+def _cells(line: str) -> list[str]:
+    """Return the cells of a line; none of one that is damaged."""
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:
+        return []
 
 
 def _numbers(columns: list[str], cells: list[str]) -> dict[str, float]:

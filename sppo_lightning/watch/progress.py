@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from sppo_lightning.store.iterations import IterationStore
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.store.shards import ShardStore
 from sppo_lightning.store.tables import row_count
+from sppo_lightning.training.batching import iteration_length
 from sppo_lightning.watch.metrics import MetricsTail
 
 
@@ -36,6 +36,7 @@ class Schedule:
         data = run.config["data"]
         self.iterations = int(data["iterations"])
         self.epochs = int(data.get("epochs_per_iteration") or 1)
+        self.fixed_steps = None if (given := data.get("steps_per_iteration")) is None else int(given)
         self.pairs_per_step = int(data["pairs_per_step"])
         self.samples = int(data["samples_per_prompt"])
         self.probe_samples = int(data.get("probe_samples") or self.samples)
@@ -44,7 +45,9 @@ class Schedule:
 
     def steps(self, pairs: int) -> int:
         """Return the optimizer steps of an iteration."""
-        return self.epochs * math.ceil(pairs / self.pairs_per_step)
+        return iteration_length(
+            pairs, pairs_per_step=self.pairs_per_step, epochs=self.epochs, steps=self.fixed_steps
+        ).steps
 
 
 def finished_iterations(folder: RunFolder, metrics: MetricsTail) -> int:
@@ -131,7 +134,15 @@ def seconds_left(folder: RunFolder, schedule: Schedule, metrics: MetricsTail) ->
 
 def _changed(*paths: Path) -> float:
     """Return when the first of some files that is there was written last, in seconds of the system's clock."""
-    return next((path.stat().st_mtime for path in paths if path.exists()), time.time())
+    return next(filter(None, map(_written, paths)), time.time())
+
+
+def _written(path: Path) -> float:
+    """Return when a file was written last; 0 where it is not there, or no longer."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def age(folder: RunFolder) -> float:
@@ -141,4 +152,7 @@ def age(folder: RunFolder) -> float:
     places = [folder.root, folder.metrics, folder.last_checkpoint, folder.evaluations, folder.iterations]
     for store in newest:
         places += [store, store / "rollouts", store / "reference"]
-    return time.time() - max((path.stat().st_mtime for path in places if path.exists()), default=time.time())
+    for place in folder.evaluations.glob("[0-9]*"):
+        places += [place, *place.glob("parts-*")]
+    now = time.time()
+    return now - (max(map(_written, places)) or now)

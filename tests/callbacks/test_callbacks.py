@@ -212,6 +212,16 @@ def test_summary_tells_iterations_evaluations_and_answers(tmp_path: Path) -> Non
     assert str(tmp_path / "policy") in text
 
 
+def test_summary_leaves_out_a_prompt_that_the_last_policy_did_not_answer(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for number, names in ((0, ("p0", "p1")), (1, ("p1",))):
+        rows = [rollout(name, f"answer {number} to {name}", 0.5) for name in names]
+        write_rollouts(folder.evaluation(f"{number:03d}") / "rollouts.parquet", rows)
+    text = RunSummary().render(folder, iterations=1)
+    assert "answer 1 to p1" in text
+    assert "answer 0 to p0" not in text
+
+
 def test_summary_of_a_run_without_held_out_prompts(tmp_path: Path) -> None:
     assert "Held-out" not in RunSummary().render(RunFolder(tmp_path), iterations=1)
 

@@ -217,6 +217,24 @@ def test_prompt_sources(args: list[str], built: Built, write_prompts: Written, t
         assert [prompt.id for prompt in prompts] == [f"p{number}" for number in range(12)]
 
 
+# ----------------------------------------------------------------- callbacks
+
+
+def test_the_gate_decides_first_and_a_report_reads_last(args: list[str], built: Built) -> None:
+    """Wherever a user names them; Lightning puts what saves checkpoints behind all others."""
+    mine = [
+        {"class_path": f"sppo_lightning.callbacks.{name}"}
+        for name in ("ReportFile", "SampleTable", "IterationGate")
+    ]
+    trainer, _, _ = built([*args, f"--trainer.callbacks={json.dumps(mine)}"])
+    names = [type(callback).__name__ for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    assert names[0] == "IterationGate"
+    assert names[-2:] == ["ReportFile", "RunCheckpoint"]
+    assert names.count("ReportFile") == 1
+    plain = [type(callback).__name__ for callback in built(args)[0].callbacks]  # type: ignore[attr-defined]
+    assert plain[-2:] == ["ReportFile", "RunCheckpoint"]
+
+
 # ---------------------------------------------------------------- whole runs
 
 

@@ -68,6 +68,16 @@ def test_the_seed_decides_the_interval_of_the_fit() -> None:
     assert (first.low, first.high) != (other.low, other.high)
 
 
+def test_a_penalty_that_leaves_nothing_does_not_hide_how_few_the_prompts_are() -> None:
+    wins = [1.0, 0.0] * 15
+    lengths = [50 + 37 * number % 400 for number in range(30)]
+    found = length_controlled_win_rate(wins, lengths, lengths[::-1], seed=0, resamples=50)
+    assert (found.rate, found.length_weight) == (0.5, 0)
+    assert found.low < 0.45 < 0.55 < found.high
+    tied = length_controlled_win_rate([0.5] * 30, lengths, lengths[::-1], seed=0, resamples=5)
+    assert (tied.low, tied.rate, tied.high) == pytest.approx((0.5, 0.5, 0.5))
+
+
 def test_too_few_prompts_have_none() -> None:
     found = length_controlled_win_rate([1.0, 0.0, 1.0, 0.0, math.nan], [1] * 5, [2] * 5, seed=0)
     assert math.isnan(found.rate)

@@ -145,6 +145,15 @@ def test_settings_that_matter(tmp_path: Path) -> None:
     assert found["seed"] == "7"
 
 
+def test_a_fixed_number_of_steps_takes_the_place_of_epochs(tmp_path: Path) -> None:
+    source = finished(tmp_path)
+    assert dict(settings(source))["epochs in each"] == "1"
+    source.config["data"]["steps_per_iteration"] = 12
+    found = dict(settings(source))
+    assert found["optimizer steps in each"] == "12"
+    assert "epochs in each" not in found
+
+
 def test_an_unquantised_base_says_its_dtype(tmp_path: Path) -> None:
     assert dict(settings(finished(tmp_path, lora=LORA)))["base held in"] == "bfloat16"
 

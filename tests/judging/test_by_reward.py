@@ -123,3 +123,17 @@ def test_a_reward_that_compares_has_no_reward_of_one_answer(tmp_path: Path) -> N
     (run / "config.yaml").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"compares a prompt's responses with each other.*: use --by judge"):
         preferences(run, write_answers(tmp_path / "reference.json", ["a"]))
+
+
+def test_comparisons_with_other_initial_answers_are_refused(tmp_path: Path) -> None:
+    mine, same, other = (
+        run_of(tmp_path / name, [first], ["bb"], rewards=[[0.5], [0.75]])
+        for name, first in (("mine", "a"), ("same", "a"), ("other", "c"))
+    )
+    for run in (mine, same, other):
+        config = json.loads((run / "config.yaml").read_text())
+        config["data"]["reward"] = {"class_path": "sppo_lightning.rewards.WinProbabilityReward"}
+        (run / "config.yaml").write_text(json.dumps(config))
+    assert preferences(mine, same) == [0.5]
+    with pytest.raises(UserError, match=r"own initial policy, whose answers differ: use --by judge"):
+        preferences(mine, other)

@@ -216,6 +216,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "must start with http": by_server(run, file, "localhost")[1:],
         "cannot be read as difficulties": (run, "--against", file, "--by=reward", "--difficulties=none.csv"),
         "judge: ": (run, "--against", file, "--by=judge"),
+        "cannot be a folder": (run, "--against", file, "--by=reward", f"--output={file}"),
     }
     for expected, args in said.items():
         assert expected in refused(capsys, *args)

@@ -74,6 +74,10 @@ def test_bad_input(made: MadeRun, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "the same run is named twice" in refused([run, f"{run}/"], capsys)
     assert "--max_megabytes 0.0 must be more than 0" in refused([run, "--max_megabytes=0"], capsys)
     assert "is a folder: name a file" in refused([run, f"--output={tmp_path}"], capsys)
+    (tmp_path / "file").write_text("")
+    said = refused([run, f"--output={tmp_path / 'file' / 'report.html'}"], capsys)
+    assert "cannot be written" in said
+    assert "name another file" in said
     assert "Got value: pdf" in refused([run, "--format=pdf"], capsys)
     assert "report:" in refused([], capsys)
 

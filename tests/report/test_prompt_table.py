@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from support.made_runs import MadeRun
 from sppo_lightning.report.prompt_table import PromptTable, short
 from sppo_lightning.report.run_data import read_run
 from sppo_lightning.report.text_chunks import CHUNK, TextChunks
+from sppo_lightning.store.pairs import PairTable
 
 
 def unpacked(block: str) -> Any:
@@ -85,6 +87,32 @@ def test_pruned_iterations_keep_their_pairs_texts(made: MadeRun) -> None:
         "answer 0 to say p2 in iteration 0",
     ]
     assert (texts[0]["pairs"][0]["chosen"], texts[0]["pairs"][0]["rejected"]) == (0, 1)
+
+
+def test_several_pairs_of_a_prompt_in_a_pruned_iteration(made: MadeRun) -> None:
+    store = made.folder.iteration(0)
+    first = made.pair(2, 0)
+    second = replace(first, chosen="the second", reference_chosen_logp=-6.0)
+    store.write_pairs(PairTable.collect([first, made.pair(6, 0), second]))
+    store.mark_pruned()
+    shutil.rmtree(store.shards.folder)
+    _, content, blocks = table_of(made)
+    number = content["ids"].index("p2")
+    (found,) = [block[key] for block in blocks for key in block if key == f"t0.0.{number}"]
+    assert [(one["sample"], one["text"]) for one in found["answers"]] == [
+        (0, "answer 3 to say p2 in iteration 0"),
+        (1, "answer 0 to say p2 in iteration 0"),
+        (2, "the second"),
+        (3, "answer 0 to say p2 in iteration 0"),
+    ]
+    marks = [(one["chosen"], one["rejected"], one["chosen_logp"]) for one in found["pairs"]]
+    assert marks == [(0, 1, -8.0), (2, 3, -6.0)]
+    places = [
+        each
+        for row, each in enumerate(content["blocks"])
+        if (content["iteration"][row], content["prompt"][row]) == (0, number)
+    ]
+    assert [len(each) for each in places] == [1]
 
 
 def test_what_is_over_the_budget_is_left_out_oldest_first(made: MadeRun) -> None:

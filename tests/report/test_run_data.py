@@ -86,6 +86,17 @@ def test_damaged_files_are_named_and_the_rest_is_read(made: MadeRun) -> None:
     assert run.curves["train/loss"][0] == list(range(10))
 
 
+def test_settings_and_metrics_that_no_reader_takes(made: MadeRun) -> None:
+    made.folder.config.write_text("data: [unclosed\n: :")
+    made.folder.metrics.write_text("step,train/loss\n0," + "1" * 200_000 + "\n")
+    run = read_run(made.root)
+    assert (run.config, run.curves) == ({}, {})
+    assert run.reader.missing == [
+        "config.yaml: damaged, or of another version. The settings are not shown.",
+        "metrics.csv: damaged, or of another version. The curves are not shown.",
+    ]
+
+
 def test_a_pruned_iteration(made: MadeRun) -> None:
     store = made.folder.iteration(0)
     store.mark_pruned()

@@ -67,6 +67,18 @@ def test_phases_have_times_and_tokens(tmp_path: Path) -> None:
     assert run["iteration_steps"] == {"0": 0, "1": 5}
 
 
+@pytest.mark.parametrize(
+    ("length", "tokens"), [({"epochs_per_iteration": 2}, 90), ({"steps_per_iteration": 6}, 180)]
+)
+def test_pairs_that_are_passed_over_again_are_counted_again(
+    length: dict[str, int], tokens: int, tmp_path: Path
+) -> None:
+    """Three pairs of 45 tokens in all, two in a step."""
+    config = {"data": {"iterations": 2, "pairs_per_step": 2, **length}}
+    (run,) = summary([read_run(MadeRun(tmp_path / "run", config=config).write().root)])["runs"]
+    assert {one["tokens"] for one in run["phases"] if one["phase"] == "training"} == {tokens}
+
+
 def test_a_summary_is_json_without_nan(tmp_path: Path) -> None:
     made = MadeRun(tmp_path / "run", held_out=1).write()  # one prompt has no standard error
     found = summary([read_run(made.root)])
@@ -85,6 +97,39 @@ def test_no_folder_of_the_machine_is_named(tmp_path: Path) -> None:
 def test_settings_are_flat() -> None:
     config = {"a": {"b": [1, 2]}, "c": [{"d": "x"}, None], "e": {}, "f": "owner/name"}
     assert flat_settings(config) == {"a.b": "1, 2", "c[0].d": "x", "c[1]": None, "e": "{}", "f": "owner/name"}
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("/home/me/my data/x.jsonl", "…/x.jsonl"),
+        ("/data", "…/data"),
+        ("~/x", "…/x"),
+        (r"C:\Users\me\x.jsonl", "…/x.jsonl"),
+        (r"\\server\me\x.jsonl", "…/x.jsonl"),
+        ("sqlite:////home/me/x.db", "sqlite:…/x.db"),
+        ("file:///home/me/d", "file:…/d"),
+        ("file://localhost/home/me/d", "file:…/d"),
+        ("python /home/me/x.py --in=/home/me/y", "python …/x.py --in=…/y"),
+        ("first\n/home/me/x\nlast /home/me/y", "first\n…/x\nlast …/y"),
+        ("['/home/me/x', \"/home/me/y\"]", "['…/x', \"…/y\"]"),
+        ("[/home/me/x]", "[…/x]"),
+        *(
+            (same, same)
+            for same in (
+                "owner/name",
+                "data/train.jsonl",
+                "./x",
+                "https://host:8000/v1/score",
+                "s3://bucket/x",
+                "[INST] {q} [/INST] </s>",
+                "and/or 1 / 2",
+            )
+        ),
+    ],
+)
+def test_absolute_paths_inside_of_settings(value: str, shown: str) -> None:
+    assert flat_settings({"key": value}) == {"key": shown}
 
 
 def test_long_curves_are_averaged() -> None:
@@ -107,6 +152,20 @@ def test_runs_are_compared_prompt_by_prompt(tmp_path: Path) -> None:
         assert item["reward"]["mean"] == pytest.approx(0.5)
         assert item["reward"]["stderr"] == pytest.approx(0.0, abs=1e-9)
         assert item["win_rate"]["mean"] == 1.0
+
+
+def test_comparisons_with_other_initial_answers_are_not_compared(tmp_path: Path) -> None:
+    judge = {"class_path": "sppo_lightning.rewards.PairwiseReward", "init_args": {}}
+    config = {"data": {"iterations": 2, "reward": {"class_path": "x.Mine", "init_args": {"of": [judge]}}}}
+    one, same = (MadeRun(tmp_path / name, config=config).write() for name in ("one", "same"))
+    other = MadeRun(tmp_path / "other", config=config, response=lambda *_: "else").write()
+    found = summary([read_run(made.root) for made in (one, same, other)])
+    assert {item["run"] for item in found["comparison"]["differences"]} == {1}
+    assert found["runs"][1]["missing"] == []
+    assert found["runs"][2]["missing"] == [
+        "evaluations: rewards are comparisons with the run's own initial policy, which answered unlike that of one. "
+        "Differences from it are not shown."
+    ]
 
 
 def test_other_held_out_prompts_are_refused(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from sppo_lightning.training.batching import (
     accumulation_steps,
     check_pairs,
     collate,
+    iteration_length,
     pairs_consumed,
     steps_taken,
 )
@@ -182,6 +183,11 @@ def test_steps_and_pairs_golden() -> None:
     consumed = [0, 4, 8, 10, 14, 18, 20, 24]
     assert [pairs_consumed(steps, pairs=10, pairs_per_step=4) for steps in range(8)] == consumed
     assert [steps_taken(count, pairs=10, pairs_per_step=4) for count in consumed] == list(range(8))
+
+
+def test_length_of_an_iteration_golden() -> None:
+    assert iteration_length(10, pairs_per_step=4, epochs=2) == (20, 6)
+    assert iteration_length(10, pairs_per_step=4, steps=7) == (28, 7)
 
 
 @QUICK

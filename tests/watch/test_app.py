@@ -119,6 +119,24 @@ def test_the_run_is_looked_at_again_as_it_grows(finished: Path, tmp_path: Path) 
     drive(growing, steps)
 
 
+def test_prompts_appear_as_they_are_probed(finished: Path, tmp_path: Path) -> None:
+    folder = finished / "iterations/002"
+    for name in ("manifest.json", "difficulty.parquet", "pairs.parquet"):
+        (folder / name).unlink()
+    for path in (folder / "rollouts").glob("topup*"):
+        path.unlink()
+    shard = folder / "rollouts/probe-00001.parquet"
+    waiting = shard.rename(tmp_path / shard.name)
+
+    async def steps(pilot: Pilot[None]) -> None:
+        assert table_of(pilot, "prompts").row_count == 5
+        waiting.rename(shard)
+        await pilot.pause(1.2)
+        assert table_of(pilot, "prompts").row_count == 10
+
+    drive(finished, steps)
+
+
 def test_a_damaged_run_is_shown(finished: Path) -> None:
     (finished / "iterations/002/manifest.json").write_text("{")
     (finished / "iterations/001/rollouts/probe-00000.parquet").write_text("no table")

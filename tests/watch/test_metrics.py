@@ -49,6 +49,10 @@ def test_a_line_under_way_waits_and_a_damaged_one_is_passed_over(tmp_path: Path)
         file.write(b"2.5\n2,\xff\xfe\n3,4,5,6\n")
     tail.update()
     assert tail.column("a") == [1.5, 2.5, 4.0]
+    with path.open("ab") as file:
+        file.write(b"4," + b"x" * 200_000 + b"\n5,6.5\n")  # longer than a cell may be
+    tail.update()
+    assert tail.column("a") == [1.5, 2.5, 4.0, 6.5]
     path.write_bytes(b"step,a\n0,9\n")
     assert tail.update()
     assert tail.column("a") == [9.0], "shorter than before: another file"

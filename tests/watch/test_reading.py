@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from watch.conftest import reader_of
 from sppo_lightning.evaluation.gate import Decision, write_decisions
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.watch import reading
+from sppo_lightning.watch.progress import age
 from sppo_lightning.watch.words import decisions_text, duration, sparkline, status
 
 
@@ -41,6 +43,25 @@ def test_a_run_in_training(killed: Path) -> None:
     assert " 3/4 optimizer steps · about " in status(view)
     age_by(killed, 3 * 3600.0)
     assert status(reader_of(killed).read()).endswith("nothing new for 3 h 0 min: it may have stopped")
+
+
+def test_a_run_of_fixed_steps(killed: Path) -> None:
+    """Six steps of the first iteration, and three of the second."""
+    config = killed / "config.yaml"
+    config.write_text(re.sub(r"(?m)^data:$", "data:\n  steps_per_iteration: 6", config.read_text()))
+    path = killed / "metrics.csv"
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        if int(row["step"]) > 3:
+            row["step"] = str(int(row["step"]) + 2)
+    with path.open("w") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    now = reader_of(killed).read().progress
+    assert now is not None
+    assert now[:4] == (1, "training", 3, 6)
 
 
 def trim(root: Path, *names: str) -> None:
@@ -146,6 +167,23 @@ def test_decisions_of_the_gate(finished: Path) -> None:
     assert list(decisions_text(view.decisions)) == [
         "gate after 2 iteration(s): revert: its reward fell; val/kl is 9 (best: 1)"
     ]
+
+
+def test_answers_that_come_in_are_news(finished: Path) -> None:
+    age_by(finished, 3600.0)
+    parts = finished / "evaluations/003/parts-abc"
+    parts.mkdir()
+    age_by(finished, 3600.0)
+    (parts / "greedy-00000.parquet").touch()
+    assert age(RunFolder(finished)) < 600
+
+
+def test_files_may_go_while_they_are_looked_at(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a checkpoint is replaced, or an iteration is pruned."""
+    monkeypatch.setattr(Path, "exists", lambda self, **_: True)
+    folder = RunFolder(finished)
+    folder.metrics.unlink()
+    assert age(folder) >= 0
 
 
 def test_words() -> None:
