@@ -9,7 +9,7 @@ from sppo_lightning.callbacks.base import SelfPlayCallback
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.report.command import MAX_MEGABYTES, categories_of, page_of
 from sppo_lightning.report.run_data import read_run
-from sppo_lightning.system.durable import disk_is_full, write_atomically
+from sppo_lightning.system.durable import write_atomically
 from sppo_lightning.training.hardware import is_dev_run
 from sppo_lightning.types import first_line
 
@@ -17,8 +17,8 @@ from sppo_lightning.types import first_line
 class ReportFile(SelfPlayCallback):
     """Writes ``report.html`` when an iteration ends: what happened so far, with all prompts and responses.
 
-    The same as ``sppo-lightning report``. A report that cannot be written is warned about; only a full disk ends the
-    run, as it does everywhere.
+    The same as ``sppo-lightning report``. A report that cannot be written is warned about, and the run goes on: a full
+    disk is found by what writes the data that a run needs.
 
     Args:
         every_n_iterations: self-play iterations between two reports; the last one is always written. 0: none.
@@ -56,8 +56,6 @@ class ReportFile(SelfPlayCallback):
             content = page_of([run], max_megabytes=self.max_megabytes, categories=categories)
             write_atomically(data.folder.report, content)
         except Exception as error:
-            if disk_is_full(error):
-                raise
             rank_zero_warn(
                 f"{data.folder.report} could not be written ({first_line(error)}): the run goes on."
             )

@@ -164,12 +164,6 @@ def disk_error(error: BaseException, path: Path) -> UserError | None:
     )
 
 
-def disk_is_full(error: BaseException) -> bool:
-    """Whether an error, or the one that it was raised from, says that a disk is full."""
-    causes = (error, error.__cause__)
-    return any(isinstance(cause, OSError) and cause.errno in _FULL for cause in causes)
-
-
 def _free_space(path: Path) -> str:
     try:
         place = next(parent for parent in path.absolute().parents if parent.exists())

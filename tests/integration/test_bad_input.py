@@ -344,11 +344,11 @@ def test_class_paths(changes: dict[str, Any], wording: str, arguments: Arguments
         (
             {"trainer__logger": "lightning.pytorch.loggers.WandbLogger"},
             r"trainer\.logger: lightning\.pytorch\.loggers\.WandbLogger needs wandb\S*, which is not installed here: "
-            "install it, or name another",
+            r"pip install 'sppo-lightning\[wandb\]'",
         ),
         (
             {"trainer__logger": '[{"class_path": "lightning.pytorch.loggers.WandbLogger"}]'},
-            r"trainer\.logger: lightning\.pytorch\.loggers\.WandbLogger needs wandb\S*, which is not installed .*",
+            r"trainer\.logger\[0\]: lightning\.pytorch\.loggers\.WandbLogger needs wandb\S*, which is not installed .*",
         ),
         (
             {"data__reward": "at_once.Praise", "data__reward__function": None},

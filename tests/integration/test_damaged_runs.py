@@ -391,6 +391,7 @@ def test_never_and_must(
 # ---------------------------------------------------------------------- the disk
 
 
+@pytest.mark.filterwarnings("ignore:.*report.html could not be written")  # it is larger than the files here
 @pytest.mark.parametrize("name", ["evaluations/000/rollouts.parquet", "checkpoints/last.ckpt"])
 def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(
     name: str,

@@ -46,6 +46,7 @@ def test_names_of_files_are_fixed(tmp_path: Path) -> None:
         "samples": "samples.md",
         "report": "report.html",
         "environment": "environment.json",
+        "loggers": "loggers.json",
         "predictions": "predictions-alpaca_eval.json",
         "prediction_parts": "predictions-parts",
         "lock": ".lock",

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -114,7 +115,10 @@ def exchange(ranks: FileRanks) -> dict[str, Any]:
     own[0, 0] = math.nan
     sides = ranks.gather([own, ranks.rank, KINDS])
     part = ranks.gather([torch.zeros(1_000_000, requires_grad=True)[3:5]])
-    written = max(path.stat().st_size for path in folder_files(ranks) if path.name.startswith("gather-"))
+    written = 0
+    for path in folder_files(ranks):
+        with suppress(FileNotFoundError):  # another process may be through with it
+            written = max(written, path.stat().st_size if path.name.startswith("gather-") else 0)
     uneven = ranks.gather(list(range(ranks.rank)))
     values = [ranks.same(value if ranks.rank == 0 else "not mine") for value in KINDS]
     verdict = ranks.same(("refused", torch.tensor([ranks.rank + 0.5])))
