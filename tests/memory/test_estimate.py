@@ -719,6 +719,7 @@ def test_settings_that_others_make_needless_are_left_out() -> None:
     assert message == "set data.reward.init_args.weights=5 and model.policy.gradient_checkpointing=true"
 
 
+@pytest.mark.slow
 def test_settings_that_need_each_other_stay_together() -> None:
     """A server samples for policies that are sharded only; of these two neither is left out."""
     deep = tiny_config(vocab_size=64, hidden_size=64, num_hidden_layers=24)

@@ -66,7 +66,7 @@ def test_compiled_layers_give_the_same(forward_class: type[PairForward], checkpo
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_compiled_layers_with_an_adapter_give_the_same(
     tmp_path: Path, quantization: Any, checkpointing: bool
 ) -> None:
