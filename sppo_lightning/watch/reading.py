@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from sppo_lightning.evaluation.gate import Decision, read_decisions
@@ -64,7 +65,7 @@ class RunReader:
         now = _tried(lambda: progress(self.folder, self.schedule, self._metrics), troubles)
         for number in self.folder.iteration_numbers():
             if number not in self._iterations:
-                view = _tried(lambda number=number: self._iteration(number), troubles)  # type: ignore[misc]
+                view = _tried(partial(self._iteration, number), troubles)
                 if view is not None:
                     self._iterations[number] = view
         return RunView(
