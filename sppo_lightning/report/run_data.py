@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import yaml
 
@@ -28,6 +28,8 @@ from sppo_lightning.types import Rollout
 T = TypeVar("T")
 Curve = tuple[list[int], list[float]]
 """Optimizer steps, and a metric's value at each."""
+LONGEST_METRICS = 2**17
+"""Characters of a line of metrics; thousands of columns need less."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def _curves(path: Path) -> dict[str, Curve]:
     """Return all metrics; a line that is being written is left out."""
     found: dict[str, Curve] = {}
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        for row in csv.DictReader(file):
+        for row in csv.DictReader(_lines(file)):
             try:
                 step = int(row.pop("step"))
                 values = {name: float(value) for name, value in row.items() if value and name}
@@ -178,6 +180,14 @@ def _curves(path: Path) -> dict[str, Curve]:
                 steps.append(step)
                 curve.append(value)
     return found
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    """Yield lines; csv's own limit is the process's, and reading prompts raises it."""
+    for line in file:
+        if len(line) > LONGEST_METRICS:
+            raise ValueError(f"a line of {len(line)} characters")
+        yield line
 
 
 def _evaluations(reader: RunReader) -> Iterator[Evaluation]:

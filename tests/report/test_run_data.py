@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -86,7 +88,11 @@ def test_damaged_files_are_named_and_the_rest_is_read(made: MadeRun) -> None:
     assert run.curves["train/loss"][0] == list(range(10))
 
 
-def test_settings_and_metrics_that_no_reader_takes(made: MadeRun) -> None:
+@pytest.mark.parametrize("limit", [2**17, 2**26])
+def test_settings_and_metrics_that_no_reader_takes(
+    made: MadeRun, limit: int, request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(partial(csv.field_size_limit, csv.field_size_limit(limit)))  # the process's
     made.folder.config.write_text("data: [unclosed\n: :")
     made.folder.metrics.write_text("step,train/loss\n0," + "1" * 200_000 + "\n")
     run = read_run(made.root)
