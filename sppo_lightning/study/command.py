@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 from sppo_lightning.study.definition import Study, read_study
 from sppo_lightning.study.outcomes import Outcome, read_outcome
 from sppo_lightning.study.page import Results, write_results
-from sppo_lightning.study.plan import PlannedRun, of_job, pinned_settings, plan
+from sppo_lightning.study.plan import PlannedRun, of_arms, of_job, pinned_settings, plan
 from sppo_lightning.study.registration import check_registered, read_registration, register
 from sppo_lightning.study.runner import holding, run_all, state_of
 from sppo_lightning.system.lock import is_first_process
@@ -29,7 +29,7 @@ SUMMARY = (
 Action = Literal["run", "status", "tables"]
 
 
-def study(config: str, action: Action = "run", job: str | None = None) -> Path:
+def study(config: str, action: Action = "run", job: str | None = None, arms: str | None = None) -> Path:
     """Run a study, or what is left of it, and write its tables as runs end.
 
     Args:
@@ -54,6 +54,7 @@ def study(config: str, action: Action = "run", job: str | None = None) -> Path:
         pinned = pinned_settings(named, path) if before is None else before.pinned
         runs = plan(named, path, pinned)
         mine = runs if job is None else of_job(runs, *_job(job))
+        mine = mine if arms is None else of_arms(mine, _arms(named, arms))
         if before is not None:
             check_registered(named, runs, before)
         registered = before or register(named, runs, pinned)
@@ -132,6 +133,15 @@ def _job(text: str) -> tuple[int, int]:
     if len(parts) == 2 and all(part.isdecimal() for part in parts) and 1 <= int(parts[0]) <= int(parts[1]):
         return int(parts[0]), int(parts[1])
     raise UserError(f"--job {text}: give the number of the job and how many there are, e.g. 2/8")
+
+
+def _arms(study: Study, text: str) -> list[str]:
+    """Return the arms that ``--arms`` names."""
+    found = [name.strip() for name in text.split(",")]
+    unknown = next((name for name in found if name not in study.arms), None)
+    if unknown is not None:
+        raise UserError(f"--arms {text}: there is no arm {unknown!r}; there are {', '.join(study.arms)}")
+    return found
 
 
 def main(args: Sequence[str]) -> None:

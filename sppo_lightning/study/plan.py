@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -94,6 +94,20 @@ def of_job(runs: list[PlannedRun], job: int, jobs: int) -> list[PlannedRun]:
     """
     groups = list(dict.fromkeys((run.setting, run.seed) for run in runs))
     return [run for run in runs if groups.index((run.setting, run.seed)) % jobs == job - 1]
+
+
+def of_arms(runs: list[PlannedRun], arms: Sequence[str]) -> list[PlannedRun]:
+    """Return the runs of some arms: setting after setting, seed after seed, the arms of a seed in the order given.
+
+    Args:
+        runs: of the study, or a job's share.
+        arms: their names.
+    """
+    groups = list(dict.fromkeys((run.setting, run.seed) for run in runs))
+    return sorted(
+        (run for run in runs if run.arm in arms),
+        key=lambda run: (groups.index((run.setting, run.seed)), arms.index(run.arm)),
+    )
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> Overrides:

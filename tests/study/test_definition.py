@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from sppo_lightning.study.command import study as study_command
 from sppo_lightning.study.definition import read_study
-from sppo_lightning.study.plan import merged, of_job, pinned_settings, plan
+from sppo_lightning.study.plan import merged, of_arms, of_job, pinned_settings, plan
 from sppo_lightning.study.registration import check_registered, read_registration, register
 from sppo_lightning.types import UserError
 
@@ -69,6 +70,21 @@ def test_jobs_share_a_study_out(tmp_path: Path) -> None:
     assert sorted(run.name for share in shares for run in share) == sorted(run.name for run in runs)
     seeds = [{run.seed for run in share} for share in shares]
     assert not seeds[0] & seeds[1] | seeds[1] & seeds[2] | seeds[0] & seeds[2]
+
+
+def test_some_arms_run_alone_and_in_their_order(tmp_path: Path) -> None:
+    path = written(tmp_path, arms={"a": {}, "b": {}, "c": {"seeds": [2]}}, seeds=[1, 2, 3])
+    runs = plan(read_study(path), path)
+    names = [run.name for run in of_arms(runs, ["c", "a"])]
+    assert names == ["base/seed-1/a", "base/seed-2/c", "base/seed-2/a", "base/seed-3/a"]
+    assert [run.name for run in of_arms(of_job(runs, 2, 2), ["c", "a"])] == ["base/seed-2/c", "base/seed-2/a"]
+
+
+def test_an_arm_that_is_not_there(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    with pytest.raises(UserError, match=r"^--arms b,z: there is no arm 'z'; there are a, b$"):
+        study_command(str(path), arms="b,z")
+    assert not (tmp_path / "out/study.json").exists()
 
 
 def test_a_class_takes_its_arguments_with_it() -> None:
