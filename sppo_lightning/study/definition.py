@@ -69,6 +69,7 @@ class Study:
         matched: ``steps``: all arms must take equally many optimizer steps, by ``data.steps_per_iteration``;
             ``nothing``: each trains on the pairs that it has.
         limits: what the study cannot say, one sentence each, for its page.
+        category_field: of a training prompt, that holds its category; default: ``category``.
         output: folder; default: ``runs/studies/<name>``.
     """
 
@@ -81,6 +82,7 @@ class Study:
     claims: dict[str, Claim] = field(default_factory=dict)
     matched: Literal["steps", "nothing"] = "steps"
     limits: list[str] = field(default_factory=list)
+    category_field: str | None = None
     output: str | None = None
 
     @property

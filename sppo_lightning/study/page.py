@@ -11,18 +11,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sppo_lightning.study.agreement import agreement_section, agreements
 from sppo_lightning.study.definition import INITIAL, Study
+from sppo_lightning.study.dynamics import training_rows, training_section
 from sppo_lightning.study.figure import gains_figure
 from sppo_lightning.study.outcomes import Outcome, mean_of_known, prompt_table
 from sppo_lightning.study.plan import PlannedRun
+from sppo_lightning.study.quartiles import flat, quartile_section, quartiles
 from sppo_lightning.study.runner import RunState
-from sppo_lightning.study.statistics import LEVEL, Comparison, compare
+from sppo_lightning.study.statistics import LEVEL, Comparison, compare, interval
 from sppo_lightning.study.verdicts import Verdict, verdicts
 from sppo_lightning.system.durable import replacing, write_atomically
 from sppo_lightning.text import for_markdown
 
 PAGE, FIGURE = "README.md", "gains.svg"
-TABLES = ("prompts.parquet", "arms.parquet", "verdicts.parquet")
+TABLES = (
+    *("prompts.parquet", "arms.parquet", "verdicts.parquet"),
+    *("quartiles.parquet", "training.parquet", "agreement.parquet"),
+)
 
 
 @dataclass(frozen=True)
@@ -64,14 +70,22 @@ def write_results(study: Study, results: Results) -> Path:
     folder, outcomes = study.folder, results.outcomes
     found = [*verdicts(study, outcomes, "steps"), *verdicts(study, outcomes, "tokens")]
     arms = list(_arms(study, outcomes))
+    by_quartile, training = quartiles(study, outcomes), training_rows(outcomes)
+    agreement = agreements(study, outcomes)
     if outcomes:
-        _write_table(folder / TABLES[0], prompt_table(outcomes))
-        _write_table(folder / TABLES[1], pa.Table.from_pylist(arms))
-        _write_table(folder / TABLES[2], pa.Table.from_pylist(list(map(_flat, found))))
+        rows = (arms, map(_flat, found), map(flat, by_quartile), training, map(vars, agreement))
+        tables = [prompt_table(outcomes), *(pa.Table.from_pylist(list(each)) for each in rows)]
+        for name, table in zip(TABLES, tables, strict=True):
+            _write_table(folder / name, table)
     figure = gains_figure(study, arms)
     if figure is not None:
         write_atomically(folder / FIGURE, figure)
-    text = "\n".join(_page(study, results, arms, found, figure is not None))
+    more = [
+        *quartile_section(study, by_quartile),
+        *training_section(study, training),
+        *agreement_section(study, agreement),
+    ]
+    text = "\n".join(_page(study, results, arms, found, has_figure=figure is not None, more=more))
     write_atomically(folder / PAGE, text.encode())
     return folder / PAGE
 
@@ -117,7 +131,9 @@ def _page(
     results: Results,
     arms: Sequence[dict[str, object]],
     found: Sequence[Verdict],
+    *,
     has_figure: bool,
+    more: Sequence[str],
 ) -> Iterator[str]:
     problems = results.problems
     yield f"# {for_markdown(study.name)}\n"
@@ -137,6 +153,7 @@ def _page(
     if study.claims:
         yield "## Claims\n"
         yield from _claims(study, found)
+    yield from more
     if problems:
         yield "## Runs without a result\n"
         yield from (f"- {name}: {for_markdown(message)}" for name, message in problems.items())
@@ -177,7 +194,7 @@ def _arm_table(study: Study, rows: Sequence[dict[str, object]]) -> Iterator[str]
         cells = (
             for_markdown(study.title(str(row["arm"]))),
             str(row["seeds"]),
-            f"{gain:+.3f}{_interval(low, high)}",
+            f"{gain:+.3f}{interval(low, high)}",
             ", ".join(f"{each:+.3f}" for each in gains),
             f"{lowest:+.3f}",
             f"{wins:.1%}",
@@ -209,7 +226,7 @@ def _claims(study: Study, found: Sequence[Verdict]) -> Iterator[str]:
             for_markdown(what),
             for_markdown(verdict.setting),
             _reading(study, verdict),
-            f"{each.mean:+.3f}{_interval(each.low, each.high)}",
+            f"{each.mean:+.3f}{interval(each.low, each.high)}",
             "" if math.isnan(each.effect) else f"{each.effect:+.2f}",
             "" if math.isnan(verdict.p) else f"{verdict.p:.3g}",
             f"**{verdict.word}**",
@@ -246,7 +263,3 @@ def _to_settle(word: str, each: Comparison) -> str:
 def _number(value: object) -> float:
     assert isinstance(value, int | float)
     return float(value)
-
-
-def _interval(low: float, high: float) -> str:
-    return "" if math.isnan(low) else f" [{low:+.3f}, {high:+.3f}]"

@@ -151,3 +151,8 @@ def holm(p_values: Mapping[str, float], *, tests: int) -> dict[str, float]:
         largest = max(largest, min(1.0, p * (tests - rank)))
         found[name] = largest
     return found
+
+
+def interval(low: float, high: float) -> str:
+    """Return an interval as tables show it; nothing where there is none."""
+    return "" if math.isnan(low) else f" [{low:+.3f}, {high:+.3f}]"

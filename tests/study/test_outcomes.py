@@ -140,10 +140,12 @@ def test_the_page_and_the_tables(tmp_path: Path) -> None:
     assert "0123abcd" in page
     assert "**supported**" in page
     assert "<b>" not in page
+    assert "## Held-out prompts by difficulty" in page
     assert "B|x" not in page.replace("B\\|x", "")  # it would open another column
     assert prompt_table(outcomes).num_rows == 6 * 2 * PROMPTS
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("README.md", "gains.svg", "prompts.parquet", "arms.parquet", "verdicts.parquet")
+        *("README.md", "gains.svg", "prompts.parquet", "arms.parquet", "verdicts.parquet"),
+        *("quartiles.parquet", "training.parquet", "agreement.parquet"),
     }
     svg = (tmp_path / "gains.svg").read_bytes()
     write_results(named, results)
