@@ -12,6 +12,7 @@ from sppo_lightning.callbacks.difficulty import DifficultyReestimation
 from sppo_lightning.callbacks.displacement import DisplacementWarning
 from sppo_lightning.callbacks.export import PolicyExport
 from sppo_lightning.callbacks.gate import IterationGate
+from sppo_lightning.callbacks.gradient_norm import GradientNorm
 from sppo_lightning.callbacks.histograms import IterationHistograms
 from sppo_lightning.callbacks.initial_evaluation import InitialEvaluation
 from sppo_lightning.callbacks.memory import PhaseMemory
@@ -25,6 +26,7 @@ from sppo_lightning.callbacks.weight_updates import WeightUpdateCheck
 __all__ = [
     "DifficultyReestimation",
     "DisplacementWarning",
+    "GradientNorm",
     "InitialEvaluation",
     "IterationGate",
     "IterationHistograms",

@@ -98,7 +98,7 @@ PUBLIC = {
         WrittenVerdict
     """,
     "sppo_lightning.callbacks": """
-        DifficultyReestimation DisplacementWarning InitialEvaluation IterationGate IterationHistograms
+        DifficultyReestimation DisplacementWarning GradientNorm InitialEvaluation IterationGate IterationHistograms
         LearningDiagnostics PhaseMemory PhaseTimes PolicyExport ReportFile RunCheckpoint RunSummary SampleTable
         SelfPlayCallback SelfPlayProgress WeightUpdateCheck
     """,

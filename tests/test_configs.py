@@ -13,6 +13,8 @@ import yaml
 
 from sppo_lightning.__main__ import main
 from sppo_lightning.loggers.settings import TRACKERS
+from sppo_lightning.study.definition import read_study
+from sppo_lightning.study.plan import plan
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(
@@ -20,6 +22,7 @@ CONFIGS = sorted(
     for path in (ROOT / "configs").rglob("*.yaml")
     if path.parent.name not in ("recipes", "loggers", "alpaca_eval_own_judge")
 )
+STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
 LOGGERS = sorted((ROOT / "configs/loggers").glob("*.yaml"))
 
 
@@ -35,6 +38,25 @@ def test_config_parses_and_prints_back(path: Path, capsys: pytest.CaptureFixture
     reestimates = any(item["class_path"].endswith("DifficultyReestimation") for item in callbacks)
     again = not printed["data"]["schedule"]["class_path"].endswith("DisjointSplits")
     assert reestimates == again  # where no prompt comes twice there is nothing to estimate again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_studys_runs_are_configs(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    study = read_study(path)
+    config = tmp_path / "config.yaml"
+    for run in plan(study, path):
+        if run.seed != study.seeds[0]:
+            continue
+        config.write_text(yaml.safe_dump(run.config))
+        with pytest.raises(SystemExit) as left:
+            main(["fit", "--config", str(config), "--print_config"])
+        assert left.value.code == 0, f"{run.name}: {capsys.readouterr().err}"
+        data = yaml.safe_load(capsys.readouterr().out)["data"]
+        assert data["steps_per_iteration"] == run.config["data"]["steps_per_iteration"]
 
 
 @pytest.mark.parametrize("path", LOGGERS, ids=lambda path: path.stem)

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from sppo_lightning.callbacks import (
     DisplacementWarning,
+    GradientNorm,
     InitialEvaluation,
     IterationGate,
     IterationHistograms,
@@ -276,6 +277,7 @@ class SelfPlayCLI(LightningCLI):
         defaults += [
             LearningDiagnostics(),
             DisplacementWarning(),
+            GradientNorm(),
             IterationHistograms(),
             SampleTable(),
             PolicyExport(),

@@ -20,6 +20,7 @@ STEP_MEANS = {
     "chosen_fell": "train/logratios/chosen_fell",
     "margin": "train/rewards/margin",
     "accuracy": "train/rewards/accuracy",
+    "grad_norm": "train/grad_norm",
 }
 """Columns, and the metrics that they are the mean of over an iteration's steps."""
 Row = dict[str, object]
@@ -80,6 +81,7 @@ def training_section(study: Study, rows: Sequence[Row]) -> Iterator[str]:
         "logratio_rejected": "rejected log-ratio",
         "margin": "margin",
         "accuracy": "accuracy",
+        "grad_norm": "gradient norm",
     }
     yield "## What the pairs do in training\n"
     for setting in study.settings:
@@ -101,7 +103,8 @@ def training_section(study: Study, rows: Sequence[Row]) -> Iterator[str]:
         "of the steps' mean chosen log-ratios, any seed. Reward gap: of the iteration's pairs. Log-ratios: to the "
         "reference, in nat a response; a chosen one below 0 is displacement: training made the better response less "
         "likely. Chosen fell: share of pairs that this happened to. Margin: as the arm's loss defines a response's "
-        "reward, so that it compares arms with one loss. `training.parquet` has each seed.\n"
+        "reward, so that it compares arms with one loss. Gradient norm: before clipping. `training.parquet` has each "
+        "seed.\n"
     )
 
 
@@ -111,4 +114,6 @@ def _cell(name: str, rows: Sequence[Row]) -> str:
     if not known:
         return ""
     value = min(known) if name.startswith("lowest") else float(np.mean(known))
-    return f"{value:.0%}" if name in ("chosen_fell", "accuracy") else f"{value:+.2f}"
+    if name in ("chosen_fell", "accuracy"):
+        return f"{value:.0%}"
+    return f"{value:.2f}" if name in ("gap", "grad_norm") else f"{value:+.2f}"

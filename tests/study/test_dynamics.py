@@ -27,6 +27,7 @@ def logged(path: Path, ratios: list[list[float]], *, reference: bool = True) -> 
         metrics.log_metrics({"train/weights_moved": 1.0}, step + 1)
         for ratio in of_steps:
             row = {"train/loss": 1.0, "train/rewards/margin": 0.1, "train/rewards/accuracy": 0.75}
+            row |= {"train/grad_norm": 2.0}
             if reference:
                 row |= {"train/logratios/chosen": ratio, "train/logratios/rejected": 2 * ratio}
                 row |= {"train/logratios/chosen_fell": float(ratio < 0)}
@@ -77,5 +78,5 @@ def test_the_page_averages_over_seeds(tmp_path: Path) -> None:
     rows = training_rows(outcomes)
     assert [row["seed"] for row in rows] == [1, 2]
     lines = list(training_section(study, rows))
-    assert "| A\\|x | 0 | +0.50 | -1.50 | -4.00 | 50% | -3.00 | +0.10 | 75% |" in lines
+    assert "| A\\|x | 0 | 0.50 | -1.50 | -4.00 | 50% | -3.00 | +0.10 | 75% | 2.00 |" in lines
     assert not list(training_section(study, []))
