@@ -112,8 +112,9 @@ def _named(name: str, found: Comparison | None) -> dict[str, float | None]:
 
 
 def quartile_section(study: Study, rows: Sequence[Quartile]) -> Iterator[str]:
-    """Yield the page's lines; none where a study has one arm."""
-    if not rows or len(study.arms) < 2:
+    """Yield the page's lines; none of a setting where nothing can be compared with the first arm yet."""
+    compared = {row.setting for row in rows if row.difference is not None}
+    if not compared:
         return
     first = for_markdown(study.title(next(iter(study.arms))))
     yield "## Held-out prompts by difficulty\n"
@@ -126,9 +127,9 @@ def quartile_section(study: Study, rows: Sequence[Quartile]) -> Iterator[str]:
         "too.\n"
     )
     for setting in study.settings:
-        here = [row for row in rows if row.setting == setting]
-        if not here:
+        if setting not in compared:
             continue
+        here = [row for row in rows if row.setting == setting]
         numbers = sorted({row.number for row in here})
         initial = {row.number: row.initial for row in here}
         names = {1: " (hardest)", QUARTILES: " (easiest)"}

@@ -79,4 +79,7 @@ def test_the_pages_lines() -> None:
     assert "| arm\\|a | 0.071 at the end |" in text
     assert "| arm\\|b | +0.200 |" in text
     assert not list(quartile_section(study("a"), quartiles(study("a"), runs[:1])))
+    assert not list(
+        quartile_section(study("a", "b"), quartiles(study("a", "b"), runs[1:]))
+    )  # the first is not there
     assert not list(quartile_section(study("a", "b"), []))
