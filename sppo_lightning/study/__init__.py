@@ -6,6 +6,9 @@
 - ``outcomes``: the held-out rewards of the runs that have ended, prompt by prompt.
 - ``statistics``: paired bootstrap over seeds and prompts, effect sizes, Holm's correction, the power of a comparison.
 - ``verdicts``: what the claims came to.
+- ``quartiles``: held-out prompts by difficulty.
+- ``dynamics``: what the pairs do in training.
+- ``agreement``: how far difficulties agree, from what ``probes`` reads; ``correlation``: Spearman with an interval.
 - ``page``: tables, figure and the page that reads as a result.
 
 The policy that all arms of a seed start from answers once: see
