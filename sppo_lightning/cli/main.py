@@ -36,7 +36,7 @@ from sppo_lightning.store.run_folder import RunFolder, check_kinds, remove_lefto
 from sppo_lightning.system.durable import disk_error
 from sppo_lightning.system.lock import RunLock, check_ranks, is_first_process
 from sppo_lightning.text import for_terminal
-from sppo_lightning.training.hardware import fast_precision
+from sppo_lightning.training.precision import fast_precision
 from sppo_lightning.types import UserError
 
 # Trainer flags that the loop sets by itself: the value they must keep, and what to do instead
