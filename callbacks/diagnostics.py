@@ -13,8 +13,9 @@ from sppo_lightning.callbacks.base import SelfPlayCallback
 from sppo_lightning.datamodule import SelfPlayDataModule, self_play_data
 from sppo_lightning.evaluation.divergence import read_answers
 from sppo_lightning.evaluation.gate import read_decisions
-from sppo_lightning.evaluation.held_out import load_evaluation, paired_difference
+from sppo_lightning.evaluation.measures import paired_difference
 from sppo_lightning.evaluation.results import held_out_results
+from sppo_lightning.evaluation.stored import load_evaluation
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.durable import with_checksum, write_atomically
 from sppo_lightning.training.batching import PairBatch

@@ -18,7 +18,7 @@ from sppo_lightning.evaluation.gate import (
     steps_back,
     write_decisions,
 )
-from sppo_lightning.evaluation.held_out import load_evaluation
+from sppo_lightning.evaluation.stored import load_evaluation
 from sppo_lightning.resume.checkpoints import check_sharded_metadata
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.durable import fresh_folder, replace_folder, restore_replaced

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from sppo_lightning.callbacks.base import SelfPlayCallback
 from sppo_lightning.datamodule import SelfPlayDataModule
-from sppo_lightning.evaluation.held_out import load_evaluation
+from sppo_lightning.evaluation.stored import load_evaluation
 from sppo_lightning.loggers.media import Rows, markdown_table, media_of
 from sppo_lightning.system.durable import write_atomically
 from sppo_lightning.types import Rollout

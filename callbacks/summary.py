@@ -12,8 +12,8 @@ from sppo_lightning.callbacks.base import SelfPlayCallback
 from sppo_lightning.callbacks.tables import AnswerTable, Part, SummaryTable, plain_text, print_parts
 from sppo_lightning.datamodule import self_play_data
 from sppo_lightning.evaluation.gate import best_finished, read_decisions
-from sppo_lightning.evaluation.held_out import load_evaluation
 from sppo_lightning.evaluation.results import HEADINGS, held_out_results
+from sppo_lightning.evaluation.stored import load_evaluation
 from sppo_lightning.store.run_folder import RunFolder
 
 ITERATION_COLUMNS = ("k", "reward", "difficulty q25 / q50 / q75", "selected", "pairs", "dropped")

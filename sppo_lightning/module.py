@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sppo_lightning.evaluation.metrics import EvaluationBatch, EvaluationMetrics
+from sppo_lightning.evaluation.measures import EvaluationBatch
+from sppo_lightning.evaluation.metrics import EvaluationMetrics
 from sppo_lightning.losses import PreferenceLoss
 from sppo_lightning.pair_forward import AutoForward, PairForward
 from sppo_lightning.pair_forward.layouts import PairLayout

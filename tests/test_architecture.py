@@ -6,6 +6,8 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -218,3 +220,11 @@ def test_callbacks_refuse_another_name() -> None:
         ImportError, match=r"import it under that name|is the package sppo_lightning.callbacks"
     ):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+@pytest.mark.parametrize("command", ["report", "study"])
+def test_a_command_that_reads_starts_without_what_trains(command: str) -> None:
+    """Lightning, transformers and torchmetrics take most of the seconds that ``fit`` takes to start."""
+    code = f"import sys, sppo_lightning.{command}.command; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert {"lightning", "transformers", "torchmetrics", "peft", "datasets"}.isdisjoint(loaded.split())

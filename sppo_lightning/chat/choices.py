@@ -15,7 +15,7 @@ from sppo_lightning.export.stored_run import StoredRun, read_run
 from sppo_lightning.policy.config import PolicyConfig
 from sppo_lightning.policy.pretrained import DTYPES, load_model_config, load_tokenizer
 from sppo_lightning.prompts.encoding import choose_chat_template
-from sppo_lightning.training.hardware import COMPUTE_DTYPES, fast_precision
+from sppo_lightning.training.precision import COMPUTE_DTYPES, fast_precision
 from sppo_lightning.types import UserError
 
 if TYPE_CHECKING:

@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import pkgutil
 import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import date
 from inspect import signature
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 
-from sppo_lightning.callbacks import (
-    DisplacementWarning,
-    GradientNorm,
-    InitialEvaluation,
-    IterationGate,
-    IterationHistograms,
-    LearningDiagnostics,
-    PhaseMemory,
-    PhaseTimes,
-    PolicyExport,
-    ReportFile,
-    RunCheckpoint,
-    RunSummary,
-    SampleTable,
-    SelfPlayProgress,
-    WeightUpdateCheck,
-)
-from sppo_lightning.callbacks.environment import EnvironmentFile
-from sppo_lightning.callbacks.run_config import RunConfigFile
+from sppo_lightning.cli.defaults import given_loggers, with_default_callbacks, with_default_loggers
 from sppo_lightning.cli.estimate import SelfPlayTrainer, plan_on_cpu, planned_sharding
+from sppo_lightning.cli.messages import hide_unactionable, show_messages
 from sppo_lightning.cli.parse_errors import check_config_files, class_paths, explain
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.loggers.runs import continue_runs
@@ -52,14 +30,13 @@ from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
 from sppo_lightning.predictions.formats import FORMATS
 from sppo_lightning.redaction import masked, masked_keys
 from sppo_lightning.resume.checkpoints import check_checkpoint, verify_checkpoint
-from sppo_lightning.resume.metrics_csv import MetricsCSV
 from sppo_lightning.resume.run_config import check_writable, recorded_setting, resume_path
 from sppo_lightning.short_names import with_class_paths
 from sppo_lightning.store.run_folder import RunFolder, check_kinds, remove_leftovers
 from sppo_lightning.system.durable import disk_error
 from sppo_lightning.system.lock import RunLock, check_ranks, is_first_process
 from sppo_lightning.text import for_terminal
-from sppo_lightning.training.hardware import fast_precision
+from sppo_lightning.training.precision import fast_precision
 from sppo_lightning.types import UserError
 
 # Trainer flags that the loop sets by itself: the value they must keep, and what to do instead
@@ -91,11 +68,6 @@ SECTIONS: dict[str, type] = {
     "model.policy.lora": LoRAConfig,
     "data": SelfPlayDataModule,
 }
-
-
-def _place(callback: Callback) -> int:
-    """Return where a callback stands: the gate before what exports and saves, the report after what it reads."""
-    return isinstance(callback, ReportFile) - isinstance(callback, IterationGate)
 
 
 class Parser(LightningArgumentParser):
@@ -273,39 +245,17 @@ class SelfPlayCLI(LightningCLI):
         """Add the callbacks and loggers that a run has by default."""
         given = config.get("callbacks") or []
         given = [*(given if isinstance(given, list) else [given]), *callbacks]
-        defaults: list[Callback] = [PhaseTimes(), PhaseMemory(), InitialEvaluation(), WeightUpdateCheck()]
-        defaults += [
-            LearningDiagnostics(),
-            DisplacementWarning(),
-            GradientNorm(),
-            IterationHistograms(),
-            SampleTable(),
-            PolicyExport(),
-            ReportFile(),
-            RunSummary(),
-        ]
-        if config["enable_progress_bar"] is not False:
-            defaults.append(SelfPlayProgress())
-        if config["enable_checkpointing"] is not False:
-            defaults.append(RunCheckpoint())  # in addition to a user's own: the run resumes from it
-        defaults.append(EnvironmentFile())
-        defaults.append(RunConfigFile(yaml.safe_dump(self.run_config, sort_keys=False)))
-        for item in defaults:
-            kind = ProgressBar if isinstance(item, ProgressBar) else type(item)
-            if not any(isinstance(other, kind) for other in given):
-                given.append(item)
-        given.sort(key=_place)
-        return self.trainer_class(**{**config, "callbacks": given, "logger": self._loggers(config["logger"])})
-
-    def _loggers(self, given: Any) -> list[Logger]:
+        added = with_default_callbacks(
+            given,
+            yaml.safe_dump(self.run_config, sort_keys=False),
+            progress=config["enable_progress_bar"] is not False,
+            checkpoint=config["enable_checkpointing"] is not False,
+        )
         fits = self.subcommand == "fit"  # other commands must not write into its curves
-        always: list[Logger] = [MetricsCSV(self.folder.metrics)] if fits else []
-        if given is None or given is True:
-            board = TensorBoardLogger(save_dir=self.folder.root, name="", version="tensorboard")
-            return [board, *always] if fits else []
-        if given is False:
-            return always
-        return [*(given if isinstance(given, list) else [given]), *always]
+        loggers = (
+            with_default_loggers(config["logger"], self.folder) if fits else given_loggers(config["logger"])
+        )
+        return self.trainer_class(**{**config, "callbacks": added, "logger": loggers})
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Read checkpoints safely, and resume from the run's own one."""
@@ -331,21 +281,6 @@ class SelfPlayCLI(LightningCLI):
         return kwargs
 
 
-# warnings that a user of the loop cannot act on
-UNACTIONABLE = (
-    r".*does not have many workers.*",
-    r".*exists and is not empty.*",
-    r".*train_dataloader yielded None.*",  # a resumed run whose iteration has no step left
-    r".*args parameter is intended to run from within Python.*",
-    r".*isinstance\(treespec, LeafSpec\).*",
-    r".*module\(s\) in eval mode at the start of training.*",
-    r"Total length of `list` across ranks is zero.*",  # no data.eval_prompts
-    r".*gradient_checkpointing(_enable)?` is deprecated.*",  # transformers 5.23, for what 5.17 needs
-    r"\s*By default only one JsonargparseDeprecationWarning per type is shown",  # Lightning calls jsonargparse
-    r"\s*``instantiate_classes`` was deprecated",
-)
-
-
 def run(args: list[str], other_commands: Sequence[str] = ()) -> None:
     """Parse the command line and run the sub-command.
 
@@ -357,9 +292,8 @@ def run(args: list[str], other_commands: Sequence[str] = ()) -> None:
         args = with_class_paths(args, "--format", FORMATS, what="format", key="--data.predict_format")
     check_config_files(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    for message in UNACTIONABLE:
-        warnings.filterwarnings("ignore", message=message)
-    _show_messages()
+    hide_unactionable()
+    show_messages()
     SelfPlayCLI(
         PreferenceModule,
         SelfPlayDataModule,
@@ -376,39 +310,3 @@ def run(args: list[str], other_commands: Sequence[str] = ()) -> None:
             f"{', '.join(other_commands)}.",
         },
     )
-
-
-def _show_messages() -> None:
-    """Print what the engines and rewards say about their choices, on the first process; as text, whatever it quotes."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns in every layer of every forward
-    logger = logging.getLogger("sppo_lightning")
-    logger.setLevel(logging.INFO if cast(Any, rank_zero_only).rank == 0 else logging.WARNING)
-    if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
-    for name in ("sppo_lightning", "lightning.pytorch", "lightning.fabric", "transformers"):
-        for handler in logging.getLogger(name).handlers:
-            handler.setFormatter(_PlainText())
-    written = warnings.formatwarning
-    if not isinstance(written, _PlainWarning):
-        warnings.formatwarning = _PlainWarning(written)
-
-
-class _PlainText(logging.Formatter):
-    """Messages that no terminal obeys."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return for_terminal(super().format(record))
-
-
-class _PlainWarning:
-    """Warnings that no terminal obeys.
-
-    Args:
-        written: how they are written otherwise.
-    """
-
-    def __init__(self, written: Callable[..., str]) -> None:
-        self.written = written
-
-    def __call__(self, *args: Any, **kwargs: Any) -> str:
-        return for_terminal(self.written(*args, **kwargs))

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 
+from sppo_lightning.evaluation.stored import LOGPS, stored_logps
 from sppo_lightning.losses import PairLogps
 from sppo_lightning.pair_forward.layouts import PairLayout
 from sppo_lightning.pair_forward.logprobs import summed
-from sppo_lightning.system.durable import read_checksummed, with_checksum, write_atomically
+from sppo_lightning.system.durable import with_checksum, write_atomically
 from sppo_lightning.training.batching import PairBatch, StepSlot, collate
 from sppo_lightning.types import EncodedPrompt, PreferencePair, Rollout
 
 PROMPTS = 32  # held-out prompts that are read: the first ones
-FILE = "logps.json"
 
 
 @dataclass(frozen=True)
@@ -104,24 +104,9 @@ def read_answers(
     if not earlier:
         own, _ = reader.logps(own_tokens, own_tokens)
     if writes:
-        write_atomically(place / FILE, with_checksum({"logps": own}))
+        write_atomically(place / LOGPS, with_checksum({"logps": own}))
     return divergences
 
 
 def _tokens(rows: Sequence[Rollout]) -> dict[str, tuple[int, ...]]:
     return {row.prompt_id: tuple(row.token_ids) for row in rows}
-
-
-def stored_logps(folder: Path) -> dict[str, float]:
-    """Return the summed log-probs of an evaluation's answers under the policy that gave them, by prompt id, in nats.
-
-    None where they are missing or damaged.
-
-    Args:
-        folder: of the evaluation.
-    """
-    try:
-        found = read_checksummed((folder / FILE).read_bytes())["logps"]
-        return {str(key): float(value) for key, value in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sppo_lightning.evaluation.held_out import load_evaluation, paired_difference
+from sppo_lightning.evaluation.measures import paired_difference
+from sppo_lightning.evaluation.stored import load_evaluation
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.durable import read_checksummed, with_checksum, write_atomically
 from sppo_lightning.types import Rollout, UserError, first_line

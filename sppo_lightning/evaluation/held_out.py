@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
-from sppo_lightning.evaluation.metrics import EvaluationBatch
-from sppo_lightning.evaluation.win_rate import reward_preferences
+from sppo_lightning.evaluation.measures import EvaluationBatch, measure
 from sppo_lightning.generation import PolicySource
 from sppo_lightning.rollouts.collector import Collector
 from sppo_lightning.store.run_folder import RunFolder
@@ -25,7 +22,6 @@ from sppo_lightning.store.shards import ShardStore, read_rollouts, write_rollout
 from sppo_lightning.system.durable import quarantine, read_checksummed, with_checksum, write_atomically
 from sppo_lightning.types import EncodedPrompt, Ranks, Rollout, UserError
 
-LOGGER = logging.getLogger(__name__)
 BATCH = 256  # stored answers aggregated at once
 FORMAT = 1  # of an evaluation's manifest; older ones have no number
 
@@ -211,61 +207,3 @@ class EvaluationLoader:
         for start in range(0, max(1, len(self._mine)), BATCH):
             rows = torch.tensor(self._mine[start : start + BATCH], dtype=torch.long)
             yield EvaluationBatch(*(column[rows] for column in measured))
-
-
-def load_evaluation(folder: Path) -> list[Rollout] | None:
-    """Return stored answers, or ``None`` if there are none that can be read."""
-    final = folder / "rollouts.parquet"
-    if not final.exists():
-        return None
-    try:
-        return read_rollouts(final)
-    except UserError as error:
-        LOGGER.warning("%s. Its numbers are left out", error)
-        return None
-
-
-def measure(rows: Sequence[Rollout], baseline: Sequence[Rollout] | None) -> EvaluationBatch:
-    """Return the measurements of ``rows`` against the initial policy's answers to the same prompts.
-
-    Raises:
-        UserError: if no answer has a finite reward.
-    """
-    rewards = [row.reward if row.reward is not None else float("nan") for row in rows]
-    if not any(math.isfinite(reward) for reward in rewards):
-        raise UserError("no held-out answer has a finite reward: check data.reward on data.eval_prompts")
-    initial = {row.prompt_id: row.reward for row in baseline or ()}
-    wins = reward_preferences(rewards, [initial.get(row.prompt_id) for row in rows])
-    return EvaluationBatch(
-        reward=torch.tensor(rewards, dtype=torch.float32),
-        win=torch.tensor(wins, dtype=torch.float32),
-        length=torch.tensor(
-            [float(len(row.token_ids)) if row.finish_reason != "failed" else math.nan for row in rows]
-        ),
-        failed=torch.tensor([0.0 if math.isfinite(reward) else 1.0 for reward in rewards]),
-    )
-
-
-class PairedDifference(NamedTuple):
-    """Mean reward over the same prompts, less the baseline's."""
-
-    mean: float
-    stderr: float  # of the mean of the per-prompt differences
-    prompts: int
-
-
-def paired_difference(rows: Sequence[Rollout], baseline: Sequence[Rollout]) -> PairedDifference:
-    """Compare two evaluations prompt by prompt; prompts without two finite rewards are left out."""
-    initial = {row.prompt_id: row.reward for row in baseline}
-    differences = torch.tensor(
-        [
-            row.reward - before
-            for row in rows
-            if row.reward is not None and (before := initial.get(row.prompt_id)) is not None
-        ],
-        dtype=torch.float64,
-    )
-    differences = differences[differences.isfinite()]
-    count = len(differences)
-    stderr = float(differences.std()) / math.sqrt(count) if count > 1 else float("nan")
-    return PairedDifference(float(differences.mean()) if count else float("nan"), stderr, count)

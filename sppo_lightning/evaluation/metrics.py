@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-
-def mean_with_error(values: Tensor) -> Tensor:
-    """Return ``[3]``: mean, standard error and count of the finite ``values``.
-
-    The standard error is the sample standard deviation over the root of the count; NaN below two values.
-    """
-    values = values[values.isfinite()].to(torch.float32 if values.device.type == "mps" else torch.float64)
-    count = torch.tensor(float(len(values)), dtype=values.dtype, device=values.device)
-    error = values.std() / count.sqrt() if len(values) > 1 else count.new_tensor(float("nan"))
-    return torch.stack([values.mean(), error, count])
+from sppo_lightning.evaluation.measures import EvaluationBatch, mean_with_error
 
 
 class MeanWithError(Metric):
@@ -38,15 +29,6 @@ class MeanWithError(Metric):
     def compute(self) -> Tensor:
         """Return mean, standard error, count."""
         return mean_with_error(torch.cat(self.values) if isinstance(self.values, list) else self.values)
-
-
-class EvaluationBatch(NamedTuple):
-    """Measurements of held-out answers, one value an answer."""
-
-    reward: Tensor  # [P] float32, NaN where scoring failed
-    win: Tensor  # [P] float32, 1 above the initial policy's reward, 0.5 equal, 0 below; NaN without one
-    length: Tensor  # [P] float32, tokens
-    failed: Tensor  # [P] float32, 1 where the reward is non-finite
 
 
 class EvaluationMetrics(nn.Module):

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from sppo_lightning.evaluation.held_out import PairedDifference, load_evaluation, measure, paired_difference
-from sppo_lightning.evaluation.metrics import mean_with_error
+from sppo_lightning.evaluation.measures import PairedDifference, mean_with_error, measure, paired_difference
+from sppo_lightning.evaluation.stored import load_evaluation
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.types import Rollout
 

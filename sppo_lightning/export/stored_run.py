@@ -16,7 +16,7 @@ from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
 from sppo_lightning.policy.pretrained import load_tokenizer
 from sppo_lightning.prompts.encoding import choose_chat_template, set_template_clock
 from sppo_lightning.store.run_folder import RunFolder
-from sppo_lightning.training.hardware import COMPUTE_DTYPES
+from sppo_lightning.training.precision import COMPUTE_DTYPES
 from sppo_lightning.types import UserError
 
 if TYPE_CHECKING:

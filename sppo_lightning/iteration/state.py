@@ -17,7 +17,8 @@ from sppo_lightning.store.integrity import check_trained, quarantine_damaged
 from sppo_lightning.store.iterations import IterationStore
 from sppo_lightning.store.pairs import PairTable
 from sppo_lightning.store.run_folder import RunFolder
-from sppo_lightning.training.batching import StepSampler, pairs_consumed, steps_taken
+from sppo_lightning.training.batching import StepSampler, pairs_consumed
+from sppo_lightning.training.iteration_length import steps_taken
 from sppo_lightning.types import Ranks, UserError
 
 

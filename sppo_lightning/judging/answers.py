@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from sppo_lightning.evaluation.gate import best_finished, read_decisions
-from sppo_lightning.evaluation.held_out import load_evaluation
+from sppo_lightning.evaluation.stored import load_evaluation
 from sppo_lightning.judging.contract import Answer, AnswerSet
 from sppo_lightning.limits import check_size
 from sppo_lightning.prompts.formats import file_records

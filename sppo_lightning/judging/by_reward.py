@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 
-from sppo_lightning.evaluation.held_out import load_evaluation
+from sppo_lightning.evaluation.stored import load_evaluation
 from sppo_lightning.evaluation.win_rate import reward_preferences
 from sppo_lightning.judging.contract import Annotator, Answer, AnswerSet, Shown, Verdict
 from sppo_lightning.prompts.sets import PromptSets

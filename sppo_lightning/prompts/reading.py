@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,14 +12,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
-
 from sppo_lightning.prompts.files import files_of, records
 from sppo_lightning.prompts.formats import Record
 from sppo_lightning.prompts.shapes import names_of, shape_of
 from sppo_lightning.prompts.table import PromptTable, user_text
 from sppo_lightning.types import Message, Prompt, UserError
 
+LOGGER = logging.getLogger(__name__)
 COLUMNS = ("prompt", "answer", "id")
 """What ``data.columns`` can name."""
 
@@ -120,14 +120,14 @@ def _say_what_was_read(
             if len(shapes) == 1
             else ", ".join(f"{name} ({n})" for name, n in shapes.items())
         )
-        rank_zero_info(f"{key}: {prompts} prompts, read as {named}")
+        LOGGER.info(f"{key}: {prompts} prompts, read as {named}")
     if repeated:
-        rank_zero_info(f"{key}: {repeated} records repeat another prompt and count once")
+        LOGGER.info(f"{key}: {repeated} records repeat another prompt and count once")
     for source in sources:
         read, left_out = files_of(source, key=key)
         if len(read) > 1 or left_out:
             rest = f"; left out: {_names(left_out)}" if left_out else ""
-            rank_zero_info(f"{key}: read from {source}: {_names(read)}{rest}")
+            LOGGER.info(f"{key}: read from {source}: {_names(read)}{rest}")
 
 
 def _names(files: Sequence[Path]) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
-
-from lightning.pytorch.utilities import rank_zero_info
 
 from sppo_lightning.prompts.encoding import EncodingResult, PromptError, encode_prompts
 from sppo_lightning.prompts.reading import digest_of_turns, locate, read_every_record, read_prompts
@@ -17,6 +16,7 @@ from sppo_lightning.types import Prompt, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LOGGER = logging.getLogger(__name__)
 MOST_HELD_OUT = 200
 LEAST_HELD_OUT = 20
 LISTED = 10  # ids of dropped prompts that are shown
@@ -92,7 +92,7 @@ class PromptSets:
         prompts = self._read["prompts"]
         count = min(MOST_HELD_OUT, int(self.eval_share * len(prompts)))
         if count < LEAST_HELD_OUT:
-            rank_zero_info(
+            LOGGER.info(
                 f"data.eval_prompts is not set, and {len(prompts)} prompts are too few to hold some out: nothing says "
                 "how the policy does on other prompts."
             )
@@ -105,7 +105,7 @@ class PromptSets:
             self._read[key] = PromptTable(
                 prompt for prompt, held in zip(prompts, held_out, strict=True) if held is wanted
             )
-        rank_zero_info(
+        LOGGER.info(
             f"data.eval_prompts is not set: {len(self._read['eval_prompts'])} of the {len(prompts)} prompts of "
             f"data.prompts are held out, and not trained on (data.eval_share={self.eval_share:g}; 0: none)."
         )
@@ -147,7 +147,7 @@ class PromptSets:
                 raise UserError(f"{place}: {error}") from error
             if too_long:
                 more = " …" if len(too_long) > LISTED else ""
-                rank_zero_info(
+                LOGGER.info(
                     f"data.{key}: {len(too_long)} of {len(prompts)} prompts are over "
                     f"data.max_prompt_tokens={self.max_tokens} and left out: {', '.join(too_long[:LISTED])}{more}"
                 )

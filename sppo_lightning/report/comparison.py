@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sppo_lightning.evaluation.held_out import measure, paired_difference
+from sppo_lightning.evaluation.measures import measure, paired_difference
 from sppo_lightning.report.estimates import Estimate
 from sppo_lightning.report.run_data import RunData, section
 from sppo_lightning.report.settings import flat_settings
-from sppo_lightning.rewards.comparisons import compares_responses
 from sppo_lightning.types import UserError
 
 
@@ -81,6 +80,8 @@ def differences(runs: Sequence[RunData]) -> Iterator[RunDifference]:
 
 def _same_scale(first: RunData, run: RunData) -> bool:
     """Whether rewards of two runs can be compared: those that are comparisons, only against the same answers."""
+    from sppo_lightning.rewards.comparisons import compares_responses  # with what loads models: slow
+
     if not any(compares_responses(section(each.config, "data").get("reward")) for each in (first, run)):
         return True
     texts = [

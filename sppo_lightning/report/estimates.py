@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sppo_lightning.evaluation.held_out import PairedDifference
-from sppo_lightning.evaluation.metrics import mean_with_error
+from sppo_lightning.evaluation.measures import PairedDifference, mean_with_error
 
 INTERVAL = 1.96
 """Standard errors to either side of a mean: 95 % of a normal distribution."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from sppo_lightning.evaluation.gate import failed_share
-from sppo_lightning.evaluation.held_out import measure, paired_difference
 from sppo_lightning.evaluation.length_controlled import has_scikit_learn, length_controlled_win_rate
+from sppo_lightning.evaluation.measures import measure, paired_difference
 from sppo_lightning.evaluation.win_rate import reward_preferences
 from sppo_lightning.report.estimates import INTERVAL, Estimate
 from sppo_lightning.report.run_data import Evaluation, RunData

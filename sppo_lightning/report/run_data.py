@@ -11,9 +11,8 @@ from typing import Any, TextIO, TypeVar
 
 import yaml
 
-from sppo_lightning.evaluation.divergence import FILE as LOGPS
-from sppo_lightning.evaluation.divergence import stored_logps
 from sppo_lightning.evaluation.gate import Decision, read_decisions
+from sppo_lightning.evaluation.stored import LOGPS, stored_logps
 from sppo_lightning.limits import check_size
 from sppo_lightning.redaction import masked
 from sppo_lightning.report.prompt_rows import PromptRow, Samples, prompt_rows

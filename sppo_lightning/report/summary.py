@@ -14,7 +14,7 @@ from sppo_lightning.report.estimates import INTERVAL, Estimate
 from sppo_lightning.report.held_out import MEASURES, held_out_points
 from sppo_lightning.report.run_data import Curve, Iteration, RunData, section
 from sppo_lightning.report.settings import flat_settings
-from sppo_lightning.training.batching import iteration_length
+from sppo_lightning.training.iteration_length import iteration_length
 
 FORMAT = 1
 POINTS = 600  # of a curve; longer ones are averaged

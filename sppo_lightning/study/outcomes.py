@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sppo_lightning.evaluation.gate import read_decisions
-from sppo_lightning.evaluation.held_out import load_evaluation
+from sppo_lightning.evaluation.stored import load_evaluation
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.study.plan import PlannedRun
 from sppo_lightning.types import Rollout, UserError

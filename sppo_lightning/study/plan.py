@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo_lightning.study.definition import Overrides, Study, read_settings
-from sppo_lightning.training.hardware import fast_precision
+from sppo_lightning.training.precision import fast_precision
 from sppo_lightning.types import UserError
 
 CACHE = "sppo_lightning.generation.CachedGenerator"

@@ -14,19 +14,13 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.rendezvous import FileRanks, open_session
+from sppo_lightning.training.precision import COMPUTE_DTYPES
 from sppo_lightning.types import UserError
 
 SHARD_SIZES = (
     "strategy: {{class_path: lightning.pytorch.strategies.ModelParallelStrategy, init_args: "
     "{{data_parallel_size: {processes}, tensor_parallel_size: 1}}}}"
 )
-COMPUTE_DTYPES = {
-    "32-true": torch.float32,
-    "64-true": torch.float64,
-    "bf16-mixed": torch.bfloat16,
-    "16-mixed": torch.float16,
-}
-BFLOAT16_CPUS = ("avx512_bf16", "amx_bf16", "bf16")  # names in torch.cpu.get_capabilities()
 
 
 class Hardware(NamedTuple):
@@ -56,22 +50,6 @@ def hardware_of(trainer: pl.Trainer) -> Hardware:
 def compute_dtype(trainer: pl.Trainer) -> torch.dtype:
     """Return the dtype of a Trainer's matrix products."""
     return COMPUTE_DTYPES[str(trainer.precision)]
-
-
-def fast_precision(accelerator: str) -> str:
-    """Return the precision that a device multiplies matrices fast in: ``bf16-mixed`` or ``32-true``.
-
-    Processors without bfloat16 instructions are three to four times slower in bfloat16 than in float32.
-
-    Args:
-        accelerator: as Lightning names it; a GPU that is not here is taken to have bfloat16.
-    """
-    if accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available()):
-        fast = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities = torch.cpu.get_capabilities()
-        fast = any(capabilities.get(name) for name in BFLOAT16_CPUS)
-    return "bf16-mixed" if fast else "32-true"
 
 
 def check_precision(trainer: pl.Trainer) -> None:

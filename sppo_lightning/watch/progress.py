@@ -11,7 +11,7 @@ from sppo_lightning.store.iterations import IterationStore
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.store.shards import ShardStore
 from sppo_lightning.store.tables import row_count
-from sppo_lightning.training.batching import iteration_length
+from sppo_lightning.training.iteration_length import iteration_length
 from sppo_lightning.watch.metrics import MetricsTail
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from sppo_lightning.evaluation.held_out import load_evaluation
+from sppo_lightning.evaluation.stored import load_evaluation
 from sppo_lightning.store.run_folder import RunFolder
 
 

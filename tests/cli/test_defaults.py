@@ -12,7 +12,7 @@ from support.runs import cli_arguments
 
 from sppo_lightning.__main__ import main
 from sppo_lightning.cli import main as cli
-from sppo_lightning.training.hardware import fast_precision
+from sppo_lightning.training.precision import fast_precision
 
 
 def once(policy: Path, prompts: Path, root: Path | str, **changes: object) -> list[str]:

@@ -16,16 +16,10 @@ import pytest
 import torch
 from support.fakes import Alone, Digits, Echo, Threads, Unsampled, collector, encoded, same, together
 
-from sppo_lightning.evaluation.held_out import (
-    BATCH,
-    EvaluationLoader,
-    HeldOut,
-    load_evaluation,
-    measure,
-    paired_difference,
-)
-from sppo_lightning.evaluation.metrics import EvaluationBatch
+from sppo_lightning.evaluation.held_out import BATCH, EvaluationLoader, HeldOut
+from sppo_lightning.evaluation.measures import EvaluationBatch, measure, paired_difference
 from sppo_lightning.evaluation.results import held_out_results
+from sppo_lightning.evaluation.stored import load_evaluation
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.types import Rollout, UserError
 

@@ -111,7 +111,7 @@ def test_what_a_folder_gave_and_what_it_did_not_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(reading, "rank_zero_info", said.append)
+    monkeypatch.setattr(reading.LOGGER, "info", said.append)
     write(tmp_path, "a.jsonl", "dataset_info.json", "notes.txt", ".hidden.jsonl")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "b.jsonl.gz"}'))
     assert texts(tmp_path) == ["a.jsonl", "b.jsonl.gz"]

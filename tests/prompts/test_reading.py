@@ -130,7 +130,7 @@ def test_ids_are_a_stable_hash_of_the_messages_alone(tmp_path: Path) -> None:
 
 def test_repeated_records_count_once_and_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr(prompts_module, "rank_zero_info", told.append)
+    monkeypatch.setattr(prompts_module.LOGGER, "info", told.append)
     path = write(tmp_path / "p.jsonl", [*RECORDS, RECORDS[0], RECORDS[0]])
     assert [item.id for item in read_prompts(str(path), key="data.prompts")] == ["a", "b"]
     assert told == ["data.prompts: 2 records repeat another prompt and count once"]

@@ -186,7 +186,7 @@ def test_a_record_is_recognised_and_the_shape_is_said(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(reading, "rank_zero_info", said.append)
+    monkeypatch.setattr(reading.LOGGER, "info", said.append)
     shape, record, expected, answer = RECORDS[name]
     found = read_one(record, tmp_path)
     assert (found.messages, found.answer) == (expected, answer)

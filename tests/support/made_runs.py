@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from sppo_lightning.difficulty import empty_difficulty_table, estimate_difficulty, reward_statistics
-from sppo_lightning.evaluation.divergence import FILE as LOGPS
 from sppo_lightning.evaluation.gate import Decision, write_decisions
+from sppo_lightning.evaluation.stored import LOGPS
 from sppo_lightning.resume.metrics_csv import MetricsCSV
 from sppo_lightning.store.pairs import PairTable
 from sppo_lightning.store.run_folder import RunFolder

@@ -21,10 +21,9 @@ from sppo_lightning.training.batching import (
     accumulation_steps,
     check_pairs,
     collate,
-    iteration_length,
     pairs_consumed,
-    steps_taken,
 )
+from sppo_lightning.training.iteration_length import iteration_length, steps_taken
 from sppo_lightning.types import PreferencePair, UserError
 
 QUICK = settings(max_examples=50, deadline=None)
