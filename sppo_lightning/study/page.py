@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,21 @@ from sppo_lightning.text import for_markdown
 
 PAGE, FIGURE = "README.md", "gains.svg"
 TABLES = ("prompts.parquet", "arms.parquet", "verdicts.parquet")
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a page says of a study beside its arms and claims.
+
+    Args:
+        lines: of Markdown, before the arms.
+        limits: what the study cannot say, as far as its results tell.
+        tables: by file name.
+    """
+
+    lines: Sequence[str] = ()
+    limits: Sequence[str] = ()
+    tables: Mapping[str, pa.Table] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,12 +69,13 @@ class Results:
         return {**failed, **self.left_out}
 
 
-def write_results(study: Study, results: Results) -> Path:
+def write_results(study: Study, results: Results, section: Section = Section()) -> Path:
     """Write the page and the tables into the study's folder, and return the page's path.
 
     Args:
         study: what was compared.
         results: so far.
+        section: that opens the page.
     """
     folder, outcomes = study.folder, results.outcomes
     found = [*verdicts(study, outcomes, "steps"), *verdicts(study, outcomes, "tokens")]
@@ -68,10 +84,12 @@ def write_results(study: Study, results: Results) -> Path:
         _write_table(folder / TABLES[0], prompt_table(outcomes))
         _write_table(folder / TABLES[1], pa.Table.from_pylist(arms))
         _write_table(folder / TABLES[2], pa.Table.from_pylist(list(map(_flat, found))))
+    for name, table in section.tables.items():
+        _write_table(folder / name, table)
     figure = gains_figure(study, arms)
     if figure is not None:
         write_atomically(folder / FIGURE, figure)
-    text = "\n".join(_page(study, results, arms, found, figure is not None))
+    text = "\n".join(_page(study, results, arms, found, section, figure is not None))
     write_atomically(folder / PAGE, text.encode())
     return folder / PAGE
 
@@ -117,6 +135,7 @@ def _page(
     results: Results,
     arms: Sequence[dict[str, object]],
     found: Sequence[Verdict],
+    section: Section,
     has_figure: bool,
 ) -> Iterator[str]:
     problems = results.problems
@@ -127,6 +146,7 @@ def _page(
         f"have ended{f', {len(problems)} without a result' if problems else ''}. Arms, claims, seeds and configs were "
         f"written down before the first run (`study.json`, digest `{results.digest}`). {_protocol(study)}\n"
     )
+    yield from section.lines
     for setting in study.settings:
         rows = [row for row in arms if row["setting"] == setting]
         if rows:
@@ -145,7 +165,7 @@ def _page(
     one = [arm for arm in study.arms if len(study.seeds_of(arm)) == 1]
     if one:
         yield f"- {', '.join(one)}: one seed, so that no interval and no verdict can be given."
-    yield from (f"- {for_markdown(limit)}" for limit in study.limits)
+    yield from (f"- {for_markdown(limit)}" for limit in (*study.limits, *section.limits))
     yield ""
 
 
