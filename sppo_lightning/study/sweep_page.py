@@ -79,9 +79,10 @@ def _lines(study: Study, choice: Choice, arms: Sequence[str], baseline: str | No
     if choice.over_baseline is not None and baseline is not None:
         what = f"the same, less that of {for_markdown(study.title(baseline))}"
         yield f"| {what} | {_shown(choice.over_baseline)} |"
-    yield f"\n{_findings(study, choice, baseline)}"
+    yield ""
+    yield from _findings(study, choice, baseline)
     left_out = "each seed left out in turn" if seeds > 1 else "with the one seed"
-    fell = ", ".join(f"{title} {share:.0%}" for title, share in zip(titles, choice.shares, strict=True))
+    fell = ", ".join(f"{title} ({share:.0%})" for title, share in zip(titles, choice.shares, strict=True))
     yield (
         f"The highest of several means is too high, since luck chose it, too. So the choice was made {choice.choices} "
         f"times, by {SPLITS} random splits of the {choice.prompts} held-out prompts into {FOLDS} parts, {left_out}, "
@@ -92,32 +93,28 @@ def _lines(study: Study, choice: Choice, arms: Sequence[str], baseline: str | No
 
 def _told_apart(choice: Choice, titles: Sequence[str]) -> str:
     """Say which values may be as good as the best."""
-    how = f"paired by seed and prompt, at {LEVEL:.0%}, corrected for {len(titles) - 1} comparisons"
+    how = f"paired by seed and prompt, at {LEVEL:.0%}, corrected for the number of values"
     if not choice.close:
         return f"It gains more than each of the others ({how})."
     others = ", ".join(titles[arm] for arm in choice.close)
     return (
-        f"These may be as good ({how}): {others}. Among them, take the one that costs least (tokens, in the table "
+        f"These may be as good ({how}): {others}. Of all of them, take the one that costs least (tokens, in the table "
         "below), or run more seeds and held-out prompts."
     )
 
 
-def _findings(study: Study, choice: Choice, baseline: str | None) -> str:
+def _findings(study: Study, choice: Choice, baseline: str | None) -> Iterator[str]:
     """Say what the intervals show; with one seed there are none."""
-    found = []
-    for estimate, other in (
-        (choice.gain, "the initial policy"),
-        (choice.over_baseline, "" if baseline is None else f"training on {study.title(baseline)}"),
-    ):
-        if estimate is None or math.isnan(estimate.low):
-            continue
+    compared = [(choice.gain, "the initial policy")]
+    if choice.over_baseline is not None and baseline is not None:
+        compared.append((choice.over_baseline, f"training on {for_markdown(study.title(baseline))}"))
+    for estimate, other in compared:
         if estimate.low > 0:
-            found.append(f"Choosing so is better than {other}.")
+            yield f"Choosing so is better than {other}.\n"
         elif estimate.high < 0:
-            found.append(f"Choosing so is worse than {other}.")
-        else:
-            found.append(f"It is not shown that choosing so is better than {other}.")
-    return " ".join([*found, ""])
+            yield f"Choosing so is worse than {other}.\n"
+        elif not math.isnan(estimate.low):
+            yield f"It is not shown that choosing so is better than {other}.\n"
 
 
 def _tables(choice: Choice, arms: Sequence[str], baseline: str | None) -> dict[str, pa.Table]:
