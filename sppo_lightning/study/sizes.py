@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
+from sppo_lightning.iteration.rule_checks import check_sizes, set_up_rules
 from sppo_lightning.iteration.rules import IterationRules
-from sppo_lightning.preflight import check_sizes, set_up_rules
 from sppo_lightning.prompts.reading import read_prompts
 from sppo_lightning.prompts.table import PromptTable
 from sppo_lightning.study.plan import PlannedRun
