@@ -11,8 +11,8 @@ from typing import Any, Literal, Protocol
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from sppo_lightning.difficulty import StatisticsTable
 from sppo_lightning.generation import CachedGenerator, Generator
+from sppo_lightning.iteration.rule_checks import check_sizes, set_up_rules
 from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.losses import PreferenceLoss
 from sppo_lightning.memory.check import check_memory
@@ -22,7 +22,6 @@ from sppo_lightning.predictions.answering import check_follow_ups
 from sppo_lightning.prompts.encoding import EncodingResult
 from sppo_lightning.prompts.reading import check_disjoint
 from sppo_lightning.prompts.sets import PromptSets
-from sppo_lightning.prompts.table import PromptTable
 from sppo_lightning.rewards import Reward
 from sppo_lightning.selection import EasyToHard, HardToEasy
 from sppo_lightning.training.batching import accumulation_steps
@@ -148,44 +147,6 @@ def shrink(sets: PromptSets, rules: IterationRules) -> IterationRules:
     if sets.named("eval_prompts"):
         sets.keep_first("eval_prompts", rules.pairs_per_step)
     return rules
-
-
-def check_sizes(rules: IterationRules, prompt_ids: Sequence[str]) -> None:
-    """Refuse rules that leave an iteration too few prompts for the pairs that one optimizer step needs.
-
-    Raises:
-        UserError: naming the iteration and the sizes.
-    """
-    for iteration in range(rules.iterations):
-        total, size = rules.expected_pairs(prompt_ids, iteration, each=rules.most_pairs)
-        if size < rules.pairs_per_step:
-            kept = f"{size} pairs" if rules.most_pairs > 1 else size
-            raise UserError(
-                f"data.selection keeps {kept} of {total} candidate prompts in iteration {iteration}, fewer than one "
-                f"optimizer step of data.pairs_per_step={rules.pairs_per_step}: raise the fraction, add prompts or "
-                "lower pairs_per_step"
-            )
-
-
-def set_up_rules(rules: IterationRules, prompts: PromptTable) -> None:
-    """Show the rules the training prompts, once it is sure that each has what they read.
-
-    Raises:
-        UserError: naming the rule, the key and the first prompt without it.
-    """
-    for slot, rule in rules.keeping.items():
-        for name in rule.prompt_fields:
-            lacking = next((one.id for one in prompts if one.metadata.get(name) is None), None)
-            if lacking is not None:
-                raise UserError(
-                    f"data.{slot}: {type(rule).__name__} reads {name!r} of each prompt, but prompt {lacking!r} in "
-                    f"data.prompts has none: add {name!r} to the file, name another key, or use another rule"
-                )
-
-    def metadata(name: str) -> tuple[Any, ...]:
-        return tuple(one.metadata[name] for one in prompts)
-
-    rules.setup(StatisticsTable(tuple(prompts.ids), {}, read_metadata=metadata))
 
 
 def check_comparative(reward: Reward, rules: IterationRules) -> None:

@@ -15,39 +15,24 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from sppo_lightning.generation import HFGenerator
 from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.losses import CombinedLoss, DPOLoss, PreferenceLoss, SPPOSoftLoss
-from sppo_lightning.pairing import BestWorst
 from sppo_lightning.preflight import (
     check_comparative,
     check_context,
     check_loss,
-    check_sizes,
     check_win_probabilities,
     longest_prompt,
     rope_switch,
-    set_up_rules,
 )
-from sppo_lightning.prompts.table import PromptTable
 from sppo_lightning.rewards import FunctionJudge, FunctionReward, PairwiseReward, WinProbabilityReward
 from sppo_lightning.selection import (
     AdaptiveTarget,
     All,
-    AllOf,
     AllPairs,
-    CategoryBandit,
     DifficultyPools,
-    Easiest,
-    MatchedRandomSubset,
-    PerCategory,
     Schedule,
     SkipTied,
 )
-from sppo_lightning.types import Prompt, UserError
-
-IDS = [f"p{number}" for number in range(10)]
-
-
-class Three(BestWorst):
-    most_pairs = 3
+from sppo_lightning.types import UserError
 
 
 class ByWinProbability(AllPairs):
@@ -56,28 +41,6 @@ class ByWinProbability(AllPairs):
 
 def rules(**changes: Any) -> IterationRules:
     return iteration_rules(**{"iterations": 1, "pairs_per_step": 8, **changes})
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {},
-            r"^data\.selection keeps 5 of 10 candidate prompts in iteration 0, fewer than one optimizer step of",
-        ),
-        (
-            {"pairing": Three(), "pairs_per_step": 16},
-            r"^data\.selection keeps 15 pairs of 10 candidate prompts in iteration 0, fewer than one optimizer step",
-        ),
-    ],
-)
-def test_too_few_prompts_for_a_step(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        check_sizes(rules(**changes), IDS)
-
-
-def test_several_pairs_of_a_prompt_may_fill_a_step() -> None:
-    check_sizes(rules(pairing=Three()), IDS)
 
 
 def score(prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[Any]) -> list[float]:
@@ -178,39 +141,6 @@ def test_one_long_neighbour_does_change_the_log_probs_of_such_a_model() -> None:
 
 
 # ------------------------------------------------------------ what rules read of the prompts
-
-
-def prompt_table(*categories: object) -> PromptTable:
-    return PromptTable(
-        Prompt(f"p{number}", "Say it.", (), metadata={"category": category})
-        for number, category in enumerate(categories)
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "slot"),
-    [
-        ({"selection": PerCategory(Easiest(0.5))}, "data.selection: PerCategory"),
-        ({"selection": AllOf([PerCategory(Easiest(0.5))])}, "data.selection: AllOf"),
-        ({"pair_selection": PerCategory(AllPairs())}, "data.pair_selection: PerCategory"),
-        ({"schedule": CategoryBandit(0.5)}, "data.schedule: CategoryBandit"),
-        ({"schedule": MatchedRandomSubset(CategoryBandit(0.5))}, "data.schedule: MatchedRandomSubset"),
-    ],
-)
-def test_a_key_that_a_prompt_lacks(changes: dict[str, Any], slot: str) -> None:
-    message = (
-        f"^{slot} reads 'category' of each prompt, but prompt 'p1' in data.prompts has none: add 'category' to the "
-        "file, name another key, or use another rule$"
-    )
-    with pytest.raises(UserError, match=message):
-        set_up_rules(rules(**changes), prompt_table("x", None, "y"))
-    set_up_rules(rules(**changes), prompt_table("x", 0, ""))  # what is there counts, whatever it is
-
-
-def test_a_schedule_is_shown_the_prompts_before_it_is_asked() -> None:
-    shown = rules(schedule=CategoryBandit(0.5), selection=Easiest(1.0), pairs_per_step=2)
-    set_up_rules(shown, prompt_table(*"xxyy"))
-    check_sizes(shown, [f"p{number}" for number in range(4)])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from sppo_lightning.study.correlation import FEWEST, Correlation, Ranked, spearm
 from sppo_lightning.study.definition import Study
 from sppo_lightning.study.outcomes import Outcome
 from sppo_lightning.study.probes import Estimates, categories, estimates, initial_estimates
-from sppo_lightning.study.statistics import interval
+from sppo_lightning.study.statistics import interval_text
 from sppo_lightning.text import for_markdown
 
 NUMBERS = (2, 5, 10)  # of answers, against as many others at least
@@ -169,7 +169,7 @@ def agreement_section(study: Study, rows: Sequence[Agreement]) -> Iterator[str]:
     yield "|---" * 7 + "|"
     for row in rows:
         arm = "initial policy" if row.arm is None else study.title(row.arm)
-        value = f"{row.value:+.3f}{interval(row.low, row.high)}"
+        value = f"{row.value:+.3f}{interval_text(row.low, row.high)}"
         if row.kind == "category":
             value = f"ε² {row.value:.3f}, p {row.p:.3g}"
         names = map(for_markdown, (row.setting, arm, row.first, row.second))

@@ -15,10 +15,13 @@ from jsonargparse import ArgumentParser
 
 from sppo_lightning.study.definition import Study, read_study
 from sppo_lightning.study.outcomes import Outcome, read_outcome
-from sppo_lightning.study.page import Results, write_results
+from sppo_lightning.study.page import Results, Section, write_results
 from sppo_lightning.study.plan import PlannedRun, of_arms, of_job, pinned_settings, plan
 from sppo_lightning.study.registration import check_registered, read_registration, register
 from sppo_lightning.study.runner import holding, run_all, state_of
+from sppo_lightning.study.sizes import check_pairs
+from sppo_lightning.study.sweep import baseline_of, sweep_study
+from sppo_lightning.study.sweep_page import sweep_section
 from sppo_lightning.system.lock import is_first_process
 from sppo_lightning.text import for_terminal
 from sppo_lightning.types import UserError
@@ -29,14 +32,27 @@ SUMMARY = (
 Action = Literal["run", "status", "tables"]
 
 
-def study(config: str, action: Action = "run", job: str | None = None, arms: str | None = None) -> Path:
+def study(
+    config: str,
+    action: Action = "run",
+    job: str | None = None,
+    arms: str | None = None,
+    sweep: str | None = None,
+    values: str | None = None,
+    seeds: str | None = None,
+    output: str | None = None,
+) -> Path:
     """Run a study, or what is left of it, and write its tables as runs end.
 
     Args:
-        config: the study file.
+        config: the study file; with ``sweep`` a config of ``fit``.
         action: ``run``: run what has not ended, failed runs again; ``status``: say what has; ``tables``: write the page
             and the tables anew.
         job: ``i/n``: run the i-th of n shares, which together are the study, e.g. in a job array; i from 1.
+        sweep: instead of a study file: ``fraction``: which fraction of the easiest prompts is best to train on.
+        values: of a sweep, e.g. ``0.1,0.3,1.0``.
+        seeds: of a sweep, e.g. ``1,2,3``.
+        output: folder of a sweep; default: ``runs/studies/<sweep>-<name of the config>``.
 
     Returns:
         The page with the results.
@@ -46,7 +62,12 @@ def study(config: str, action: Action = "run", job: str | None = None, arms: str
     """
     _check_environment()
     path = Path(config)
-    named = read_study(path)
+    if sweep is not None:
+        named = sweep_study(path, sweep, values=values, seeds=seeds, output=output)
+    elif any(given is not None for given in (values, seeds, output)):
+        raise UserError("--values, --seeds and --output belong to --sweep: a study file names its own")
+    else:
+        named = read_study(path)
     with holding(named.folder / ".registration.lock", wait_s=60):
         before = read_registration(named)
         if before is None and action != "run":
@@ -55,7 +76,9 @@ def study(config: str, action: Action = "run", job: str | None = None, arms: str
         runs = plan(named, path, pinned)
         mine = runs if job is None else of_job(runs, *_job(job))
         mine = mine if arms is None else of_arms(mine, _arms(named, arms))
-        if before is not None:
+        if before is None:
+            check_pairs(runs)
+        else:
             check_registered(named, runs, before)
         registered = before or register(named, runs, pinned)
     if action == "status":
@@ -63,8 +86,8 @@ def study(config: str, action: Action = "run", job: str | None = None, arms: str
         return named.folder
     failed = 0
     if action == "run":
-        failed = run_all(named, mine, ended=lambda: _write(named, runs, registered.digest))
-    page = _write(named, runs, registered.digest)
+        failed = run_all(named, mine, ended=lambda: _write(named, runs, registered.digest, sweep))
+    page = _write(named, runs, registered.digest, sweep)
     if failed:
         raise UserError(f"{failed} of {len(mine)} runs failed, see {page}: the same command runs them again")
     return page
@@ -82,7 +105,7 @@ def _check_environment() -> None:
         raise UserError("a study's statistics need SciPy: pip install 'sppo-lightning[study]'")
 
 
-def _write(study: Study, runs: Sequence[PlannedRun], digest: str) -> Path:
+def _write(study: Study, runs: Sequence[PlannedRun], digest: str, sweep: str | None) -> Path:
     """Write the page and the tables of what has ended; jobs do so one after the other."""
     with holding(study.folder / ".results.lock", wait_s=60):
         states = {run.name: state_of(study, run) for run in runs}
@@ -97,7 +120,9 @@ def _write(study: Study, runs: Sequence[PlannedRun], digest: str) -> Path:
                 unreadable[run.name] = str(error)
         unlike = _unlike(outcomes)
         kept = [item for item in outcomes if item.run.name not in unlike]
-        return write_results(study, Results(runs, states, kept, {**unreadable, **unlike}, digest))
+        results = Results(runs, states, kept, {**unreadable, **unlike}, digest)
+        section = Section() if sweep is None else sweep_section(study, results, baseline_of(study, sweep))
+        return write_results(study, results, section)
 
 
 def _unlike(outcomes: Sequence[Outcome]) -> dict[str, str]:

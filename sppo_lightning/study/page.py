@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from sppo_lightning.study.outcomes import Outcome, mean_of_known, prompt_table
 from sppo_lightning.study.plan import PlannedRun
 from sppo_lightning.study.quartiles import flat, quartile_section, quartiles
 from sppo_lightning.study.runner import RunState
-from sppo_lightning.study.statistics import LEVEL, Comparison, compare, interval
+from sppo_lightning.study.statistics import LEVEL, Comparison, compare, interval_text
 from sppo_lightning.study.verdicts import Verdict, verdicts
 from sppo_lightning.system.durable import replacing, write_atomically
 from sppo_lightning.text import for_markdown
@@ -29,6 +29,21 @@ TABLES = (
     *("prompts.parquet", "arms.parquet", "verdicts.parquet"),
     *("quartiles.parquet", "training.parquet", "agreement.parquet"),
 )
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a page says of a study beside its arms and claims.
+
+    Args:
+        lines: of Markdown, before the arms.
+        limits: what the study cannot say, as far as its results tell.
+        tables: by file name.
+    """
+
+    lines: Sequence[str] = ()
+    limits: Sequence[str] = ()
+    tables: Mapping[str, pa.Table] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,12 +75,13 @@ class Results:
         return {**failed, **self.left_out}
 
 
-def write_results(study: Study, results: Results) -> Path:
+def write_results(study: Study, results: Results, section: Section = Section()) -> Path:
     """Write the page and the tables into the study's folder, and return the page's path.
 
     Args:
         study: what was compared.
         results: so far.
+        section: that opens the page.
     """
     folder, outcomes = study.folder, results.outcomes
     found = [*verdicts(study, outcomes, "steps"), *verdicts(study, outcomes, "tokens")]
@@ -77,6 +93,8 @@ def write_results(study: Study, results: Results) -> Path:
         tables = [prompt_table(outcomes), *(pa.Table.from_pylist(list(each)) for each in rows)]
         for name, table in zip(TABLES, tables, strict=True):
             _write_table(folder / name, table)
+    for name, table in section.tables.items():
+        _write_table(folder / name, table)
     figure = gains_figure(study, arms)
     if figure is not None:
         write_atomically(folder / FIGURE, figure)
@@ -85,7 +103,7 @@ def write_results(study: Study, results: Results) -> Path:
         *training_section(study, training),
         *agreement_section(study, agreement),
     ]
-    text = "\n".join(_page(study, results, arms, found, has_figure=figure is not None, more=more))
+    text = "\n".join(_page(study, results, arms, found, section, has_figure=figure is not None, more=more))
     write_atomically(folder / PAGE, text.encode())
     return folder / PAGE
 
@@ -131,6 +149,7 @@ def _page(
     results: Results,
     arms: Sequence[dict[str, object]],
     found: Sequence[Verdict],
+    section: Section,
     *,
     has_figure: bool,
     more: Sequence[str],
@@ -143,6 +162,7 @@ def _page(
         f"have ended{f', {len(problems)} without a result' if problems else ''}. Arms, claims, seeds and configs were "
         f"written down before the first run (`study.json`, digest `{results.digest}`). {_protocol(study)}\n"
     )
+    yield from section.lines
     for setting in study.settings:
         rows = [row for row in arms if row["setting"] == setting]
         if rows:
@@ -162,7 +182,7 @@ def _page(
     one = [arm for arm in study.arms if len(study.seeds_of(arm)) == 1]
     if one:
         yield f"- {', '.join(one)}: one seed, so that no interval and no verdict can be given."
-    yield from (f"- {for_markdown(limit)}" for limit in study.limits)
+    yield from (f"- {for_markdown(limit)}" for limit in (*study.limits, *section.limits))
     yield ""
 
 
@@ -194,7 +214,7 @@ def _arm_table(study: Study, rows: Sequence[dict[str, object]]) -> Iterator[str]
         cells = (
             for_markdown(study.title(str(row["arm"]))),
             str(row["seeds"]),
-            f"{gain:+.3f}{interval(low, high)}",
+            f"{gain:+.3f}{interval_text(low, high)}",
             ", ".join(f"{each:+.3f}" for each in gains),
             f"{lowest:+.3f}",
             f"{wins:.1%}",
@@ -226,7 +246,7 @@ def _claims(study: Study, found: Sequence[Verdict]) -> Iterator[str]:
             for_markdown(what),
             for_markdown(verdict.setting),
             _reading(study, verdict),
-            f"{each.mean:+.3f}{interval(each.low, each.high)}",
+            f"{each.mean:+.3f}{interval_text(each.low, each.high)}",
             "" if math.isnan(each.effect) else f"{each.effect:+.2f}",
             "" if math.isnan(verdict.p) else f"{verdict.p:.3g}",
             f"**{verdict.word}**",

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sppo_lightning.study.definition import Study
 from sppo_lightning.study.outcomes import Numbers, Outcome, mean_of_known
-from sppo_lightning.study.statistics import Comparison, compare, interval
+from sppo_lightning.study.statistics import Comparison, compare, interval_text
 from sppo_lightning.text import for_markdown
 
 QUARTILES = 4
@@ -150,4 +150,4 @@ def _cell(row: Quartile) -> str:
     """Return the difference to the first arm; of that one the reward itself."""
     if row.difference is None:
         return f"{row.final:.3f} at the end"
-    return f"{row.difference.mean:+.3f}{interval(row.difference.low, row.difference.high)}"
+    return f"{row.difference.mean:+.3f}{interval_text(row.difference.low, row.difference.high)}"

@@ -54,8 +54,6 @@ def compare(differences: NDArray[np.float64], *, tests: int = 1) -> Comparison:
         differences: [S, P], of the same seed and prompt; NaN: not known.
         tests: comparisons that the p-value will be corrected for, for what is needed.
     """
-    from scipy.stats import t  # an extra
-
     kept = differences[:, np.isfinite(differences).all(axis=0)]
     seeds, prompts = kept.shape
     mean = float(kept.mean()) if prompts else math.nan
@@ -63,12 +61,24 @@ def compare(differences: NDArray[np.float64], *, tests: int = 1) -> Comparison:
     effect = mean / spread if spread > 0 else math.nan
     if seeds < 2 or prompts < 2:
         return Comparison(mean, math.nan, math.nan, math.nan, effect, seeds, prompts, None, None)
-    variance, freedom = variance_of_mean(kept)
+    needed = _needed(kept, (1 - LEVEL) / tests) if mean != 0 else (None, None)
+    return Comparison(mean, *interval(mean, *variance_of_mean(kept)), effect, seeds, prompts, *needed)
+
+
+def interval(mean: float, variance: float, freedom: float) -> tuple[float, float, float]:
+    """Return both ends of a mean's interval at :data:`LEVEL`, and its two-sided p.
+
+    Args:
+        mean: that was seen.
+        variance: of the mean.
+        freedom: degrees of freedom of the variance.
+    """
+    from scipy.stats import t  # an extra
+
     stderr = math.sqrt(variance)
     margin = float(t.ppf((1 + LEVEL) / 2, freedom)) * stderr
     p = float(2 * t.sf(abs(mean) / stderr, freedom)) if stderr > 0 else float(mean == 0)
-    needed = _needed(kept, (1 - LEVEL) / tests) if mean != 0 else (None, None)
-    return Comparison(mean, mean - margin, mean + margin, p, effect, seeds, prompts, *needed)
+    return mean - margin, mean + margin, p
 
 
 def mean_squares(differences: NDArray[np.float64]) -> tuple[float, float, float]:
@@ -153,6 +163,6 @@ def holm(p_values: Mapping[str, float], *, tests: int) -> dict[str, float]:
     return found
 
 
-def interval(low: float, high: float) -> str:
+def interval_text(low: float, high: float) -> str:
     """Return an interval as tables show it; nothing where there is none."""
     return "" if math.isnan(low) else f" [{low:+.3f}, {high:+.3f}]"
