@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -120,7 +122,7 @@ def _run(study: Study, run: PlannedRun) -> RunState:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # a Ctrl-C reaches it once, through here
-                    preexec_fn=_end_with_parent if _PRCTL is not None else None,
+                    preexec_fn=partial(_end_with_parent, os.getpid()) if _PRCTL is not None else None,
                 )
             )
         code = _waited_for(begun[0], stop)
@@ -148,10 +150,16 @@ def _waited_for(process: subprocess.Popen[bytes], stop: StopSignal) -> int:
         return code
 
 
-def _end_with_parent() -> None:
-    """Have the kernel ask the run to stop where the study is killed: it would train on, unseen."""
+def _end_with_parent(study: int) -> None:
+    """Have the kernel ask the run to stop where the study is killed: it would train on, unseen.
+
+    Args:
+        study: its process id.
+    """
     assert _PRCTL is not None
     _PRCTL(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != study:  # it was killed before the kernel was asked
+        os._exit(128 + signal.SIGTERM)
 
 
 def _wait_for_lock(folder: RunFolder) -> bool:
