@@ -72,7 +72,7 @@ def run_all(study: Study, runs: Sequence[PlannedRun], *, ended: Callable[[], obj
     for run in runs:
         if run not in pending:
             _remove_weights(RunFolder(run.folder))  # a kill may have come in between
-    began, failed = time.monotonic(), 0
+    began, failed, seconds = time.monotonic(), 0, 0.0
     before = len(runs) - len(pending)
     _say(f"{len(runs)} runs, {before} of them ended before; they lie in {study.folder / 'runs'}")
     for number, run in enumerate(pending):
@@ -86,6 +86,7 @@ def run_all(study: Study, runs: Sequence[PlannedRun], *, ended: Callable[[], obj
             _say("  ended in another process")
             continue
         state = _run(study, run)
+        seconds += state.seconds
         write_atomically(_state_file(study, run), json.dumps(asdict(state)).encode())
         if state.status == "failed":
             failed += 1
@@ -94,6 +95,9 @@ def run_all(study: Study, runs: Sequence[PlannedRun], *, ended: Callable[[], obj
             _say(f"  ended after {_duration(state.seconds)}")
             _remove_weights(RunFolder(run.folder))
             ended()
+    if seconds:
+        own = time.monotonic() - began - seconds
+        _say(f"the runs took {_duration(seconds)}, the study itself {_duration(own)} ({own / seconds:.1%})")
     return failed
 
 

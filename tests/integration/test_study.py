@@ -62,6 +62,11 @@ def test_a_study_from_its_start_to_its_tables(
     assert {row["arm"]: row["seeds"] for row in arms} == {"all": 1, "easy": 1}
     assert arms[0]["tokens"] > arms[1]["tokens"]
     page = (out / "README.md").read_text()
+    first = out / "runs/base/seed-1/easy/iterations/000/rollouts"  # what it shares with the arm before it
+    shared = sum(len(ids) for path in first.iterdir() for ids in pq.read_table(path)["token_ids"].to_pylist())
+    assert f"of which {shared:,} (" in page
+    topped_up = sum(pq.read_metadata(path).num_rows for path in first.glob("topup-*"))
+    assert f"{topped_up} responses were found in" in log
     assert "2 of 3 runs have ended, 1 without a result" in page
     assert "one seed" in page
 
