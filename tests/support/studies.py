@@ -22,6 +22,8 @@ TESTS = Path(__file__).parent.parent
 EASY = {"class_path": "sppo_lightning.selection.Easiest", "init_args": {"fraction": 0.6}}
 CLAIM = {"text": "Easy beats all.", "arm": "easy", "against": "all"}
 TABLES = ("prompts.parquet", "arms.parquet", "verdicts.parquet")
+WITH_A_RUN = ("runs", "responses", "logs", "configs", "study.json", ".registration.lock")
+"""What changes in a study's folder before a run and while it runs."""
 Victim = Literal["all", "study", "fit"]
 """What a SIGKILL ends: the study and its run, as where a machine goes down; the study alone; the run alone."""
 
@@ -91,8 +93,8 @@ class Round(NamedTuple):
 class KilledStudies:
     """A study, undisturbed and then killed at random points.
 
-    A point comes after a number of changes in the study's folder. For every second kill, only those count that the
-    study itself makes: so the moments between its runs and while it writes its page have their share.
+    A point comes after a number of changes in the study's folder. For every third kill, only those count that the
+    study makes between two runs: how one ended, and its page and tables.
 
     Args:
         folder: for all files.
@@ -144,10 +146,10 @@ class KilledStudies:
 
     def _kill(self, study: psutil.Popen, victim: Victim, most: int) -> Kill | None:
         """Kill after a number of changes, ``most`` at most; ``None``: the study, or the run, had ended before."""
-        own = self._random.random() < 0.5
-        left = self._random.randint(1, 16 if own else most)  # the study makes about 10 a run
+        between = self._random.random() < 1 / 3
+        left = self._random.randint(1, 12 if between else most)
         for path in _changes(self.out, study):
-            left -= not own or path.parts[0] not in ("runs", "responses", "logs")
+            left -= not between or path.parts[0] not in WITH_A_RUN
             if left > 0:
                 continue
             runs = study.children(recursive=True)

@@ -56,8 +56,9 @@ function tiles(run) {
   return nodes.length ? el("dl", { class: "tiles" }, ...nodes) : null;
 }
 
-function missingPart(runs) {
-  const texts = runs.flatMap((run) => run.missing.map((text) => (runs.length > 1 ? `${run.name}: ${text}` : text)));
+function missingPart(runs, study) {
+  const texts = study ? [...study.missing] : [];
+  texts.push(...runs.flatMap((run) => run.missing.map((text) => (runs.length > 1 ? `${run.name}: ${text}` : text))));
   texts.push(...PROMPTS.left_out.map((text) => `${text} are left out, so that the file stays within its size (--max_megabytes).`));
   if (!texts.length) return null;
   const list = el("ul", {}, ...texts.slice(0, 200).map((text) => el("li", {}, el("bdi", {}, inLine(text)))));
@@ -165,6 +166,7 @@ function answersPart(runs, sheet) {
 // ------------------------------------------------------------ settings
 
 function settingsPart(runs) {
+  if (!runs.length) return null;
   const nodes = runs.flatMap((run) => {
     const settings = Object.entries(run.settings).map(([key, value]) => [inLine(key), el("bdi", {}, value === null ? NONE : inLine(value))]);
     const starts = run.starts.map((start) => [inLine(start.time), whole(start.step), `${start.processes} × ${inLine(start.device)}`, inLine(start.system), inLine(Object.entries(start.versions ?? {}).map(([name, version]) => `${name} ${version}`).join(", "))]);
