@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,6 +86,8 @@ def read_answers(
 ) -> dict[str, float]:
     """Store the log-probs of the policy's own answers; return its divergence from earlier policies, nat per token.
 
+    Each prompt's is stored, too.
+
     Args:
         reader: of the policy.
         now: its own answers.
@@ -93,19 +96,24 @@ def read_answers(
         writes: whether this process is the one that writes.
     """
     own_tokens = _tokens(now)
-    divergences = {}
+    divergences: dict[str, dict[str, float]] = {}
     own: dict[str, float] = {}
     for name, (rows, folder) in earlier.items():
         tokens, stored = _tokens(rows), stored_logps(folder)
         own, others = reader.logps(own_tokens, tokens)
-        drops = [(stored[key] - logp) / len(tokens[key]) for key, logp in others.items() if key in stored]
+        drops = {
+            key: (stored[key] - logp) / len(tokens[key]) for key, logp in others.items() if key in stored
+        }
         if drops:
-            divergences[name] = float(torch.tensor(drops, dtype=torch.float64).mean())
+            divergences[name] = drops
     if not earlier:
         own, _ = reader.logps(own_tokens, own_tokens)
     if writes:
-        write_atomically(place / FILE, with_checksum({"logps": own}))
-    return divergences
+        write_atomically(place / FILE, with_checksum({"logps": own, "divergences": divergences}))
+    return {
+        name: float(torch.tensor(list(drops.values()), dtype=torch.float64).mean())
+        for name, drops in divergences.items()
+    }
 
 
 def _tokens(rows: Sequence[Rollout]) -> dict[str, tuple[int, ...]]:
@@ -120,8 +128,26 @@ def stored_logps(folder: Path) -> dict[str, float]:
     Args:
         folder: of the evaluation.
     """
+    return _stored(folder, "logps")
+
+
+def stored_divergences(folder: Path, earlier: str) -> dict[str, float]:
+    """Return how much less likely a policy makes an earlier one's answers, by prompt id, in nats per token.
+
+    None where they are missing or damaged, or of a version that stored their mean alone.
+
+    Args:
+        folder: of the policy's evaluation.
+        earlier: name of the other policy, as :func:`read_answers` was given it.
+    """
+    return _stored(folder, "divergences", earlier)
+
+
+def _stored(folder: Path, *names: str) -> dict[str, float]:
     try:
-        found = read_checksummed((folder / FILE).read_bytes())["logps"]
+        found: Any = read_checksummed((folder / FILE).read_bytes())
+        for name in names:
+            found = found[name]
         return {str(key): float(value) for key, value in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

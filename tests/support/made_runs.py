@@ -197,4 +197,9 @@ class MadeRun:
                 Rollout(f"e{number}", 0, text, self.response(text, finished, 0), tokens, "stop", reward)
             )
         write_rollouts(place / "rollouts.parquet", rows)
-        write_atomically(place / LOGPS, with_checksum({"logps": {row.prompt_id: -3.0 for row in rows}}))
+        divergences = {row.prompt_id: 0.05 * finished * (1 + 0.1 * n) for n, row in enumerate(rows, -1)}
+        content = {
+            "logps": {row.prompt_id: -3.0 for row in rows},
+            "divergences": {"0": divergences} if finished else {},
+        }
+        write_atomically(place / LOGPS, with_checksum(content))

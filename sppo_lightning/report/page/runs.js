@@ -47,7 +47,7 @@ function tiles(run) {
     nodes.push(tile("Held-out reward", change("reward", 3), now.gain ? `${withInterval(now.gain, "reward", { sign: true })} over the initial policy` : null));
     for (const name of Object.keys(DATA.measures).filter((one) => one.includes("win_rate") && now[one]))
       nodes.push(tile(DATA.measures[name].title, withInterval(now[name], "share"), "against the initial policy"));
-    if (now.kl) nodes.push(tile("KL", number(now.kl.mean, 2), "nat per token, from the initial policy"));
+    if (now.kl) nodes.push(tile("KL", withInterval(now.kl, "nat per token"), "nat per token, from the initial policy"));
     nodes.push(tile("Length", change("length", 1), "tokens of an answer"));
   }
   const seconds = runTime(run);
