@@ -85,6 +85,8 @@ def read_answers(
 ) -> dict[str, float]:
     """Store the log-probs of the policy's own answers; return its divergence from earlier policies, nat per token.
 
+    Each prompt's is stored, too.
+
     Args:
         reader: of the policy.
         now: its own answers.
@@ -93,19 +95,24 @@ def read_answers(
         writes: whether this process is the one that writes.
     """
     own_tokens = _tokens(now)
-    divergences = {}
+    divergences: dict[str, dict[str, float]] = {}
     own: dict[str, float] = {}
     for name, (rows, folder) in earlier.items():
         tokens, stored = _tokens(rows), stored_logps(folder)
         own, others = reader.logps(own_tokens, tokens)
-        drops = [(stored[key] - logp) / len(tokens[key]) for key, logp in others.items() if key in stored]
+        drops = {
+            key: (stored[key] - logp) / len(tokens[key]) for key, logp in others.items() if key in stored
+        }
         if drops:
-            divergences[name] = float(torch.tensor(drops, dtype=torch.float64).mean())
+            divergences[name] = drops
     if not earlier:
         own, _ = reader.logps(own_tokens, own_tokens)
     if writes:
-        write_atomically(place / LOGPS, with_checksum({"logps": own}))
-    return divergences
+        write_atomically(place / LOGPS, with_checksum({"logps": own, "divergences": divergences}))
+    return {
+        name: float(torch.tensor(list(drops.values()), dtype=torch.float64).mean())
+        for name, drops in divergences.items()
+    }
 
 
 def _tokens(rows: Sequence[Rollout]) -> dict[str, tuple[int, ...]]:

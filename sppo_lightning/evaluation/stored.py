@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from sppo_lightning.store.shards import read_rollouts
 from sppo_lightning.system.durable import read_checksummed
@@ -33,8 +34,26 @@ def stored_logps(folder: Path) -> dict[str, float]:
     Args:
         folder: of the evaluation.
     """
+    return _stored(folder, "logps")
+
+
+def stored_divergences(folder: Path, earlier: str) -> dict[str, float]:
+    """Return how much less likely a policy makes an earlier one's answers, by prompt id, in nats per token.
+
+    None where they are missing or damaged, or of a version that stored their mean alone.
+
+    Args:
+        folder: of the policy's evaluation.
+        earlier: name of the other policy, as :func:`~sppo_lightning.evaluation.divergence.read_answers` was given it.
+    """
+    return _stored(folder, "divergences", earlier)
+
+
+def _stored(folder: Path, *names: str) -> dict[str, float]:
     try:
-        found = read_checksummed((folder / LOGPS).read_bytes())["logps"]
+        found: Any = read_checksummed((folder / LOGPS).read_bytes())
+        for name in names:
+            found = found[name]
         return {str(key): float(value) for key, value in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -1,4 +1,4 @@
-"""``sppo-lightning report``: what happened in a run, or in several, as a page, Markdown or JSON."""
+"""``sppo-lightning report``: what happened in a run, in several, or in a study, as a page, Markdown or JSON."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from sppo_lightning.report.comparison import check_comparable
 from sppo_lightning.report.markdown import markdown
 from sppo_lightning.report.page import page
 from sppo_lightning.report.run_data import RunData, read_run, section
+from sppo_lightning.report.study_folder import StudyData, is_study, read_study
 from sppo_lightning.report.summary import summary
+from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.system.durable import write_atomically
 from sppo_lightning.text import for_terminal
 from sppo_lightning.types import UserError, first_line
 
 Format = Literal["html", "md", "json"]
-SUMMARY = "Write what happened in a run, or in several, as one HTML file, as Markdown or as JSON."
+SUMMARY = "Write what happened in a run, in several, or in a study, as one HTML file, as Markdown or as JSON."
 MAX_MEGABYTES = 25.0
 
 
@@ -37,13 +39,15 @@ def report(
     """Write what happened in a run, or in several, as one HTML file, as Markdown or as JSON.
 
     A run may be in progress, and files may be missing: the report says which. No link is followed out of a run's
-    folder. Several runs are compared with the first one on the same held-out prompts.
+    folder. Several runs are compared with the first one on the same held-out prompts. Of a study, its arms and claims
+    are shown, and the runs of one seed.
 
     Args:
-        runs: folders of the runs.
+        runs: folders of the runs, or the folder of one study.
         format: ``html``: a page with all prompts and responses, which loads nothing from elsewhere; ``md``: tables of
             numbers; ``json``: the same and more, for programs.
-        output: file to write; default: report.html in the run's folder, or in the current one for several runs;
+        output: file to write; default: report.html in the folder of the run or study, or in the current one for several
+            runs;
             for md and json the standard output.
         max_megabytes: size of the page; responses that would make it larger are left out, those of the oldest
             iterations first.
@@ -61,19 +65,20 @@ def report(
     roots = [Path(expand_path(run, key="RUN")) for run in runs]
     if len({root.resolve() for root in roots}) < len(roots):
         raise UserError("report: the same run is named twice: name each once")
-    found = [read_run(root) for root in roots]
+    study = _study(roots)
+    found = [read_run(root) for root in (roots if study is None else study.shown)]
     check_comparable(found)
     if format == "html":
-        categories = {} if prompts is None else _categories(prompts, category_field, found[0])
-        content = page_of(found, max_megabytes=max_megabytes, categories=categories)
+        categories = {} if prompts is None else _categories(prompts, category_field, found)
+        content = page_of(found, study, max_megabytes=max_megabytes, categories=categories)
     else:
-        contents = summary(found)
+        contents = summary(found, study)
         text = markdown(contents) if format == "md" else json.dumps(contents, indent=2) + "\n"
         content = text.encode()
     if output is None and format != "html":
         print(content.decode(), end="")
         return None
-    place = Path(expand_path(output, key="--output")) if output is not None else _default(found)
+    place = Path(expand_path(output, key="--output")) if output is not None else _default(roots)
     if place.is_dir():
         raise UserError(f"--output {place} is a folder: name a file")
     try:
@@ -87,6 +92,7 @@ def report(
 
 def page_of(
     runs: Sequence[RunData],
+    study: StudyData | None = None,
     *,
     max_megabytes: float = MAX_MEGABYTES,
     categories: Mapping[str, str] = MappingProxyType({}),
@@ -95,18 +101,27 @@ def page_of(
 
     Args:
         runs: later ones are compared with the first.
+        study: that they belong to.
         max_megabytes: size of the page, which leaves texts out that would make it larger.
         categories: of prompts, by id.
     """
-    return page(summary(runs), runs, max_megabytes=max_megabytes, categories=categories)
+    return page(summary(runs, study), runs, max_megabytes=max_megabytes, categories=categories)
 
 
-def _default(runs: Sequence[RunData]) -> Path:
-    return runs[0].reader.folder.report if len(runs) == 1 else Path("report.html")
+def _study(roots: Sequence[Path]) -> StudyData | None:
+    """Return the study whose folder is given; ``None``: runs are."""
+    studies = [root for root in roots if is_study(root)]
+    if studies and len(roots) > 1:
+        raise UserError(f"report: {studies[0]} is a study, which is reported by itself: name it alone")
+    return read_study(studies[0]) if studies else None
 
 
-def _categories(source: str, field: str, run: RunData) -> dict[str, str]:
-    columns: Any = section(run.config, "data").get("columns")
+def _default(roots: Sequence[Path]) -> Path:
+    return RunFolder(roots[0]).report if len(roots) == 1 else Path("report.html")
+
+
+def _categories(source: str, field: str, runs: Sequence[RunData]) -> dict[str, str]:
+    columns: Any = section(runs[0].config, "data").get("columns") if runs else None
     table = read_prompts(source, key="--prompts", columns=columns if isinstance(columns, dict) else {})
     found = categories_of(table, field)
     if not found:
@@ -135,7 +150,7 @@ def main(args: Sequence[str]) -> None:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog="sppo-lightning report", exit_on_error=False, description=SUMMARY)
-    parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help="folder of a run or of a study")
     parser.add_function_arguments(report, skip={"runs"}, as_group=False)
     try:
         given = parser.parse_args(list(args)).as_dict()

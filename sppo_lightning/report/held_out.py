@@ -39,7 +39,7 @@ MEASURES: Mapping[str, Measure] = {
     "kl": Measure(
         "KL",
         "nat per token",
-        "From the initial policy: how much less likely its answers have become; no interval is stored.",
+        "From the initial policy: how much less likely its answers to the first held-out prompts have become.",
     ),
     "length": Measure("Length", "tokens", "Mean tokens of an answer, its end token included."),
 }
@@ -67,8 +67,11 @@ def held_out_points(run: RunData) -> list[HeldOutPoint]:
                 run.reader.folder.evaluation(f"{one.finished:03d}"), "no answer has a finite reward."
             )
             measures = {}
-        if math.isfinite(kl := divergences.get(one.finished, math.nan)):
-            measures["kl"] = Estimate(kl, math.nan, 1)
+        kl = Estimate.of(one.divergences.values())
+        if not math.isfinite(kl.mean):  # runs of older versions have the mean alone
+            kl = Estimate(divergences.get(one.finished, math.nan), math.nan, 1)
+        if math.isfinite(kl.mean):
+            measures["kl"] = kl
         answered = [row for row in one.rows if row.finish_reason != "failed"]
         cut = sum(row.finish_reason == "length" for row in answered)
         points.append(

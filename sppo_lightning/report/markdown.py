@@ -12,10 +12,49 @@ Cells = Sequence[str]
 
 def markdown(summary: Mapping[str, Any]) -> str:
     """Return a report's summary as Markdown."""
-    blocks = [block for run in summary["runs"] for block in _run(run, summary)]
+    blocks = [] if summary["study"] is None else list(_study(summary["study"]))
+    blocks += [block for run in summary["runs"] for block in _run(run, summary)]
     if summary["comparison"] is not None:
         blocks += _comparison(summary)
     return "\n\n".join(blocks) + "\n"
+
+
+def _study(study: Mapping[str, Any]) -> Iterator[str]:
+    runs = study["runs"]
+    yield f"# {for_markdown(study['name'])}"
+    yield for_markdown(study["question"])
+    yield f"{runs['ended']} of {runs['all']} runs have ended, {runs['failed']} failed."
+    if study["missing"]:
+        yield _missing(study["missing"])
+    for setting in study["settings"]:
+        yield f"## {for_markdown(setting['name'])}"
+        heads = ["arm", "seeds", "gain, 95 % interval", "win rate", "length", "tokens sampled"]
+        rows = [
+            [
+                row["title"],
+                str(row["seeds"]),
+                _interval(row["gain"], row["low"], row["high"]),
+                *(_number(row[name]) for name in ("win_rate", "length_ratio")),
+                "-" if row["tokens"] is None else f"{row['tokens']:,.0f}",
+            ]
+            for row in setting["arms"]
+        ]
+        yield _table(heads, rows)
+    if study["claims"]:
+        yield "## Claims"
+        heads = ["claim", "setting", "reading", "difference, 95 % interval", "p", "verdict"]
+        rows = [
+            [
+                *(row[name] for name in ("text", "setting", "reading")),
+                _interval(row["mean"], row["low"], row["high"]),
+                _number(row["p_holm"]),
+                row["verdict"],
+            ]
+            for row in study["claims"]
+        ]
+        yield _table(heads, rows)
+    if study["shown"] is not None:
+        yield f"Below: the runs of {for_markdown(study['shown'])}; {study['left_out']} that have ended are left out."
 
 
 def _run(run: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterator[str]:
@@ -31,7 +70,7 @@ def _run(run: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterator[str]:
         )
     yield for_markdown(", ".join(facts)) + "."
     if run["missing"]:
-        yield "What is missing:\n\n" + "\n".join(f"- {for_markdown(text)}" for text in run["missing"])
+        yield _missing(run["missing"])
     if run["held_out"]:
         yield f"## Held-out prompts ({run['held_out_prompts']})"
         names = [
@@ -135,6 +174,16 @@ def _comparison(summary: Mapping[str, Any]) -> Iterator[str]:
             for key, values in found["settings"].items()
         ]
         yield _table(["setting", *names], rows)
+
+
+def _missing(texts: Sequence[str]) -> str:
+    return "What is missing:\n\n" + "\n".join(f"- {for_markdown(text)}" for text in texts)
+
+
+def _interval(mean: float | None, low: float | None, high: float | None) -> str:
+    if mean is None or low is None or high is None:
+        return "-" if mean is None else f"{mean:+.3f}"
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def _policy(finished: int) -> str:

@@ -27,6 +27,7 @@ SCRIPTS = (
     "answers.js",
     "views.js",
     "runs.js",
+    "study.js",
     "app.js",
 )
 """Parts of one script, in the order in which they need each other."""
@@ -58,7 +59,7 @@ def page(
     left_out = list(dict.fromkeys(table.left_out))
     blocks = {"summary": content, "prompts": packed({**table.content(), "left_out": left_out})}
     blocks |= {f"b{number}": block for number, block in enumerate(chunks.blocks)}
-    title = " · ".join(run.name for run in runs)
+    title = " · ".join(run.name for run in runs) if summary["study"] is None else summary["study"]["name"]
     return render(blocks, title=title)
 
 

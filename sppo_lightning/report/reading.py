@@ -1,4 +1,4 @@
-"""Reads the files of a run's folder one by one, and notes what cannot be read."""
+"""Reads the files of a folder one by one, and notes what cannot be read."""
 
 from __future__ import annotations
 
@@ -28,36 +28,33 @@ DAMAGE = (
 )
 
 
-class RunReader:
-    """The files of a run's folder, of which any may be missing, damaged or a link to elsewhere.
+class FolderReader:
+    """The files of a folder, of which any may be missing, damaged or a link to elsewhere.
 
     Args:
-        root: the run's folder.
+        root: the folder.
 
     Raises:
-        UserError: if it is no run.
+        UserError: if it is none.
     """
 
     def __init__(self, root: Path) -> None:
-        self.folder = RunFolder(root)
+        self.root = root
         self.missing: list[str] = []
         self._inside = root.resolve()
         if not root.is_dir():
             raise UserError(
                 f"{str(root)!r} is no folder: give a folder that was a fit's trainer.default_root_dir"
             )
-        if not any(
-            path.exists() for path in (self.folder.config, self.folder.iterations, self.folder.evaluations)
-        ):
-            raise UserError(
-                f"{str(root)!r} is no run: it has neither config.yaml nor iterations/; give a folder that was a fit's "
-                "trainer.default_root_dir"
-            )
 
     @property
     def name(self) -> str:
-        """Name of the run's folder."""
+        """Name of the folder."""
         return self._inside.name
+
+    def contains(self, path: Path) -> bool:
+        """Whether a path leads to a place in the folder, links followed."""
+        return path.resolve().is_relative_to(self._inside)
 
     def note(self, path: Path, what: str) -> None:
         """Note what is missing, by the file's place in the folder.
@@ -67,7 +64,7 @@ class RunReader:
             what: is the matter with it, and what the report lacks.
         """
         try:
-            place = path.relative_to(self.folder.root).as_posix()
+            place = path.relative_to(self.root).as_posix()
         except ValueError:
             place = path.name
         text = f"{place}: {what}"
@@ -87,8 +84,8 @@ class RunReader:
             if not optional:
                 self.note(path, f"not there. {lacks}")
             return None
-        if not path.resolve().is_relative_to(self._inside):
-            self.note(path, f"a link out of the run's folder, which is not followed. {lacks}")
+        if not self.contains(path):
+            self.note(path, f"a link out of the folder, which is not followed. {lacks}")
             return None
         if not path.is_file():
             self.note(path, f"no file. {lacks}")
@@ -98,3 +95,25 @@ class RunReader:
         except DAMAGE:
             self.note(path, f"damaged, or of another version. {lacks}")
             return None
+
+
+class RunReader(FolderReader):
+    """The files of a run's folder.
+
+    Args:
+        root: the run's folder.
+
+    Raises:
+        UserError: if it is no run.
+    """
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.folder = RunFolder(root)
+        if not any(
+            path.exists() for path in (self.folder.config, self.folder.iterations, self.folder.evaluations)
+        ):
+            raise UserError(
+                f"{str(root)!r} is no run: it has neither config.yaml nor iterations/; give a folder that was a fit's "
+                "trainer.default_root_dir"
+            )

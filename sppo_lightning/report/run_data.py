@@ -12,7 +12,7 @@ from typing import Any, TextIO, TypeVar
 import yaml
 
 from sppo_lightning.evaluation.gate import Decision, read_decisions
-from sppo_lightning.evaluation.stored import LOGPS, stored_logps
+from sppo_lightning.evaluation.stored import LOGPS, stored_divergences, stored_logps
 from sppo_lightning.limits import check_size
 from sppo_lightning.redaction import masked
 from sppo_lightning.report.prompt_rows import PromptRow, Samples, prompt_rows
@@ -39,11 +39,13 @@ class Evaluation:
         finished: self-play iterations; 0: the initial policy.
         rows: the answers.
         logps: of some of them, summed log-probs under the policy that gave them, by prompt id, nats.
+        divergences: how much less likely the policy makes the initial one's answers, by prompt id, nats per token.
     """
 
     finished: int
     rows: Sequence[Rollout]
     logps: Mapping[str, float]
+    divergences: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ def _evaluations(reader: RunReader) -> Iterator[Evaluation]:
             logps = reader.read(
                 place / LOGPS, partial(_logps, place), lacks="Their log-probs are missing.", optional=True
             )
-            yield Evaluation(number, rows, logps or {})
+            yield Evaluation(number, rows, logps or {}, stored_divergences(place, "0") if logps else {})
 
 
 def _logps(place: Path) -> dict[str, float]:

@@ -14,6 +14,7 @@ from sppo_lightning.report.estimates import INTERVAL, Estimate
 from sppo_lightning.report.held_out import MEASURES, held_out_points
 from sppo_lightning.report.run_data import Curve, Iteration, RunData, section
 from sppo_lightning.report.settings import flat_settings
+from sppo_lightning.report.study_folder import StudyData
 from sppo_lightning.training.iteration_length import iteration_length
 
 FORMAT = 1
@@ -22,11 +23,12 @@ PHASES = ("probing", "generating", "evaluating", "scoring", "reference", "traini
 TRAINING = "train/"
 
 
-def summary(runs: Sequence[RunData]) -> dict[str, Any]:
+def summary(runs: Sequence[RunData], study: StudyData | None = None) -> dict[str, Any]:
     """Return the report of some runs; numbers that are not known are ``None``.
 
     Args:
         runs: later ones are compared with the first.
+        study: that they belong to.
     """
     found: dict[str, Any] = {
         "format": FORMAT,
@@ -36,6 +38,7 @@ def summary(runs: Sequence[RunData]) -> dict[str, Any]:
         "quartiles": list(QUARTILES),
         "runs": [_run(run) for run in runs],
         "comparison": None,
+        "study": None if study is None else study.content(),
     }
     if len(runs) > 1:
         found["comparison"] = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+import time
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -30,6 +32,7 @@ SUMMARY = (
     "Compare ways to train: arms over seeds, under one protocol, with claims that are named before they run."
 )
 Action = Literal["run", "status", "tables"]
+PAGE_SHARE = 0.02  # of a study's time, for its page between two runs
 
 
 def study(
@@ -86,7 +89,7 @@ def study(
         return named.folder
     failed = 0
     if action == "run":
-        failed = run_all(named, mine, ended=lambda: _write(named, runs, registered.digest, sweep))
+        failed = run_all(named, mine, ended=paced(lambda: _write(named, runs, registered.digest, sweep)))
     page = _write(named, runs, registered.digest, sweep)
     if failed:
         raise UserError(f"{failed} of {len(mine)} runs failed, see {page}: the same command runs them again")
@@ -123,6 +126,26 @@ def _write(study: Study, runs: Sequence[PlannedRun], digest: str, sweep: str | N
         results = Results(runs, states, kept, {**unreadable, **unlike}, digest)
         section = Section() if sweep is None else sweep_section(study, results, baseline_of(study, sweep))
         return write_results(study, results, section)
+
+
+def paced(write: Callable[[], object], *, share: float = PAGE_SHARE) -> Callable[[], None]:
+    """Return a function that writes, unless it has been called so soon that writing would take too much of the time.
+
+    Args:
+        write: reads what all runs came to, so that it takes longer with each of them.
+        share: of the time that writing may take.
+    """
+    not_before = -math.inf
+
+    def write_if_due() -> None:
+        nonlocal not_before
+        began = time.monotonic()
+        if began >= not_before:
+            write()
+            ended = time.monotonic()
+            not_before = ended + (ended - began) / share
+
+    return write_if_due
 
 
 def _unlike(outcomes: Sequence[Outcome]) -> dict[str, str]:

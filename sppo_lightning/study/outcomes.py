@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +16,7 @@ from numpy.typing import NDArray
 from sppo_lightning.evaluation.gate import read_decisions
 from sppo_lightning.evaluation.stored import load_evaluation
 from sppo_lightning.store.run_folder import RunFolder
+from sppo_lightning.store.shards import ShardStore
 from sppo_lightning.study.plan import PlannedRun
 from sppo_lightning.types import Rollout, UserError
 
@@ -30,6 +34,21 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class InitialResponses:
+    """The responses of the policy that a run started from, held-out answers not counted. Shapes: R responses.
+
+    Args:
+        source: equal in runs that sample the same responses: policy, engine, setting and seed.
+        keys: [R], of prompt and sample index.
+        tokens: [R]
+    """
+
+    source: str = ""
+    keys: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    tokens: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a run came to.
 
@@ -41,6 +60,7 @@ class Outcome:
             earlier one's where the gate reverted.
         pairs: trained on in each iteration, repeated ones not counted.
         reverted: iterations that the gate gave up.
+        initial: its first iteration's responses.
     """
 
     run: PlannedRun
@@ -49,6 +69,7 @@ class Outcome:
     held: tuple[int, ...]
     pairs: tuple[int, ...]
     reverted: int
+    initial: InitialResponses = field(default_factory=InitialResponses)
 
     @property
     def final(self) -> Evaluated:
@@ -112,6 +133,7 @@ def read_outcome(run: PlannedRun) -> Outcome:
     stopped = (number for number, item in decisions.items() if item.action == "stop")
     iterations = next(stopped, int(run.config["data"]["iterations"]))
     found, pairs, tokens = [], [], 0
+    initial = InitialResponses()
     order: list[str] = []
     for finished in range(iterations + 1):
         rows = load_evaluation(folder.evaluation(f"{finished:03d}"))
@@ -119,8 +141,11 @@ def read_outcome(run: PlannedRun) -> Outcome:
             raise UserError(f"{folder.evaluation(f'{finished:03d}')} is missing or damaged")
         if finished > 0:
             store = folder.iteration(finished - 1)
-            tokens += sum(sum(row.length for row in store.shards.stream(name)) for name in ("probe", "topup"))
-            pairs.append(int((store.read_manifest() or {})["counts"]["pairs"]))
+            manifest = store.read_manifest() or {}
+            here = _responses(run, manifest, store.shards)
+            initial = here if finished == 1 else initial
+            tokens += int(here.tokens.sum())
+            pairs.append(int(manifest["counts"]["pairs"]))
         order = order or [row.prompt_id for row in rows]
         found.append(_evaluated(finished, rows, order, tokens))
     return Outcome(
@@ -132,7 +157,32 @@ def read_outcome(run: PlannedRun) -> Outcome:
         ),
         tuple(pairs),
         sum(item.action == "revert" for item in decisions.values()),
+        initial,
     )
+
+
+def _responses(run: PlannedRun, manifest: Mapping[str, Any], shards: ShardStore) -> InitialResponses:
+    """Return an iteration's responses."""
+    keys, tokens = array("q"), array("q")
+    for name in ("probe", "topup"):
+        for row in shards.stream(name):
+            keys.append(hash((row.prompt_id, row.sample_index)))
+            tokens.append(row.length)
+    source = [run.setting, run.seed, manifest.get("policy_fingerprint"), manifest.get("generator")]
+    return InitialResponses(json.dumps(source), np.array(keys, np.int64), np.array(tokens, np.int64))
+
+
+def shared_tokens(outcomes: Sequence[Outcome]) -> int:
+    """Return how many tokens runs took from the responses of another one, instead of sampling them again."""
+    by_source: dict[str, list[InitialResponses]] = {}
+    for item in outcomes:
+        by_source.setdefault(item.initial.source, []).append(item.initial)
+    shared = 0
+    for responses in by_source.values():
+        tokens = np.concatenate([each.tokens for each in responses])
+        _, sampled = np.unique(np.concatenate([each.keys for each in responses]), return_index=True)
+        shared += int(tokens.sum() - tokens[sampled].sum())
+    return shared
 
 
 def _evaluated(finished: int, rows: Sequence[Rollout], order: Sequence[str], tokens: int) -> Evaluated:

@@ -15,7 +15,7 @@ from sppo_lightning.study.agreement import agreement_section, agreements
 from sppo_lightning.study.definition import INITIAL, Study
 from sppo_lightning.study.dynamics import training_rows, training_section
 from sppo_lightning.study.figure import gains_figure
-from sppo_lightning.study.outcomes import Outcome, mean_of_known, prompt_table
+from sppo_lightning.study.outcomes import Outcome, mean_of_known, prompt_table, shared_tokens
 from sppo_lightning.study.plan import PlannedRun
 from sppo_lightning.study.quartiles import flat, quartile_section, quartiles
 from sppo_lightning.study.runner import RunState
@@ -162,6 +162,8 @@ def _page(
         f"have ended{f', {len(problems)} without a result' if problems else ''}. Arms, claims, seeds and configs were "
         f"written down before the first run (`study.json`, digest `{results.digest}`). {_protocol(study)}\n"
     )
+    if results.outcomes:
+        yield f"{_sampled(results.outcomes)}\n"
     yield from section.lines
     for setting in study.settings:
         rows = [row for row in arms if row["setting"] == setting]
@@ -197,6 +199,15 @@ def _protocol(study: Study) -> str:
         steps
         + "Runs with the same seed share the initial policy's responses. The gain is the held-out reward of the "
         f"policy that a run ended with less that of the initial policy; intervals are at {LEVEL:.0%}."
+    )
+
+
+def _sampled(outcomes: Sequence[Outcome]) -> str:
+    tokens, shared = sum(item.tokens for item in outcomes), shared_tokens(outcomes)
+    share = f"{shared:,} ({shared / max(tokens, 1):.0%})"
+    return (
+        f"The runs' responses have {tokens:,} tokens, of which {share} were shared and not sampled again; held-out "
+        "answers are not counted."
     )
 
 

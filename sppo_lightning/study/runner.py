@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -70,7 +72,7 @@ def run_all(study: Study, runs: Sequence[PlannedRun], *, ended: Callable[[], obj
     for run in runs:
         if run not in pending:
             _remove_weights(RunFolder(run.folder))  # a kill may have come in between
-    began, failed = time.monotonic(), 0
+    began, failed, seconds = time.monotonic(), 0, 0.0
     before = len(runs) - len(pending)
     _say(f"{len(runs)} runs, {before} of them ended before; they lie in {study.folder / 'runs'}")
     for number, run in enumerate(pending):
@@ -84,6 +86,7 @@ def run_all(study: Study, runs: Sequence[PlannedRun], *, ended: Callable[[], obj
             _say("  ended in another process")
             continue
         state = _run(study, run)
+        seconds += state.seconds
         write_atomically(_state_file(study, run), json.dumps(asdict(state)).encode())
         if state.status == "failed":
             failed += 1
@@ -92,6 +95,9 @@ def run_all(study: Study, runs: Sequence[PlannedRun], *, ended: Callable[[], obj
             _say(f"  ended after {_duration(state.seconds)}")
             _remove_weights(RunFolder(run.folder))
             ended()
+    if seconds:
+        own = time.monotonic() - began - seconds
+        _say(f"the runs took {_duration(seconds)}, the study itself {_duration(own)} ({own / seconds:.1%})")
     return failed
 
 
@@ -120,7 +126,7 @@ def _run(study: Study, run: PlannedRun) -> RunState:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # a Ctrl-C reaches it once, through here
-                    preexec_fn=_end_with_parent if _PRCTL is not None else None,
+                    preexec_fn=partial(_end_with_parent, os.getpid()) if _PRCTL is not None else None,
                 )
             )
         code = _waited_for(begun[0], stop)
@@ -148,10 +154,16 @@ def _waited_for(process: subprocess.Popen[bytes], stop: StopSignal) -> int:
         return code
 
 
-def _end_with_parent() -> None:
-    """Have the kernel ask the run to stop where the study is killed: it would train on, unseen."""
+def _end_with_parent(study: int) -> None:
+    """Have the kernel ask the run to stop where the study is killed: it would train on, unseen.
+
+    Args:
+        study: its process id.
+    """
     assert _PRCTL is not None
     _PRCTL(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != study:  # it was killed before the kernel was asked
+        os._exit(128 + signal.SIGTERM)
 
 
 def _wait_for_lock(folder: RunFolder) -> bool:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sppo_lightning.__main__ import main
 from sppo_lightning.callbacks.diagnostics import _name_reward_hacking, distinct_bigrams
+from sppo_lightning.evaluation.stored import stored_divergences
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.store.shards import write_rollouts
 from sppo_lightning.types import Rollout
@@ -76,6 +77,10 @@ def test_divergence_from_initial_policy_and_iteration_start(run: RunFolder, tiny
         mean_drop(first, second, answers(run, 1)), abs=1e-5
     )
     assert found[1]["val/kl/initial"] != pytest.approx(found[1]["val/kl/iteration_start"])
+    for name, earlier in (("initial", "0"), ("iteration_start", "1")):
+        of_prompts = stored_divergences(run.evaluation("002"), earlier)
+        assert sorted(of_prompts) == [f"eval{n}" for n in range(6)]
+        assert sum(of_prompts.values()) / 6 == pytest.approx(found[1][f"val/kl/{name}"])
 
 
 def test_lengths_and_diversity_of_held_out_answers(run: RunFolder) -> None:

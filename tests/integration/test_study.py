@@ -9,11 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from support.studies import EASY, KilledStudies, write_study
 
 from sppo_lightning.__main__ import main
 
@@ -26,47 +26,13 @@ def study_file(
 ) -> Path:
     """A study of two arms, and of one that cannot run."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent)]))
-    base: dict[str, Any] = {
-        "trainer": {
-            **{"accelerator": "cpu", "precision": "32-true", "logger": False, "enable_progress_bar": False}
-        },
-        "model": {
-            "policy": {"pretrained": str(tiny_policy)},
-            "reference": "previous_iteration",
-            "loss": {"class_path": "sppo_lightning.losses.DPOLoss", "init_args": {"beta": 0.1}},
-            "learning_rate": 1e-3,
-        },
-        "data": {
-            "prompts": str(counting_prompts / "train.jsonl"),
-            "eval_prompts": str(counting_prompts / "eval.jsonl"),
-            **{"iterations": 1, "samples_per_prompt": 3, "probe_samples": 2, "steps_per_iteration": 2},
-            "selection": {"class_path": "sppo_lightning.selection.All"},
-            "generator": {
-                "class_path": "sppo_lightning.generation.HFGenerator",
-                "init_args": {"max_new_tokens": 8, "temperature": 1.0},
-            },
-            "reward": {
-                "class_path": "sppo_lightning.rewards.FunctionReward",
-                "init_args": {"function": "support.runs.letter_reward"},
-            },
-            **{"pairs_per_step": 4, "batch_size": 2},
-        },
+    nowhere = {"class_path": "sppo_lightning.selection.Nowhere"}
+    arms = {
+        "all": {},
+        "broken": {"config": {"data": {"selection": nowhere}}},
+        "easy": {"config": {"data": {"selection": EASY}}},
     }
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    easy = {"class_path": "sppo_lightning.selection.Easiest", "init_args": {"fraction": 0.6}}
-    content = {
-        **{"name": "tiny", "question": "Does it run?", "config": ["base.yaml"], "seeds": [1]},
-        "arms": {
-            "all": {},
-            "broken": {"config": {"data": {"selection": {"class_path": "sppo_lightning.selection.Nowhere"}}}},
-            "easy": {"config": {"data": {"selection": easy}}},
-        },
-        "claims": {"c": {"text": "Easy beats all.", "arm": "easy", "against": "all"}},
-        "output": str(tmp_path / "out"),
-    }
-    path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    return write_study(tmp_path, tiny_policy, counting_prompts, arms=arms)
 
 
 def test_a_study_from_its_start_to_its_tables(
@@ -96,6 +62,11 @@ def test_a_study_from_its_start_to_its_tables(
     assert {row["arm"]: row["seeds"] for row in arms} == {"all": 1, "easy": 1}
     assert arms[0]["tokens"] > arms[1]["tokens"]
     page = (out / "README.md").read_text()
+    first = out / "runs/base/seed-1/easy/iterations/000/rollouts"  # what it shares with the arm before it
+    shared = sum(len(ids) for path in first.iterdir() for ids in pq.read_table(path)["token_ids"].to_pylist())
+    assert f"of which {shared:,} (" in page
+    topped_up = sum(pq.read_metadata(path).num_rows for path in first.glob("topup-*"))
+    assert f"{topped_up} responses were found in" in log
     assert "2 of 3 runs have ended, 1 without a result" in page
     assert "one seed" in page
 
@@ -138,3 +109,13 @@ def test_a_study_that_is_killed_or_stopped_is_continued(study_file: Path, tmp_pa
     assert (
         "Continuing the run" not in (out / "logs/base/seed-1/all.log").read_text()
     )  # no step had been taken
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_at_random_points_gives_the_same_tables(
+    tiny_policy: Path, counting_prompts: Path, tmp_path: Path
+) -> None:
+    studies = KilledStudies(tmp_path, tiny_policy, counting_prompts, seed=0)
+    found = studies.round(["all", "study", "fit"])
+    assert len(found.kills) == 3
+    assert found.differences == []

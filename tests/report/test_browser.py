@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 from support.made_runs import MadeRun
+from support.made_studies import MadeStudy
 
 from sppo_lightning.report.command import page_of
 from sppo_lightning.report.page import render
 from sppo_lightning.report.run_data import read_run
+from sppo_lightning.report.study_folder import read_study
 from sppo_lightning.report.text_chunks import packed
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: make test-browser")
@@ -469,3 +471,57 @@ def test_an_empty_run(opened: Opened, tmp_path: Path) -> None:
     opened.goto(run.folder.report)
     assert "not finished: 0 of 3 iterations" in opened.text("header")
     assert "metrics.csv: not there" in opened.text(".missing")
+
+
+# ------------------------------------------------------------ studies
+
+REORDERED = ATTACKS[10].rstrip("\ufeff")  # the last one is a space to a browser
+
+
+@pytest.fixture(scope="module")
+def hostile_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study whose question, claim, limit, titles and failure are attacks; one run of six has not ended."""
+    made = MadeStudy(
+        tmp_path_factory.mktemp("studies") / ATTACKS[2].replace("/", "|"),
+        arms={"one": ATTACKS[0], "two": REORDERED, "three": ATTACKS[4]},
+        failed={"base/seed-2/one": ATTACKS[1]},
+        waiting=("base/seed-2/three",),
+        text=ATTACKS[3],
+    ).write()
+    path = made.root.parent / "report.html"
+    study = read_study(made.root)
+    path.write_bytes(page_of([read_run(root) for root in study.shown], study))
+    return path
+
+
+def test_a_study_with_hostile_names(opened: Opened, hostile_study: Path) -> None:
+    page = opened.goto(hostile_study)
+    assert opened.text("h1") == page.title() == ATTACKS[2]
+    assert "study · 3 arms with results · 4 of 6 runs have ended, 1 failed" in opened.text("header")
+    assert f"runs/base/seed-2/one: failed: {ATTACKS[1]}" in opened.text(".missing")
+    study = page.locator("#study")
+    assert study.locator(".arms tbody th").all_text_contents() == [
+        *(ATTACKS[0], re.sub("[\u202e\u202c\u2066\u2069\u200b]", named, REORDERED), ATTACKS[4])
+    ]
+    assert study.locator(".arms svg.strip circle").count() == 3
+    assert study.locator(".arms svg.strip .interval").count() == 1  # of the arm with two seeds
+    assert study.locator("canvas").count() == 1
+    assert study.locator(".claims tbody th").first.text_content().startswith(ATTACKS[3])
+    assert "not complete" in study.locator(".claims").inner_text()
+    assert "Below: the runs of base/seed-1, one for each arm. Left out: 1 that" in study.inner_text()
+    assert page.locator("#runs tbody th").first.text_content() == "one"
+    assert page.locator("#report img, #report iframe, #report a[href^=javascript]").count() == 0
+
+
+def named(found: re.Match[str]) -> str:
+    """How a character that reorders text is shown in a cell."""
+    return f"\u2039U+{ord(found[0]):04X}\u203a"
+
+
+def test_a_study_none_of_whose_runs_has_ended(opened: Opened, tmp_path: Path) -> None:
+    made = MadeStudy(tmp_path / "s", seeds=(1,), waiting=("base/seed-1/all", "base/seed-1/easy")).write()
+    path = tmp_path / "report.html"
+    path.write_bytes(page_of([], read_study(made.root)))
+    opened.goto(path)
+    assert "2 of 2 runs have not ended" in opened.text(".missing")
+    assert "No run has ended yet." in opened.text("#study")

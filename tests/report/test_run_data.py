@@ -124,7 +124,7 @@ def test_links_out_of_the_folder_are_not_followed(made: MadeRun, tmp_path: Path)
     run = read_run(made.root)
     assert run.curves == {}
     assert run.iterations[1].rows == []
-    assert all("a link out of the run's folder, which is not followed" in text for text in run.reader.missing)
+    assert all("a link out of the folder, which is not followed" in text for text in run.reader.missing)
 
 
 def test_a_run_whose_own_folder_is_a_link_is_read(made: MadeRun, tmp_path: Path) -> None:

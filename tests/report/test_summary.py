@@ -17,6 +17,7 @@ from sppo_lightning.report.markdown import markdown
 from sppo_lightning.report.run_data import read_run
 from sppo_lightning.report.settings import flat_settings
 from sppo_lightning.report.summary import POINTS, summary, thinned
+from sppo_lightning.system.durable import with_checksum
 from sppo_lightning.types import Rollout, UserError
 
 
@@ -31,8 +32,19 @@ def test_held_out_numbers(tmp_path: Path) -> None:
     assert first["measures"]["gain"]["mean"] == pytest.approx(0.275)
     assert first["measures"]["win_rate"] == {"mean": 1.0, "stderr": 0.0, "size": 4}
     assert first["measures"]["length"]["mean"] == 9.0
-    assert first["measures"]["kl"]["mean"] == 0.05
-    assert first["measures"]["kl"]["stderr"] is None
+
+
+def test_kl_has_an_interval_over_prompts_where_each_one_is_stored(tmp_path: Path) -> None:
+    """0.05 times 0.9, 1, 1.1 and 1.2; older runs have the mean of all alone, 0.05."""
+    made = MadeRun(tmp_path / "run").write()
+    initial, first, _ = summary([read_run(made.root)])["runs"][0]["held_out"]
+    assert "kl" not in initial["measures"]
+    expected = {"mean": 0.0525, "stderr": 0.005 * math.sqrt(5 / 3) / 2, "size": 4}
+    assert first["measures"]["kl"] == pytest.approx(expected)
+    logps = with_checksum({"logps": {"e0": -3.0}})
+    (made.folder.evaluation("001") / "logps.json").write_bytes(logps)
+    first = summary([read_run(made.root)])["runs"][0]["held_out"][1]
+    assert first["measures"]["kl"] == {"mean": 0.05, "stderr": None, "size": 1}
 
 
 def test_the_length_controlled_win_rate_is_that_of_the_judge(tmp_path: Path) -> None:
@@ -185,7 +197,7 @@ def test_markdown(tmp_path: Path) -> None:
     ]
     text = markdown(summary(runs))
     assert (
-        "| after 1 iteration(s) | 0.425 ± 0.190 | +0.275 ± 0.063 | 100.0% ± 0.0% | 0.050 | 9.0 ± 0.0 |"
+        "| after 1 iteration(s) | 0.425 ± 0.190 | +0.275 ± 0.063 | 100.0% ± 0.0% | 0.053 ± 0.006 | 9.0 ± 0.0 |"
         in text
     )
     assert "| 0 | 0.500 | 0.250 / 0.500 / 0.750 | 3 | 6 not_selected, 3 tied_rewards | 8 |" in text

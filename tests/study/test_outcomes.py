@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from sppo_lightning.study.command import paced
 from sppo_lightning.study.definition import Arm, Claim, Study
-from sppo_lightning.study.outcomes import Evaluated, Outcome, prompt_table
+from sppo_lightning.study.outcomes import Evaluated, InitialResponses, Outcome, prompt_table, shared_tokens
 from sppo_lightning.study.page import Results, write_results
 from sppo_lightning.study.plan import PlannedRun
 from sppo_lightning.study.runner import RunState
@@ -33,8 +35,11 @@ def outcome(
         for number, each in enumerate(rewards)
     )
     had = held or tuple(range(len(rewards)))
+    keys = np.arange(4 if arm == "a" else 6)
     return Outcome(
-        run, tuple(f"p{n}" for n in range(PROMPTS)), evaluations, had, (12,) * (len(rewards) - 1), 0
+        **{"run": run, "prompt_ids": tuple(f"p{n}" for n in range(PROMPTS)), "evaluations": evaluations},
+        **{"held": had, "pairs": (12,) * (len(rewards) - 1), "reverted": 0},
+        initial=InitialResponses(f"policy, seed {seed}", keys, 10 + keys),
     )
 
 
@@ -150,6 +155,29 @@ def test_the_page_and_the_tables(tmp_path: Path) -> None:
     svg = (tmp_path / "gains.svg").read_bytes()
     write_results(named, results)
     assert (tmp_path / "gains.svg").read_bytes() == svg  # nothing of the day or the machine in it
+
+
+def test_tokens_that_were_shared(tmp_path: Path) -> None:
+    """Four responses that both arms have: 10 + 11 + 12 + 13 tokens, with each seed."""
+    outcomes = runs_of(0.5, 0.2, seeds=2)
+    assert shared_tokens(outcomes) == 2 * 46
+    assert shared_tokens(outcomes[:1]) == 0
+    results = Results([item.run for item in outcomes], {}, outcomes, {}, "d")
+    assert (
+        "have 400 tokens, of which 92 (23%) were shared"
+        in write_results(study(tmp_path), results).read_text()
+    )
+
+
+def test_a_page_takes_a_share_of_the_time() -> None:
+    written: list[float] = []
+    write = paced(lambda: (time.sleep(0.05), written.append(time.monotonic())), share=0.1)
+    write()
+    write()
+    assert len(written) == 1
+    time.sleep(0.55)
+    write()
+    assert len(written) == 2
 
 
 def test_a_title_is_no_formula(tmp_path: Path) -> None:

@@ -39,6 +39,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def write_prompts(folder: Path) -> None:
+    """Write ``train.jsonl``, 14 prompts, and ``eval.jsonl``, 6 others."""
+    for name, start, count in (("train", 0, 14), ("eval", 50, 6)):
+        records = [{"id": f"{name}{n}", "prompt": f"Count to {start + n}"} for n in range(count)]
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / f"{name}.jsonl").write_text(lines)
+
+
 class GoneOn(NamedTuple):
     """What came of a command that was given again."""
 
@@ -62,10 +70,7 @@ class Crashes:
         self._folder = folder
         self._whole: dict[str, tuple[Path, Outcome]] = {}
         self.server = RunServer(folder / "output")
-        for name, start, count in (("train", 0, 14), ("eval", 50, 6)):
-            records = [{"id": f"{name}{n}", "prompt": f"Count to {start + n}"} for n in range(count)]
-            lines = "".join(json.dumps(record) + "\n" for record in records)
-            (folder / f"{name}.jsonl").write_text(lines)
+        write_prompts(folder)
 
     def whole(self, variant: str) -> tuple[Path, Outcome]:
         """Return the uninterrupted run."""

@@ -40,6 +40,7 @@ class MadeRun:
         samples: of a prompt, half of them from the probe.
         shard: prompts in a shard.
         lift: added to every reward.
+        gain: of held-out answers in an iteration.
         text: of a prompt.
         response: of a sample, by the prompt's text, iteration and sample index.
         config: settings that the config has in addition.
@@ -53,6 +54,7 @@ class MadeRun:
     samples: int = 4
     shard: int = 5
     lift: float = 0.0
+    gain: float = 0.2
     text: Callable[[str], str] = "say {}".format
     response: Callable[[str, int, int], str] = answer
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -189,10 +191,15 @@ class MadeRun:
         rows = []
         for number in range(self.held_out):
             text = self.text(f"held out {number}")
-            reward = 0.1 * number + 0.2 * finished + 0.05 * finished * number + self.lift
+            reward = 0.1 * number + self.gain * finished + 0.05 * finished * number + self.lift
             tokens = tuple(range(10 - finished))
             rows.append(
                 Rollout(f"e{number}", 0, text, self.response(text, finished, 0), tokens, "stop", reward)
             )
         write_rollouts(place / "rollouts.parquet", rows)
-        write_atomically(place / LOGPS, with_checksum({"logps": {row.prompt_id: -3.0 for row in rows}}))
+        divergences = {row.prompt_id: 0.05 * finished * (1 + 0.1 * n) for n, row in enumerate(rows, -1)}
+        content = {
+            "logps": {row.prompt_id: -3.0 for row in rows},
+            "divergences": {"0": divergences} if finished else {},
+        }
+        write_atomically(place / LOGPS, with_checksum(content))

@@ -59,13 +59,14 @@ async function start() {
     say(`This report cannot be opened: its data is damaged, or the file is cut short (${error.message}).`);
     return;
   }
-  const { runs } = DATA;
+  const { runs, study } = DATA;
   const only = runs.length === 1;
   const sheet = new Sheet();
   const main = el(
     "main",
     {},
-    missingPart(runs),
+    missingPart(runs, study),
+    studyPart(study),
     only ? tiles(runs[0]) : null,
     comparisonPart(runs),
     heldOutPart(runs),
@@ -81,8 +82,8 @@ async function start() {
     "header",
     { class: "head" },
     el("p", { class: "over" }, `sppo-lightning ${inLine(DATA.version)} · report`),
-    el("h1", {}, ...runs.flatMap((run, place) => [place ? " · " : "", el("bdi", {}, inLine(run.name))])),
-    only ? headOf(runs[0]) : el("p", { class: "facts" }, `${runs.length} runs`),
+    el("h1", {}, ...(study ? [study] : runs).flatMap((one, place) => [place ? " · " : "", el("bdi", {}, inLine(one.name))])),
+    study ? studyFacts(study) : only ? headOf(runs[0]) : el("p", { class: "facts" }, `${runs.length} runs`),
   );
   page.replaceChildren(head, navigation(main), main);
   drawCharts();

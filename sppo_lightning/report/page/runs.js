@@ -47,7 +47,7 @@ function tiles(run) {
     nodes.push(tile("Held-out reward", change("reward", 3), now.gain ? `${withInterval(now.gain, "reward", { sign: true })} over the initial policy` : null));
     for (const name of Object.keys(DATA.measures).filter((one) => one.includes("win_rate") && now[one]))
       nodes.push(tile(DATA.measures[name].title, withInterval(now[name], "share"), "against the initial policy"));
-    if (now.kl) nodes.push(tile("KL", number(now.kl.mean, 2), "nat per token, from the initial policy"));
+    if (now.kl) nodes.push(tile("KL", withInterval(now.kl, "nat per token"), "nat per token, from the initial policy"));
     nodes.push(tile("Length", change("length", 1), "tokens of an answer"));
   }
   const seconds = runTime(run);
@@ -56,8 +56,9 @@ function tiles(run) {
   return nodes.length ? el("dl", { class: "tiles" }, ...nodes) : null;
 }
 
-function missingPart(runs) {
-  const texts = runs.flatMap((run) => run.missing.map((text) => (runs.length > 1 ? `${run.name}: ${text}` : text)));
+function missingPart(runs, study) {
+  const texts = study ? [...study.missing] : [];
+  texts.push(...runs.flatMap((run) => run.missing.map((text) => (runs.length > 1 ? `${run.name}: ${text}` : text))));
   texts.push(...PROMPTS.left_out.map((text) => `${text} are left out, so that the file stays within its size (--max_megabytes).`));
   if (!texts.length) return null;
   const list = el("ul", {}, ...texts.slice(0, 200).map((text) => el("li", {}, el("bdi", {}, inLine(text)))));
@@ -165,6 +166,7 @@ function answersPart(runs, sheet) {
 // ------------------------------------------------------------ settings
 
 function settingsPart(runs) {
+  if (!runs.length) return null;
   const nodes = runs.flatMap((run) => {
     const settings = Object.entries(run.settings).map(([key, value]) => [inLine(key), el("bdi", {}, value === null ? NONE : inLine(value))]);
     const starts = run.starts.map((start) => [inLine(start.time), whole(start.step), `${start.processes} × ${inLine(start.device)}`, inLine(start.system), inLine(Object.entries(start.versions ?? {}).map(([name, version]) => `${name} ${version}`).join(", "))]);
