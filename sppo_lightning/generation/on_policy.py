@@ -125,7 +125,7 @@ class OnPolicyCheck:
         fine = disagreement(model, prompts, answers, dtype=dtype)
         if fine is None or dtype is torch.bfloat16:
             return fine
-        coarse = disagreement(model, prompts, answers, dtype=torch.bfloat16)
+        coarse = disagreement(model, prompts, answers, dtype=torch.bfloat16, rounded_weights=True)
         if coarse is None and server not in self._warned:
             self._warned.add(server)
             warnings.warn(

@@ -112,6 +112,7 @@ def disagreement(
     answers: Sequence[ProbeAnswer],
     *,
     dtype: torch.dtype,
+    rounded_weights: bool = False,
 ) -> str | None:
     """Return how greedy answers differ from the model's plain forward by more than rounding, or ``None``.
 
@@ -120,6 +121,7 @@ def disagreement(
         prompts: that were answered.
         answers: one for each, of at least one token.
         dtype: the coarsest that the answers may have been computed in.
+        rounded_weights: whether the engine may hold weights in ``dtype`` that the model holds in more bits.
     """
 
     def plain_logits() -> Tensor:
@@ -144,6 +146,10 @@ def disagreement(
     if not agreement.holds:
         with off_by_a_rounding(unwrapped(model), dtype):
             agreement = agreement.allowing(distance(own, token_logps(plain_logits(), picked)))
+    if not agreement.holds and rounded_weights:
+        # an autocast rounds weights and inputs of every product; another engine rounds as much, but otherwise
+        with torch.autocast(next(model.parameters()).device.type, dtype):
+            agreement = agreement.allowing(2 * distance(own, token_logps(plain_logits(), picked)))
     if not agreement.holds:
         return (
             f"its log-probs lie {agreement.drift:.2g} nat per token off those of the plain forward (tolerance "

@@ -515,7 +515,9 @@ def test_vllm_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_platform_without_sleep_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["vllm.platforms"], "current_platform", Platform("cpu"))
-    message = r"^data\.generator VLLMGenerator puts vLLM to sleep .* cannot do on this platform \(cpu\): start a vLLM server"
+    message = (
+        r"^data\.generator VLLMGenerator puts vLLM to sleep .* cannot do on this platform \(cpu\): start a"
+    )
     with pytest.raises(UserError, match=message):
         VLLMGenerator(max_new_tokens=4, temperature=1.0).check()
 
