@@ -1,0 +1,28 @@
+"""One real server for all tests that leave it as it was: a start takes from half a minute to some minutes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.models import byte_tokenizer
+from support.vllm_policies import RANK, save_base
+from support.vllm_server import VLLMServer, vllm_server
+
+LIMIT = 192  # tokens of prompt and response together
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the model that is served."""
+    return save_base(tmp_path_factory.mktemp("base"), byte_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def server(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
+    """A server of the base model that takes adapters; it may be killed, and has to be there again after."""
+    log = tmp_path_factory.mktemp("log") / "vllm"
+    flags = ["--enable-lora", "--max-lora-rank", str(RANK), "--max-model-len", str(LIMIT), "--max-loras", "2"]
+    with vllm_server(base, log, *flags) as found:
+        yield found
