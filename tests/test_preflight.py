@@ -139,8 +139,8 @@ class Limited(HFGenerator):
 def test_an_engine_that_would_cut_responses_short_is_refused() -> None:
     check_engine_limit(32, Limited(max_new_tokens=8, temperature=1.0))
     message = (
-        r"^data\.generator Limited takes 40 tokens of prompt and response together, but the longest prompt has 33, with "
-        r"8 new ones 41: let it take more \(a vLLM server: --max-model-len 41\), or set max_total_tokens: 40, which"
+        r"^data\.generator Limited takes 40 tokens of prompt and response together, but the longest prompt has 33, "
+        r"with 8 new ones 41: let it take more \(a vLLM server: --max-model-len 41\), or set max_total_tokens: 40,"
     )
     with pytest.raises(UserError, match=message):
         check_engine_limit(33, Limited(max_new_tokens=8, temperature=1.0))

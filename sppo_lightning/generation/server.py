@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from sppo_lightning.generation.completions import Completion, prompt_text, read_completion, retokenised
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 LOOK = "look at the server's log; a server that takes strings or OpenAI's own fields only needs prompt_format: text"
+FUTILE = 64  # failed requests without a single answer after which the others are not tried
 SEEDS = 2**31  # vLLM takes 64 bits, SGLang has held a seed in 32 with a sign
 
 
@@ -68,6 +70,7 @@ class OpenAIServerGenerator(Generator):
     """
 
     reproducible: ClassVar[bool] = False
+    streams: ClassVar[bool] = True
     free_settings: ClassVar[frozenset[str]] = SPEED_OR_PLACE | {"logp_tolerance"}
 
     def __init__(
@@ -117,6 +120,7 @@ class OpenAIServerGenerator(Generator):
         self._embedding_rows = 0
         self._answered = False  # since the policy was handed over
         self._failure: Failure | None = None  # the first one since then
+        self._failures = 0
 
     def check(self) -> None:
         """Raise :class:`~sppo_lightning.types.UserError` if there is no client library."""
@@ -142,7 +146,7 @@ class OpenAIServerGenerator(Generator):
         """
         self._policy = policy
         self._embedding_rows = policy.embedding_rows
-        self._answered, self._failure = False, None
+        self._answered, self._failure, self._failures = False, None, 0
         self._pool.open(self._make_ready)
 
     def unload(self) -> None:
@@ -156,20 +160,20 @@ class OpenAIServerGenerator(Generator):
             UserError: if no server can be reached any more, one refuses the key, knows no such model or would cut a
                 response short, or no request at all has been answered since the policy was handed over.
         """
-        self._check_lengths(requests)
-        places = [
-            (index, place)
-            for index, request in enumerate(requests)
-            for place in range(max(1, len(request.seeds)))
-        ]
+        under_way: dict[int, _Asked] = {}  # by the number of the call
         found: dict[int, dict[int, Response]] = {}
-        with closing(self._pool.run(self._calls(requests))) as answers:
+        with closing(self._pool.run(self._calls(requests, under_way))) as answers:
             for number, answer in answers:
-                index, place = places[number]
+                index, place, request = under_way.pop(number)
                 responses = found.setdefault(index, {})
-                responses[place] = self._response(requests[index], answer)
-                if len(responses) == max(1, len(requests[index].seeds)):
+                responses[place] = self._response(request, answer)
+                if self._failures >= FUTILE:
+                    self._check_answered()
+                if len(responses) == max(1, len(request.seeds)):
                     yield PromptResponses(index, [responses[place] for place in sorted(found.pop(index))])
+        self._check_answered()
+
+    def _check_answered(self) -> None:
         if self._failure is not None and not self._answered:
             raise UserError(f"not one request was answered: {self._failure.message} ({LOOK})")
 
@@ -216,22 +220,15 @@ class OpenAIServerGenerator(Generator):
         logps = completion.logps
         return ProbeAnswer(token_ids, logps if logps is not None and len(logps) == len(token_ids) else None)
 
-    def _check_lengths(self, requests: Sequence[SampleRequest]) -> None:
-        """Refuse to have a server cut a response that the config gives more tokens."""
-        lengths = [len(request.token_ids) for request in requests]
-        for prompt in sorted(set(lengths), reverse=True):
-            new = self.longest_response(prompt)
-            if self._limit is not None and new >= 1 and prompt + new > self._limit:
-                raise UserError(
-                    f"data.generator.base_url: a server takes {self._limit} tokens of prompt and response together, "
-                    f"but a prompt of {prompt} with {new} new ones needs {prompt + new}: start it with more (vLLM: "
-                    f"--max-model-len {prompt + new}), or set max_total_tokens: {self._limit}"
-                )
-
-    def _calls(self, requests: Sequence[SampleRequest]) -> Iterator[Callable[[ServerClient], Any]]:
-        for request in requests:
+    def _calls(
+        self, requests: Sequence[SampleRequest], under_way: dict[int, _Asked]
+    ) -> Iterator[Callable[[ServerClient], Any]]:
+        """Yield what to ask, and note of each call whose response it is."""
+        numbers = count()
+        for index, request in enumerate(requests):
             body = self._body(request)
-            for seed in request.seeds or (None,):
+            for place, seed in enumerate(request.seeds or (None,)):
+                under_way[next(numbers)] = _Asked(index, place, request)
                 if isinstance(body, Response):
                     yield partial(_given, body)
                 else:
@@ -242,9 +239,16 @@ class OpenAIServerGenerator(Generator):
 
     def _body(self, request: SampleRequest) -> dict[str, Any] | Response:
         """Return what the requests for one prompt share, or why there can be none."""
-        longest = self.longest_response(len(request.token_ids))
+        prompt = len(request.token_ids)
+        longest = self.longest_response(prompt)
         if longest < 1:
             return _dropped("prompt_too_long")
+        if self._limit is not None and prompt + longest > self._limit:
+            raise UserError(
+                f"data.generator.base_url: a server takes {self._limit} tokens of prompt and response together, but a "
+                f"prompt of {prompt} with {longest} new ones needs {prompt + longest}: start it with more (vLLM: "
+                f"--max-model-len {prompt + longest}), or set max_total_tokens: {self._limit}"
+            )
         body = self._prompt(request.token_ids)
         if body is None:
             return _dropped("prompt_retokenised_differently")
@@ -304,6 +308,7 @@ class OpenAIServerGenerator(Generator):
         return self.as_response(self._ended(token_ids), self._policy)
 
     def _failed(self, failure: Failure) -> Response:
+        self._failures += 1
         if self._failure is None:
             self._failure = failure
             warnings.warn(
@@ -349,6 +354,12 @@ class OpenAIServerGenerator(Generator):
         if self.stop is None or not stopped(len(token_ids)):
             return token_ids
         return token_ids[: 1 + bisect_left(range(1, len(token_ids)), True, key=stopped)]
+
+
+class _Asked(NamedTuple):
+    request_number: int
+    sample: int  # which of the responses to the request
+    request: SampleRequest
 
 
 class _Said(NamedTuple):

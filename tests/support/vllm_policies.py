@@ -19,6 +19,7 @@ from sppo_lightning.policy.loading import load_policy
 from sppo_lightning.types import Ranks
 
 RANK = 8
+LIMIT = 192  # tokens of prompt and response together, of the servers here
 
 
 def save_base(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:

@@ -50,7 +50,6 @@ class VLLMServer:
     log: Path
     port: int
     process: subprocess.Popen[bytes] | None = None
-    started_in: float = 0.0  # seconds that the last start took
 
     @property
     def url(self) -> str:
@@ -81,7 +80,6 @@ class VLLMServer:
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)
             else:
-                self.started_in = time.monotonic() - begun
                 return
         raise AssertionError(self.log.read_text()[-4000:])
 
@@ -95,12 +93,13 @@ class VLLMServer:
 
 
 @contextmanager
-def vllm_server(folder: Path, log: Path, *flags: str, port: int | None = None) -> Iterator[VLLMServer]:
-    """Start a server and wait for it; it ends with the context."""
-    server = VLLMServer(folder, list(flags), log, port or unused_port())
+def vllm_server(folder: Path, log: Path, *flags: str, wait: bool = True) -> Iterator[VLLMServer]:
+    """Start a server and, unless told otherwise, wait for it; it ends with the context."""
+    server = VLLMServer(folder, list(flags), log, unused_port())
     server.start()
     try:
-        server.wait()
+        if wait:
+            server.wait()
         yield server
     finally:
         if server.process is not None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from support.models import byte_tokenizer
-from support.vllm_policies import RANK, save_base
+from support.vllm_policies import LIMIT, RANK, save_base
 from support.vllm_server import VLLMServer, vllm_server
 
-LIMIT = 192  # tokens of prompt and response together
+FLAGS = ["--enable-lora", "--max-lora-rank", str(RANK), "--max-loras", "2", "--max-model-len", str(LIMIT)]
 
 
 @pytest.fixture(scope="session")
@@ -19,10 +19,17 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_base(tmp_path_factory.mktemp("base"), byte_tokenizer())
 
 
+@pytest.fixture(scope="module")
+def second(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
+    """Another one."""
+    log = tmp_path_factory.mktemp("log") / "vllm"
+    with vllm_server(base, log, *FLAGS) as found:
+        yield found
+
+
 @pytest.fixture(scope="session")
 def server(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
     """A server of the base model that takes adapters; it may be killed, and has to be there again after."""
     log = tmp_path_factory.mktemp("log") / "vllm"
-    flags = ["--enable-lora", "--max-lora-rank", str(RANK), "--max-model-len", str(LIMIT), "--max-loras", "2"]
-    with vllm_server(base, log, *flags) as found:
+    with vllm_server(base, log, *FLAGS) as found:
         yield found

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.tiny import random_tokens
-from support.vllm_policies import RANK, ServedPolicy, adapted, plain
+from support.vllm_policies import LIMIT, RANK, ServedPolicy, adapted, plain
 from support.vllm_server import VLLMServer
 
 from sppo_lightning.generation import (
@@ -28,7 +28,6 @@ from sppo_lightning.types import Response, UserError
 pytestmark = pytest.mark.vllm
 
 LONGEST = 24
-LIMIT = 192
 GREEDY = [SampleRequest(prompt, ()) for prompt in random_tokens(3, 9, 20, 1, 60, 33)]
 SAMPLED = [SampleRequest(prompt, (7, 8, 2**63 - 1)) for prompt in random_tokens(3, 9, 20)]
 
@@ -43,7 +42,9 @@ class AsServed(WeightSync):
         return model
 
 
-def generator_of(server: VLLMServer, sync: WeightSync, **settings: Any) -> OpenAIServerGenerator:
+def generator_of(
+    server: VLLMServer, sync: WeightSync, *others: str, **settings: Any
+) -> OpenAIServerGenerator:
     defaults: dict[str, Any] = {
         "max_new_tokens": LONGEST,
         "temperature": 1.0,
@@ -51,7 +52,7 @@ def generator_of(server: VLLMServer, sync: WeightSync, **settings: Any) -> OpenA
         "startup_timeout": 600,
         "model": None if sync.names_model else str(server.folder),
     }
-    return OpenAIServerGenerator(server.url, sync, **{**defaults, **settings})
+    return OpenAIServerGenerator([server.url, *others], sync, **{**defaults, **settings})
 
 
 def ordered(answers: Iterator[Any]) -> list[list[Response]]:
@@ -183,6 +184,28 @@ def test_a_context_that_is_too_small_is_named(server: VLLMServer, base: Path) ->
 def test_vllm_in_the_process_is_refused_on_a_cpu() -> None:
     with pytest.raises(UserError, match=r"cannot do on this platform \(cpu\)"):
         VLLMGenerator(max_new_tokens=4, temperature=1.0).check()
+
+
+def test_two_servers_of_which_one_is_killed(
+    server: VLLMServer, second: VLLMServer, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = adapted(base)
+    policy.train(6)
+    sync = VLLMAdapter(str(tmp_path))
+    many = [SampleRequest(request.token_ids, (seed,)) for request in SAMPLED for seed in range(8)]
+    expected = at_server(server, sync, policy, many)
+    generator = generator_of(server, sync, second.url, max_concurrency=4)
+    generator.load(policy)
+    assert ordered(generator.generate(many)) == expected
+    assert caplog.text == ""
+    answers = generator.generate(many)
+    found = [next(answers), next(answers)]
+    second.kill()
+    found += answers
+    generator.unload()
+    assert ordered(iter(found)) == expected
+    assert f"{second.url}' cannot be reached" in caplog.text
+    assert "left out until it is there" in caplog.text
 
 
 def test_a_server_that_is_killed_in_mid_phase_and_started_again(
