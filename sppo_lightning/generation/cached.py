@@ -86,6 +86,10 @@ class CachedGenerator(Generator):
         """Return what the engine takes."""
         return self.generator.memory(row, free=free, total=total, device=device)
 
+    def total_limit(self) -> int | None:
+        """Return the engine's own limit."""
+        return self.generator.total_limit()
+
     def longest_response(self, prompt_tokens: int) -> int:
         """Return the engine's own limit."""
         return self.generator.longest_response(prompt_tokens)

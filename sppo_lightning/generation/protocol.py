@@ -46,6 +46,12 @@ class PolicySource(Protocol):
     def sampling_model(self) -> torch.nn.Module:
         """Return the policy, ready to sample from: compute dtype, eval mode, on its device."""
 
+    def resident_model(self) -> torch.nn.Module | None:
+        """Return the policy as it lies in this process, in eval mode, for a short forward; no copy is made.
+
+        ``None`` where its weights are sharded, so that no process can run it by itself.
+        """
+
     def fingerprint(self) -> str:
         """Return a digest of the policy."""
 
@@ -89,6 +95,10 @@ class Generator(ABC):
 
     free_settings: ClassVar[frozenset[str]] = SPEED_OR_PLACE
     """Arguments of the constructor that decide speed or place, never a response: a run that resumes may change them."""
+
+    streams: ClassVar[bool] = False
+    """Whether requests are read one by one as the engine comes to them, so that it is asked for all shards at once and
+    need not wait for the last response of one shard before it begins the next."""
 
     on_batch_progress: Callable[[float, int], None] | None = None
     """Told, by engines that can, how much of the batch that is being sampled is done: in prompts, and in tokens."""
@@ -142,6 +152,13 @@ class Generator(ABC):
             device: the policy's.
         """
         return EngineMemory(copies=True, rows=1)
+
+    def total_limit(self) -> int | None:
+        """Return the most tokens of prompt and response together that the engine takes; ``None``: as the policy.
+
+        Called before any model loads. ``max_total_tokens`` is what the config asks for, this is what there is.
+        """
+        return None
 
     @abstractmethod
     def load(self, policy: PolicySource) -> None:

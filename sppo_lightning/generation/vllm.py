@@ -31,7 +31,8 @@ DISCARD = 2  # the level of vLLM's sleep that gives up weights and cache, since 
 class VLLMGenerator(Generator):
     """Samples with vLLM on the trainer's GPU; pip install 'sppo-lightning[vllm]'.
 
-    Not run on hardware yet: written against the documented API of vLLM 0.27 to 0.32. Every :meth:`load` hands over the
+    Not run on a GPU yet: written against the documented API of vLLM 0.27 to 0.32. On a CPU vLLM has no sleep mode, and
+    the engine is refused. Every :meth:`load` hands over the
     policy's weights in memory, an adapter merged on the way, then checks vLLM against the policy's plain forward.
 
     Not reproducible: each response has a seed of its own, but vLLM promises the same tokens for it only where the
@@ -60,9 +61,17 @@ class VLLMGenerator(Generator):
         return False
 
     def check(self) -> None:
-        """Require vLLM."""
+        """Require vLLM, on a platform where it can sleep."""
         if find_spec("vllm") is None:
             raise UserError("data.generator VLLMGenerator needs vLLM: pip install 'sppo-lightning[vllm]'")
+        from vllm.platforms import current_platform
+
+        if not current_platform.is_sleep_mode_available():
+            raise UserError(
+                "data.generator VLLMGenerator puts vLLM to sleep while the policy trains, which vLLM cannot do on this "
+                f"platform ({current_platform.device_type}): start a vLLM server and use OpenAIServerGenerator, or use "
+                "sppo_lightning.generation.HFGenerator"
+            )
 
     def memory(self, row: int, *, free: int, total: int, device: torch.device) -> EngineMemory:
         """Count the share of the GPU that is vLLM's own; the policy is there too, to hand its weights over."""
@@ -94,6 +103,7 @@ class VLLMGenerator(Generator):
         self._llm.wake_up(tags=["weights"])
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(model)})
         self._llm.wake_up(tags=["kv_cache"])
+        self._llm.reset_prefix_cache()  # its keys and values are of older weights
         vocabulary = min(len(policy.tokenizer), embedding_rows(model))
         try:
             check_parity(

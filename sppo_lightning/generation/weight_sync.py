@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 from uuid import uuid4
 
 from sppo_lightning.generation.protocol import PolicySource
-from sppo_lightning.system.servers import Failure, ServerClient
+from sppo_lightning.generation.served_models import served_models
+from sppo_lightning.system.servers import Failure, ServerClient, UnknownModelError
 from sppo_lightning.types import SPEED_OR_PLACE, UserError
 
 KEY = "data.generator.weight_sync"
@@ -26,6 +27,8 @@ class WeightSync(ABC):
 
     names_model: ClassVar[bool] = True
     """Whether the model to ask for is the hand-over's own; else it is the generator's ``model``."""
+    on_policy: ClassVar[bool] = True
+    """Whether the server is to answer as the policy does, which is checked before each phase."""
     free_settings: ClassVar[frozenset[str]] = SPEED_OR_PLACE | {"folder"}
     """Arguments of the constructor that decide speed or place, never a response: a run that resumes may change them."""
 
@@ -81,8 +84,8 @@ class VLLMAdapter(WeightSync):
 
     Every policy gets an adapter name of its own, so that no answer and no cached prefix can come from older weights;
     the adapters of older policies are unloaded. vLLM has to serve the policy's base model with ``--enable-lora``, a
-    ``--max-lora-rank`` that holds the adapter, and ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`` in its environment.
-    Written against vLLM's documented API; not yet run against a real server.
+    ``--max-lora-rank`` that holds the adapter, and ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`` in its environment. It
+    takes no DoRA.
 
     Args:
         folder: of this run alone, and one that the server sees under the same path.
@@ -104,14 +107,15 @@ class VLLMAdapter(WeightSync):
             )
         place = exported(policy, self.folder, prepare=_check_adapter)
         name = f"{self.adapter}-{place.name.removeprefix(PREFIX)}"
-        served = _served_models(client)
+        served = _served_names(client)
         if name not in served:
-            answer = client.post("load_lora_adapter", {"lora_name": name, "lora_path": str(place)})
+            refusal = _load_adapter(client, name, place)
             # another process of this run may have been faster, which the server calls an error
-            if isinstance(answer, Failure) and name not in _served_models(client):
+            if refusal is not None and name not in _served_names(client):
                 raise UserError(
-                    f"{KEY} VLLMAdapter: the server does not take the adapter {place} ({answer.message}): it must "
-                    "run with --enable-lora, a --max-lora-rank that holds model.policy.lora.rank, and see that folder"
+                    f"{KEY} VLLMAdapter: the server does not take the adapter {place} ({refusal}): it must run with "
+                    "--enable-lora, a --max-lora-rank that holds model.policy.lora.rank and "
+                    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment, and see that folder"
                 )
         for older in served:
             if older.rpartition("-")[0] == self.adapter and older != name:
@@ -159,6 +163,7 @@ class OffPolicy(WeightSync):
     """
 
     names_model: ClassVar[bool] = False
+    on_policy: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._warned = False
@@ -245,15 +250,29 @@ def _check_adapter(folder: Path) -> None:
         raise UserError(
             f"{KEY} VLLMAdapter needs an adapter, but the policy exports a whole model: set model.policy.lora"
         )
-
-
-def _served_models(client: ServerClient) -> list[str]:
-    names = client.read(client.get("models"), lambda answer: [str(card["id"]) for card in answer["data"]])
-    if isinstance(names, Failure):
+    if json.loads((folder / "adapter_config.json").read_text()).get("use_dora"):
         raise UserError(
-            f"{KEY}: {client.base_url}/models lists no models ({names.message}): correct base_url"
+            f"{KEY} VLLMAdapter: vLLM serves no adapter with DoRA: set model.policy.lora.dora: false, or use "
+            "sppo_lightning.generation.HFGenerator"
         )
-    return names
+
+
+def _load_adapter(client: ServerClient, name: str, place: Path) -> str | None:
+    """Have vLLM load an adapter, and return why it does not, or ``None``; what it refuses once, it refuses again."""
+    try:
+        answer = client.post("load_lora_adapter", {"lora_name": name, "lora_path": str(place)}, repeat=False)
+    except UnknownModelError as error:
+        return str(error)
+    return answer.message if isinstance(answer, Failure) else None
+
+
+def _served_names(client: ServerClient) -> list[str]:
+    models = served_models(client)
+    if isinstance(models, Failure):
+        raise UserError(
+            f"{KEY}: {client.base_url}/models lists no models ({models.message}): correct base_url"
+        )
+    return [model.name for model in models]
 
 
 def _sync(folder: Path) -> None:

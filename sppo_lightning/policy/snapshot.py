@@ -81,6 +81,10 @@ class PolicySnapshot(ABC):
     def sampling_model(self) -> nn.Module:
         """Return full weights to sample from: in eval mode, on this process's device."""
 
+    def resident_model(self) -> nn.Module | None:
+        """Return the policy as it lies in this process, or ``None`` where its weights are sharded."""
+        return None
+
     @abstractmethod
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder, by this process alone; an adapter in PEFT's layout."""
@@ -109,6 +113,11 @@ class UnshardedSnapshot(PolicySnapshot):
         if self.spec.config.lora is not None or dtype == self.spec.compute_dtype:
             return self.model.eval()
         return loading.sampling_copy(self.model, self.spec.compute_dtype)
+
+    def resident_model(self) -> nn.Module:
+        """Return the policy itself, in eval mode and the dtype that it is held in."""
+        self.release(self.model)
+        return self.model.eval()
 
     def export(self, folder: Path) -> None:
         """Write the policy in the dtype that it is held in."""

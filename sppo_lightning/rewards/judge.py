@@ -66,6 +66,7 @@ class OpenAIJudge(Judge):
         max_concurrency: requests under way at once.
         timeout: seconds that one try may take.
         max_retries: tries after the first one.
+        startup_timeout: seconds to wait for a server that accepts no connections: it still loads its model.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class OpenAIJudge(Judge):
         max_concurrency: int = 32,
         timeout: float = 600.0,
         max_retries: int = 5,
+        startup_timeout: float = 600.0,
     ) -> None:
         if max_tokens < 1:
             raise ValueError(f"OpenAIJudge.max_tokens={max_tokens} must be at least 1")
@@ -95,6 +97,7 @@ class OpenAIJudge(Judge):
             max_concurrency=max_concurrency,
             timeout=timeout,
             max_retries=max_retries,
+            startup_timeout=startup_timeout,
         )
 
     def check(self) -> None:

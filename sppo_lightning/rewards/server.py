@@ -39,6 +39,14 @@ class ScoreFormat(ABC):
     def check(self) -> None:
         """Raise :class:`~sppo_lightning.types.UserError` if requests cannot be made."""
 
+    def advice(self, refusal: str) -> str | None:
+        """Return what to do about a server that refuses the first request, where that is known.
+
+        Args:
+            refusal: what the server said, in one line.
+        """
+        return None
+
     @abstractmethod
     def body(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, Any]:
         """Return the JSON that asks for the scores of at most ``batch_size`` responses."""
@@ -65,6 +73,16 @@ class VLLMPooling(ScoreFormat):
 
     def __init__(self, model: str) -> None:
         self.model = model
+
+    def advice(self, refusal: str) -> str | None:
+        """Say what a reward model without a chat template needs."""
+        if "chat template" not in refusal.lower():
+            return None
+        return (
+            "the reward model has none of its own: start the server with --chat-template FILE, the template that the "
+            "model was trained with, or score in the process with sppo_lightning.rewards.SequenceClassificationReward, "
+            "which makes a text pair of prompt and response for such a model"
+        )
 
     def body(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, Any]:
         """Return a conversation to pool."""
@@ -177,6 +195,7 @@ class ServerReward(Reward):
         max_concurrency: requests under way at once.
         timeout: seconds that one try may take.
         max_retries: tries after the first one.
+        startup_timeout: seconds to wait for a server that accepts no connections: it still loads its model.
     """
 
     def __init__(
@@ -187,6 +206,7 @@ class ServerReward(Reward):
         max_concurrency: int = 32,
         timeout: float = 120.0,
         max_retries: int = 5,
+        startup_timeout: float = 600.0,
     ) -> None:
         self.format = format
         self._client = ServerClient(
@@ -196,6 +216,7 @@ class ServerReward(Reward):
             max_concurrency=max_concurrency,
             timeout=timeout,
             max_retries=max_retries,
+            startup_timeout=startup_timeout,
         )
 
     def check(self) -> None:
@@ -208,7 +229,8 @@ class ServerReward(Reward):
         finally:
             self._client.close()
         if isinstance(found, Failure):
-            raise UserError(f"{found.message}: correct the address or the format of the reward")
+            advice = self.format.advice(found.message)
+            raise UserError(f"{found.message}: {advice or 'correct the address or the format of the reward'}")
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Require conversations that the format can send; each sequence of roles is tried once."""

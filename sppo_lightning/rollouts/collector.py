@@ -7,6 +7,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple, overload
 
@@ -17,11 +18,12 @@ from sppo_lightning.generation import Generator, PolicySource, SampleRequest
 from sppo_lightning.generation.protocol import malformed_ids
 from sppo_lightning.rewards import Reward
 from sppo_lightning.rollouts.scoring import FailureWatch, ScoredRows, UnfinishedRule, score_rows
+from sppo_lightning.rollouts.shard_requests import ShardRequests
 from sppo_lightning.rollouts.shard_size import prompts_per_shard
 from sppo_lightning.seeding import derive_seed
 from sppo_lightning.store.shards import ShardKey, ShardStore
 from sppo_lightning.system.durable import quarantine
-from sppo_lightning.types import EncodedPrompt, Phase, PhaseProgress, Ranks, Rollout, UserError
+from sppo_lightning.types import EncodedPrompt, Phase, PhaseProgress, Ranks, Response, Rollout, UserError
 
 SECONDS_BETWEEN_REPORTS = 0.2  # while a batch is sampled
 CUT_SHARE = 0.8
@@ -223,49 +225,47 @@ class Collector:
         total = sum(len(shards[number]) for number in missing)
         policy.sync_sampling_weights(self.ranks, needed=bool(missing))
         if missing:
-            done = tokens = 0
             requested = sum(_responses(shards[number]) for number in missing)
             watch = FailureWatch(self.max_failed_share, requested)
-            self.notify(phase, iteration, done, total, tokens)
+            self.notify(phase, iteration, 0, total, 0)
             self.generator.load(policy)
-            for number in missing:
-                shard = list(shards[number])
-                rows: list[list[Rollout]] = [[] for _ in shard]
-                requests = [self._request(item, iteration, greedy) for item in shard]
+            looks = phase == "probing" and iteration == 0
+            done = tokens = 0
+            for group in [missing] if self.generator.streams else [[number] for number in missing]:
+                asked = ShardRequests(
+                    {number: shards[number] for number in group},
+                    partial(self._request, iteration=iteration, greedy=greedy),
+                )
+                rows: dict[int, dict[int, list[Rollout]]] = {}  # of each unfinished shard, by prompt
+                unfinished = set(group)
                 self._follow(phase, iteration, done, total, tokens)
-                for answer in self.generator.generate(requests):
+                for answer in self.generator.generate(asked if self.generator.streams else list(asked)):
                     self.ranks.check()
-                    item = shard[answer.request]
-                    rows[answer.request] = [
-                        Rollout(
-                            prompt_id=item.prompt.prompt.id,
-                            sample_index=index,
-                            prompt=item.prompt.prompt.text,
-                            response=response.text,
-                            token_ids=response.token_ids,
-                            finish_reason=response.finish_reason,
-                            reward=None,
-                            drop_reason=response.drop_reason,
-                        )
-                        for index, response in zip(item.sample_indices, answer.responses, strict=True)
-                    ]
+                    number, row = asked.place(answer.request)
+                    there = rows.setdefault(number, {})
+                    there[row] = _rollouts(shards[number][row], answer.responses)
                     done += 1
                     tokens += sum(len(response.token_ids) for response in answer.responses)
                     self.notify(phase, iteration, done, total, tokens)
                     self._follow(phase, iteration, done, total, tokens)
-                unanswered = rows.count([])
+                    if len(there) < len(shards[number]):
+                        continue
+                    unfinished.discard(number)
+                    ordered = [one for _, some in sorted(rows.pop(number).items()) for one in some]
+                    responses, error = _with_known_ids(ordered, rows_there)
+                    watch.add(ScoredRows(responses, error))
+                    if any(one.drop_reason is not None for one in responses):
+                        failing.append(number)
+                    if looks:
+                        looks = False
+                        self._look_at_lengths(responses, policy)
+                    store.write(name, number, responses, prompts=_prompt_digests(shards[number]))
+                unanswered = sum(len(shards[number]) - len(rows.get(number, ())) for number in unfinished)
                 if unanswered:
                     raise UserError(
-                        f"data.generator {type(self.generator).__name__} left {unanswered} of {len(rows)} prompts "
+                        f"data.generator {type(self.generator).__name__} left {unanswered} of {len(asked)} prompts "
                         "without a response: it must answer every request"
                     )
-                responses, error = _with_known_ids([row for group in rows for row in group], rows_there)
-                watch.add(ScoredRows(responses, error))
-                if any(row.drop_reason is not None for row in responses):
-                    failing.append(number)
-                if phase == "probing" and iteration == 0 and number == missing[0]:
-                    self._look_at_lengths(responses, policy)
-                store.write(name, number, responses, prompts=_prompt_digests(shard))
             self.generator.on_batch_progress = None
             self.generator.unload()
 
@@ -281,7 +281,7 @@ class Collector:
                 f"more; if they should have ended, see whether the model ends its turns by one of {ends}."
             )
 
-    def _request(self, item: RolloutRequest, iteration: int, greedy: bool) -> SampleRequest:
+    def _request(self, item: RolloutRequest, *, iteration: int, greedy: bool) -> SampleRequest:
         if greedy:
             return SampleRequest(item.prompt.token_ids, ())
         prompt_id = item.prompt.prompt.id
@@ -393,6 +393,23 @@ def _key(store: ShardStore, name: str, number: int) -> ShardKey:
     key = store.key(name, number)
     assert key is not None
     return key
+
+
+def _rollouts(item: RolloutRequest, responses: Sequence[Response]) -> list[Rollout]:
+    """Return the rows of one prompt, not yet scored."""
+    return [
+        Rollout(
+            prompt_id=item.prompt.prompt.id,
+            sample_index=index,
+            prompt=item.prompt.prompt.text,
+            response=response.text,
+            token_ids=response.token_ids,
+            finish_reason=response.finish_reason,
+            reward=None,
+            drop_reason=response.drop_reason,
+        )
+        for index, response in zip(item.sample_indices, responses, strict=True)
+    ]
 
 
 def _with_known_ids(rows: Sequence[Rollout], embedding_rows: int) -> tuple[list[Rollout], str | None]:

@@ -17,7 +17,7 @@ import time
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 
-from openai import DefaultHttpxClient, Timeout
+from openai import DefaultHttpxClient, OpenAIError, Timeout
 
 MAX_ANSWER_BYTES = (
     64 * 2**20
@@ -31,6 +31,10 @@ REFUSED = "sppo_lightning.refused"
 
 
 (httpx_client,) = DefaultHttpxClient.__bases__
+
+
+class NotReachedError(OpenAIError):
+    """No connection could be made; openai from version 3 on raises it as it is, older ones try again first."""
 
 
 class BoundedClient(DefaultHttpxClient):
@@ -70,13 +74,20 @@ class BoundedClient(DefaultHttpxClient):
 
         An answer that is too large, or packed in a way that has no bounds, comes without its body; ``extensions`` has
         the reason under :data:`REFUSED`.
+
+        Raises:
+            NotReachedError: if nobody accepts a connection.
         """
         self._clock.deadline = time.monotonic() + self._seconds
         body = request.read()
         described = {"content-type": "application/json", "content-length": str(len(body))} if body else {}
         host = {"host": request.url.netloc.decode("ascii")}
         request.headers = type(request.headers)({**host, **self._own_headers, **described})
-        answer = super().send(request, **{**options, "stream": True, "follow_redirects": False})
+        unreachable = (_httpx().ConnectError, _httpx().ConnectTimeout)
+        try:
+            answer = super().send(request, **{**options, "stream": True, "follow_redirects": False})
+        except unreachable as error:
+            raise NotReachedError(str(error)) from error
         try:
             content, refused = _taken(answer)
         finally:

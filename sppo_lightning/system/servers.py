@@ -1,8 +1,8 @@
 """Talk to an HTTP server that answers JSON: bounded concurrency, time-outs, retries with back-off.
 
-Retries are the openai package's: connection errors, time-outs, 408, 409, 429 and 5xx, with growing, jittered waits,
-or those that the server asks for. What a server says is never trusted: see :meth:`ServerClient.read` and
-:meth:`ServerClient.quoted`.
+Retries are the openai package's: broken connections, time-outs, 408, 409, 429 and 5xx, with growing, jittered waits,
+or those that the server asks for. A server that accepts no connection is waited for. What a server says is never
+trusted: see :meth:`ServerClient.read` and :meth:`ServerClient.quoted`.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future
+import socket
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
 from importlib.util import find_spec
 from itertools import islice
-from queue import SimpleQueue
-from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit
 
 from sppo_lightning.redaction import without_passwords
+from sppo_lightning.system.outage import LOOK_EVERY, Outage
+from sppo_lightning.system.workers import daemon_workers
 from sppo_lightning.types import UserError, first_line
 
 if TYPE_CHECKING:
@@ -27,10 +28,9 @@ if TYPE_CHECKING:
 
 NO_KEY = "none"  # sent to servers that ask for no key
 LONGEST_MESSAGE = 300  # characters; some servers send the whole request back
+_AWAY = object()
 
 Result = TypeVar("Result")
-Jobs = SimpleQueue[tuple[int, Callable[[], Result]] | None]
-Answers = SimpleQueue[tuple[int, Future[Result]]]
 
 
 class Failure(NamedTuple):
@@ -38,6 +38,14 @@ class Failure(NamedTuple):
 
     reason: str  # ``server_error``, ``server_time_out`` or ``malformed_answer``
     message: str
+
+
+class ServerUnreachableError(UserError):
+    """The server accepts no connection: it is not up yet, or gone."""
+
+
+class UnknownModelError(UserError):
+    """The server knows no such address or model; one that was started again has lost what it was handed."""
 
 
 class ServerClient:
@@ -50,6 +58,7 @@ class ServerClient:
         max_concurrency: requests under way at once.
         timeout: seconds that one try may take, its answer's last byte included.
         max_retries: tries after the first one.
+        startup_timeout: seconds to wait for a server that accepts no connection, once it is found so.
     """
 
     def __init__(
@@ -61,6 +70,7 @@ class ServerClient:
         max_concurrency: int = 32,
         timeout: float = 600.0,
         max_retries: int = 5,
+        startup_timeout: float = 0.0,
     ) -> None:
         if not base_url.startswith(("http://", "https://")):
             raise ValueError(f"{key}.base_url={base_url!r} must start with http:// or https://")
@@ -78,12 +88,16 @@ class ServerClient:
             raise ValueError(f"{key}.timeout={timeout} must be greater than 0 seconds")
         if max_retries < 0:
             raise ValueError(f"{key}.max_retries={max_retries} must be 0 or more")
+        if not startup_timeout >= 0:
+            raise ValueError(f"{key}.startup_timeout={startup_timeout} must be 0 seconds or more")
         self.key = key
         self.base_url = base_url
         self.api_key_env = api_key_env
         self.max_concurrency = max_concurrency
         self.timeout = timeout
         self.max_retries = max_retries
+        self.startup_timeout = startup_timeout
+        self._outage = Outage(startup_timeout)
         self._client: OpenAI | None = None
 
     def check(self) -> None:
@@ -124,13 +138,21 @@ class ServerClient:
             The JSON, the text of an answer that is none, or a :class:`Failure` that concerns this request only.
 
         Raises:
-            UserError: if the server cannot be reached, refuses the key, or knows no such address or model.
+            UserError: if the server cannot be reached (:class:`ServerUnreachableError`), refuses the key, or knows no
+                such address or model (:class:`UnknownModelError`).
         """
         return self._answer(lambda client, kind: client.get(path, cast_to=kind))
 
-    def post(self, path: str, body: dict[str, Any]) -> Any:
-        """Send ``body`` to ``path`` and return what comes back, as :meth:`get` does."""
-        return self._answer(lambda client, kind: client.post(path, cast_to=kind, body=body))
+    def post(self, path: str, body: dict[str, Any], *, repeat: bool = True) -> Any:
+        """Send ``body`` to ``path`` and return what comes back, as :meth:`get` does.
+
+        Args:
+            path: below ``base_url``, or a whole address.
+            body: JSON.
+            repeat: whether a failed try is repeated, up to ``max_retries`` times.
+        """
+        options: Any = {} if repeat else {"max_retries": 0}
+        return self._answer(lambda client, kind: client.post(path, cast_to=kind, body=body, options=options))
 
     def read(self, answer: Any, reader: Callable[[Any], Result]) -> Result | Failure:
         """Return what ``reader`` makes of an answer; whatever it raises is this answer's failure, not the run's.
@@ -170,27 +192,18 @@ class ServerClient:
         ``calls`` is read by the caller's thread, no further than what is under way. Whoever stops early, by an
         exception or Ctrl-C too, waits for nothing: requests under way end unheard.
         """
-        todo: Jobs[Result] = SimpleQueue()
-        done: Answers[Result] = SimpleQueue()
         queue = enumerate(calls)
-        threads = under_way = 0
-        try:
+        with daemon_workers() as (start, done):
+            under_way = 0
             while True:
-                for job in islice(queue, self.max_concurrency - under_way):
-                    todo.put(job)
+                for position, call in islice(queue, self.max_concurrency - under_way):
+                    start(position, call)
                     under_way += 1
-                    if threads < under_way:
-                        # daemons, unlike an executor's threads, which the interpreter waits for when it ends
-                        Thread(target=_work, args=(todo, done), daemon=True).start()
-                        threads += 1
                 if not under_way:
                     return
                 position, answer = done.get()
                 under_way -= 1
                 yield position, answer.result()
-        finally:
-            for _ in range(threads):
-                todo.put(None)
 
     @property
     def _secret(self) -> str:
@@ -201,21 +214,36 @@ class ServerClient:
         return f"{self.key}.base_url={self.base_url!r}"
 
     def _answer(self, call: Callable[[OpenAI, Any], Any]) -> Any:
+        while (answer := self._reached(call)) is _AWAY:
+            time.sleep(LOOK_EVERY)
+        return answer
+
+    def _reached(self, call: Callable[[OpenAI, Any], Any]) -> Any:
+        """Return the answer, or ``_AWAY`` where the server is not there and is still waited for."""
+        try:
+            answer = self._tried(call)
+        except ServerUnreachableError as error:
+            if self._outage.goes_on(str(error)):
+                return _AWAY
+            raise
+        self._outage.over()
+        return answer
+
+    def _tried(self, call: Callable[[OpenAI, Any], Any]) -> Any:
         import openai
 
-        from sppo_lightning.system.bounded_http import response_type
+        from sppo_lightning.system.bounded_http import NotReachedError, response_type
 
         assert self._client is not None
         where = self._where
         # the causes are left out of what is raised: a traceback would show the key that they may quote
         try:
             response = call(self._client, response_type())
+        except NotReachedError as error:
+            raise self._unreachable(error) from None
         except openai.APIConnectionError as error:
-            if type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout"):  # of httpx or httpx2
-                raise UserError(
-                    f"{where} cannot be reached ({self._said(error.__cause__ or error)}): start the server, or "
-                    "correct the address"
-                ) from None
+            if isinstance(error.__cause__, NotReachedError):  # older versions of openai try again first
+                raise self._unreachable(error.__cause__) from None
             if isinstance(error, openai.APITimeoutError):
                 tries = self.max_retries + 1
                 return Failure(
@@ -230,7 +258,7 @@ class ServerClient:
                 f"{self.api_key_env or 'that api_key_env is to name'}"
             ) from None
         except openai.NotFoundError as error:
-            raise UserError(
+            raise UnknownModelError(
                 f"{where} knows no such address or model ({self._said(error)}): correct base_url or model"
             ) from None
         except openai.APIStatusError as error:
@@ -244,6 +272,16 @@ class ServerClient:
         except openai.APIError as error:
             return Failure("server_error", f"{where} answered: {self._said(error)}")
         return self.read(response, self._content)
+
+    def _unreachable(self, error: BaseException) -> UserError:
+        """Return what to raise where no connection can be made; a name that nobody knows is not waited for."""
+        causes = list(_causes(error))
+        unknown = any(isinstance(cause, socket.gaierror) for cause in causes)
+        kind = UserError if unknown else ServerUnreachableError
+        return kind(
+            f"{self._where} cannot be reached ({self._said(causes[1] if len(causes) > 1 else error)}): start the "
+            "server, or correct the address"
+        )
 
     def _content(self, response: Any) -> Any:
         """Return an answer's JSON, or its text if it is none."""
@@ -281,12 +319,9 @@ class ServerClient:
         return {secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], quote(secret, safe="")} - {""}
 
 
-def _work(todo: Jobs[Result], done: Answers[Result]) -> None:
-    while (job := todo.get()) is not None:
-        position, call = job
-        answer: Future[Result] = Future()
-        try:
-            answer.set_result(call())
-        except BaseException as error:
-            answer.set_exception(error)
-        done.put((position, answer))
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, what caused it, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__

@@ -27,7 +27,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from sppo_lightning.generation import Generator, HFGenerator, SampleRequest
-from sppo_lightning.generation.server import SEEDS, OpenAIServerGenerator, prompt_text
+from sppo_lightning.generation.completions import prompt_text
+from sppo_lightning.generation.server import SEEDS, OpenAIServerGenerator
 from sppo_lightning.generation.weight_sync import (
     ModelFolder,
     OffPolicy,
@@ -68,6 +69,9 @@ class Policy:
         pass
 
     def sampling_model(self) -> torch.nn.Module:
+        return self.model.eval()
+
+    def resident_model(self) -> torch.nn.Module:
         return self.model.eval()
 
     def fingerprint(self) -> str:
@@ -168,7 +172,8 @@ def served(url: str, folder: Path, **settings: Any) -> OpenAIServerGenerator:
         "max_new_tokens": LONGEST,
         "temperature": 1.0,
         "max_concurrency": 4,
-        "max_retries": 0,
+        "max_retries": 1,  # of a connection that the server closes as it is used again
+        "startup_timeout": 0,
     }
     return OpenAIServerGenerator(url, **{**defaults, **settings})
 
@@ -296,19 +301,14 @@ def test_a_field_that_the_server_does_not_know_stops_the_run(transformers_serve:
 
 def test_a_prompt_in_token_ids_is_refused_with_the_way_out(transformers_serve: str, tmp_path: Path) -> None:
     generator = served(transformers_serve, tmp_path, prompt_format="token_ids")
-    generator.load(letters_policy())
-    with (
-        pytest.warns(UserWarning, match="Unexpected fields"),
-        pytest.raises(UserError, match=r"needs prompt_format: text\)"),
-    ):
-        answer(generator, GREEDY[:1])
+    with pytest.raises(UserError, match=r"422 Unexpected fields.* needs prompt_format: text\)"):
+        generator.load(letters_policy())
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     generator = served(f"http://127.0.0.1:{unused_port()}/v1", tmp_path)
-    generator.load(letters_policy())
     with pytest.raises(UserError, match=r"data.generator.base_url=.* cannot be reached .*start the server"):
-        answer(generator, GREEDY[:1])
+        generator.load(letters_policy())
 
 
 # -------------------------------------------------------------- recorded contracts
@@ -337,13 +337,21 @@ def asked(
 ) -> tuple[list[list[Response]], LocalServer]:
     """Answer requests by a server that replays answers; one request at a time, to know which is which."""
     policy = settings.pop("policy", None) or letters_policy()
-    with serving(respond) as local:
+    with serving(lambda request: Answer(200, LISTED) if is_listing(request) else respond(request)) as local:
         generator = contract(local.url, **settings)
         generator.load(policy)
+        local.requests.clear()
         try:
             return answer(generator, requests), local
         finally:
             generator.unload()
+
+
+LISTED = {"data": [{"id": "served"}]}
+
+
+def is_listing(request: Request) -> bool:
+    return request.path == "/v1/models"
 
 
 def contract(url: str, **settings: Any) -> OpenAIServerGenerator:
@@ -354,6 +362,7 @@ def contract(url: str, **settings: Any) -> OpenAIServerGenerator:
         "temperature": 0.8,
         "max_concurrency": 1,
         "max_retries": 0,
+        "startup_timeout": 0,
     }
     return OpenAIServerGenerator(url, **{**defaults, **settings})
 
@@ -362,6 +371,7 @@ class Nothing(WeightSync):
     """Hands nothing over and says nothing."""
 
     names_model = False
+    on_policy = False
 
     def hand_over(self, policy: object, *, client: object, model: str | None) -> str:
         assert model is not None
@@ -685,12 +695,13 @@ def handed_over(
     sync: WeightSync, server: WeightServer, *policies: Policy, model: str | None = None
 ) -> list[str]:
     """Hand policies over one after the other and return the names to ask for."""
+    sync.on_policy = False  # type: ignore[misc]  # these servers sample nothing
     with serving(server) as local:
         names = []
         for policy in policies:
             generator = contract(local.url, weight_sync=sync, model=model)
             generator.load(policy)
-            names.append(generator._asked_model)
+            names.extend(generator._asked_models.values())
             generator.unload()
     return names
 

@@ -117,6 +117,14 @@ class Started:
 STARTED = Started()
 
 
+@dataclass
+class Platform:
+    device_type: str = "cuda"
+
+    def is_sleep_mode_available(self) -> bool:
+        return self.device_type != "cpu"
+
+
 class LLM:
     """One engine: ``weights`` and ``kv_cache`` are asleep or awake."""
 
@@ -167,6 +175,11 @@ class LLM:
     def wake_up(self, tags: list[str] | None = None) -> None:
         STARTED.calls.append(f"wake {tags}")
         self.asleep -= set(tags or ["weights", "kv_cache"])
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        assert not self.asleep
+        STARTED.calls.append("reset_prefix_cache")
+        return True
 
     def collective_rpc(
         self,
@@ -263,6 +276,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
     module.__spec__ = ModuleSpec("vllm", None)
     module.LLM, module.SamplingParams = LLM, SamplingParams
     monkeypatch.setitem(sys.modules, "vllm", module)
+    platforms: Any = ModuleType("vllm.platforms")
+    platforms.current_platform = Platform()
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     global STARTED
     STARTED = Started()
@@ -410,7 +426,7 @@ def test_vllm_sleeps_between_two_loads_and_gets_the_weights_of_each(started: Sta
     generator.unload()
     assert second == hf_answer(source, greedy(*PROMPTS))
     assert second != first
-    woken = ["wake ['weights']", "reload_weights", "wake ['kv_cache']", "sleep 2"]
+    woken = ["wake ['weights']", "reload_weights", "wake ['kv_cache']", "reset_prefix_cache", "sleep 2"]
     assert started.calls == ["start", "sleep 2", *woken, *woken]
 
 
@@ -495,6 +511,15 @@ def test_vllm_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     message = r"^data\.generator VLLMGenerator needs vLLM: pip install 'sppo-lightning\[vllm\]'$"
     with pytest.raises(UserError, match=message):
         generator.check()
+
+
+def test_a_platform_without_sleep_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["vllm.platforms"], "current_platform", Platform("cpu"))
+    message = (
+        r"^data\.generator VLLMGenerator puts vLLM to sleep .* cannot do on this platform \(cpu\): start a"
+    )
+    with pytest.raises(UserError, match=message):
+        VLLMGenerator(max_new_tokens=4, temperature=1.0).check()
 
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -334,7 +334,7 @@ def test_a_judge_is_tried_at_the_start() -> None:
 
 
 def test_a_judge_that_cannot_be_reached() -> None:
-    judge = OpenAIJudge("http://127.0.0.1:9", "judge", max_retries=0)
+    judge = OpenAIJudge("http://127.0.0.1:9", "judge", max_retries=0, startup_timeout=0)
     message = r"^OpenAIJudge\.base_url='http://127\.0\.0\.1:9' cannot be reached \(.*\): start the server"
     with pytest.raises(UserError, match=message):
         judge.check()
@@ -620,7 +620,7 @@ def test_an_answer_that_is_no_json() -> None:
 
 
 def test_a_server_that_cannot_be_reached() -> None:
-    reward = ServerReward("http://127.0.0.1:9", JSONRewards(), max_retries=0)
+    reward = ServerReward("http://127.0.0.1:9", JSONRewards(), max_retries=0, startup_timeout=0)
     message = r"^ServerReward\.base_url='http://127\.0\.0\.1:9' cannot be reached \(.*\): start the server"
     with pytest.raises(UserError, match=message):
         reward.check()
@@ -631,6 +631,23 @@ def test_a_server_that_cannot_be_reached() -> None:
 
 
 # ---------------------------------------------------------------------- checks
+
+
+def test_a_reward_model_without_a_chat_template_is_advised_on() -> None:
+    said = "default chat template is no longer allowed, so you must provide a chat template"
+
+    def check(message: str) -> None:
+        with server(
+            lambda path, request: Reply((400, json.dumps({"error": {"message": message}})))
+        ) as address:
+            ServerReward(address, VLLMPooling("rm"), max_retries=0).check()
+
+    with pytest.raises(
+        UserError, match=r"400 default chat .*: the reward model has none .* --chat-template FILE"
+    ):
+        check(said)
+    with pytest.raises(UserError, match=r"400 no room: correct the address or the format of the reward$"):
+        check("no room")
 
 
 def test_the_server_is_tried_at_the_start() -> None:

@@ -712,3 +712,68 @@ def test_wanted_rows_are_those_of_a_list() -> None:
     assert list(rows[1:][1:]) == plain[2:]
     with pytest.raises(IndexError):
         rows[3]
+
+
+# ---------------------------------------------------------------- overlapping shards
+
+
+class Streaming(Echo):
+    """An engine that holds back each shard's first prompt until it has been asked for the next one's."""
+
+    streams = True
+
+    def generate(self, requests: Sequence[SampleRequest]) -> Iterator[PromptResponses]:
+        self.calls += 1
+        held: list[PromptResponses] = []
+        for number, request in enumerate(requests):
+            self.asked.append(request)
+            answer = PromptResponses(
+                number, [self.response(request.token_ids, seed) for seed in request.seeds or (0,)]
+            )
+            if number % 2:
+                yield answer
+            else:
+                yield from held
+                held = [answer]
+        yield from held
+
+
+def test_an_engine_that_streams_is_asked_for_all_shards_at_once(tmp_path: Path) -> None:
+    engine, seen = Streaming(), ShardStore(tmp_path / "a")
+    written: list[tuple[int, list[str]]] = []
+
+    def report(progress: PhaseProgress) -> None:
+        if progress.phase == "probing":
+            written.append((progress.done, list(files(seen)) if seen.folder.exists() else []))
+
+    found = collect(seen, wanted_of(5), generator=engine, report=report, prompts_per_shard=2)
+    assert same(found, collect(ShardStore(tmp_path / "b"), wanted_of(5), prompts_per_shard=2))
+    assert engine.calls == 1
+    # a shard is on disk as soon as it is complete, while later ones are asked for
+    assert written[-1] == (5, ["probe-00000.parquet", "probe-00001.parquet"])
+    assert (3, ["probe-00000.parquet"]) in written
+
+
+def test_finished_shards_of_a_stream_that_breaks_off_are_kept(store: ShardStore) -> None:
+    class Breaking(Streaming):
+        def generate(self, requests: Sequence[SampleRequest]) -> Iterator[PromptResponses]:
+            for answer in super().generate(requests):
+                yield answer
+                if answer.request == 3:
+                    raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        collect(store, wanted_of(5), generator=Breaking(), prompts_per_shard=2)
+    assert list(files(store)) == ["probe-00000.parquet"]
+    engine = Streaming()
+    collect(store, wanted_of(5), generator=engine, prompts_per_shard=2)
+    assert len(engine.asked) == 3
+
+
+def test_a_stream_that_forgets_a_prompt(store: ShardStore) -> None:
+    class Forgetful(Streaming):
+        def generate(self, requests: Sequence[SampleRequest]) -> Iterator[PromptResponses]:
+            yield from (answer for answer in super().generate(requests) if answer.request != 2)
+
+    with pytest.raises(UserError, match=r"Forgetful left 1 of 5 prompts without a response"):
+        collect(store, wanted_of(5), generator=Forgetful(), prompts_per_shard=2)

@@ -35,7 +35,7 @@ class BrokenOffError(Exception):
 class LocalServer:
     """Answers what ``respond`` says and remembers what it was asked."""
 
-    def __init__(self, respond: Callable[[Request], Answer]) -> None:
+    def __init__(self, respond: Callable[[Request], Answer], port: int = 0) -> None:
         self.requests: list[Request] = []
         self.closing = threading.Event()  # for answers that wait
         outer = self
@@ -47,6 +47,9 @@ class LocalServer:
                 size = int(self.headers.get("content-length", 0))
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 request = Request(self.path, headers, json.loads(self.rfile.read(size) or "null"))
+                if outer.closing.is_set():  # a connection that was kept open, of a server that is gone
+                    self.close_connection = True
+                    return
                 outer.requests.append(request)
                 try:
                     answer = respond(request)
@@ -73,7 +76,7 @@ class LocalServer:
             def log_message(self, *args: object) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
 
@@ -84,9 +87,9 @@ class LocalServer:
 
 
 @contextmanager
-def serving(respond: Callable[[Request], Answer]) -> Iterator[LocalServer]:
-    """Serve in a thread while the context lasts."""
-    local = LocalServer(respond)
+def serving(respond: Callable[[Request], Answer], *, port: int = 0) -> Iterator[LocalServer]:
+    """Serve in a thread while the context lasts, at a free port unless one is named."""
+    local = LocalServer(respond, port)
     thread = threading.Thread(target=partial(local.server.serve_forever, poll_interval=0.02))
     thread.start()
     try:

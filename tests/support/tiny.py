@@ -322,3 +322,6 @@ class Source:
 
     def sampling_model(self) -> torch.nn.Module:
         return self.model.eval()
+
+    def resident_model(self) -> torch.nn.Module:
+        return self.model.eval()
