@@ -6,7 +6,8 @@
 - ``sizes``: refuses arms that have fewer pairs than an optimizer step takes.
 - ``runner``: runs them one after the other, or a job's share of them; killed and started again it continues.
 - ``outcomes``: the held-out rewards of the runs that have ended, prompt by prompt.
-- ``statistics``: paired comparison over seeds and prompts (variance components), effect sizes, Holm's correction, the power of a comparison.
+- ``statistics``: paired comparison over seeds and prompts (variance components), effect sizes, Holm's correction, the
+  power of a comparison.
 - ``verdicts``: what the claims came to.
 - ``quartiles``: held-out prompts by difficulty.
 - ``dynamics``: what the pairs do in training.
