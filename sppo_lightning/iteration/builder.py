@@ -28,7 +28,8 @@ from sppo_lightning.iteration.rules import IterationRules
 from sppo_lightning.pair_forward.layouts import PairLayout
 from sppo_lightning.pairing import main_drop_reason, pair_statistics
 from sppo_lightning.prompts.table import EncodedById
-from sppo_lightning.rollouts.collector import Collector, RolloutRequests
+from sppo_lightning.rollouts.collector import Collector
+from sppo_lightning.rollouts.requests import RolloutRequests
 from sppo_lightning.selection import overlaps
 from sppo_lightning.store.identity import identity
 from sppo_lightning.store.iterations import IterationStore

@@ -45,6 +45,11 @@ class CombinedReward(Reward):
         """Whether one of the rewards compares a prompt's responses with each other."""
         return any(reward.comparative for reward in self.rewards.values())
 
+    @property
+    def remote(self) -> bool:
+        """Whether all of them score on servers."""
+        return all(reward.remote for reward in self.rewards.values())
+
     def check(self) -> None:
         """Check every reward."""
         for reward in self.rewards.values():

@@ -69,6 +69,8 @@ class OpenAIJudge(Judge):
         startup_timeout: seconds to wait for a server that accepts no connections: it still loads its model.
     """
 
+    remote = True
+
     def __init__(
         self,
         base_url: str,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import torch
-
-from sppo_lightning.rewards.protocol import Reward, RewardMemory, Scores, checked_scores
+from sppo_lightning.rewards.protocol import Reward, Scores, checked_scores
+from sppo_lightning.rewards.wrapped import WrappedReward
 from sppo_lightning.types import Prompt
 
 
-class LengthPenalty(Reward):
+class LengthPenalty(WrappedReward):
     """Takes ``per_character * max(0, characters - free)`` off another reward.
 
     Both are logged apart, as ``reward`` and ``length_penalty``.
@@ -27,41 +26,13 @@ class LengthPenalty(Reward):
             raise ValueError(f"LengthPenalty.per_character={per_character} must be a number greater than 0")
         if free < 0:
             raise ValueError(f"LengthPenalty.free={free} must be 0 characters or more")
-        self.reward = reward
+        super().__init__(reward)
         self.per_character = per_character
         self.free = free
 
-    @property
-    def comparative(self) -> bool:
-        """Whether the charged reward compares a prompt's responses with each other."""
-        return self.reward.comparative
-
-    def check(self) -> None:
-        """Check the charged reward."""
-        self.reward.check()
-
-    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Check the prompts for the charged reward."""
-        self.reward.check_prompts(prompts)
-
-    def memory(self, device: torch.device, tokens: int) -> RewardMemory:
-        """Return what the charged reward takes."""
-        return self.reward.memory(device, tokens)
-
-    def smaller(self) -> Mapping[str, Reward]:
-        """Let the charged reward take less."""
-        return {
-            f"init_args.reward.{setting}": LengthPenalty(other, self.per_character, self.free)
-            for setting, other in self.reward.smaller().items()
-        }
-
-    def load(self, device: torch.device) -> None:
-        """Load the charged reward."""
-        self.reward.load(device)
-
-    def unload(self) -> None:
-        """Unload the charged reward."""
-        self.reward.unload()
+    def around(self, reward: Reward) -> Reward:
+        """Charge another reward as much."""
+        return LengthPenalty(reward, self.per_character, self.free)
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
         """Score with the charged reward, and take the penalty off."""

@@ -35,6 +35,9 @@ class Judge(ABC):
     free_settings: ClassVar[frozenset[str]] = SPEED_OR_PLACE
     """Arguments of the constructor that decide speed or place, never an answer: a run that resumes may change them."""
 
+    remote: ClassVar[bool] = False
+    """Whether comparing is done on a server: it then runs in a thread, while responses are sampled here."""
+
     @abstractmethod
     def compare(self, comparisons: Sequence[Comparison]) -> Sequence[float]:
         """Return P(``first`` beats ``second``) for each comparison, in [0, 1]; NaN where it cannot say."""
@@ -100,6 +103,11 @@ class PairwiseReward(Reward):
             )
         self.judge = judge
         self.opponents = opponents
+
+    @property
+    def remote(self) -> bool:
+        """Whether the judge is on a server."""
+        return self.judge.remote
 
     def check(self) -> None:
         """Check the judge."""

@@ -50,6 +50,11 @@ class Reward(ABC):
         return False
 
     @property
+    def remote(self) -> bool:
+        """Whether scoring is done on a server: :meth:`score` then runs in a thread while responses are sampled."""
+        return False
+
+    @property
     def gives_difficulty(self) -> bool:
         """Whether a prompt's mean reward says how hard it is; comparisons have the same mean for every prompt."""
         return not self.comparative

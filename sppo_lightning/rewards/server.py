@@ -198,6 +198,8 @@ class ServerReward(Reward):
         startup_timeout: seconds to wait for a server that accepts no connections: it still loads its model.
     """
 
+    remote = True
+
     def __init__(
         self,
         base_url: str,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import torch
-
-from sppo_lightning.rewards.protocol import Reward, RewardMemory, Scores, checked_scores
+from sppo_lightning.rewards.protocol import Reward, Scores, checked_scores
+from sppo_lightning.rewards.wrapped import WrappedReward
 from sppo_lightning.types import WIN_PROBABILITY, Prompt
 
 
-class WinProbabilityReward(Reward):
+class WinProbabilityReward(WrappedReward):
     """Adds to another reward how likely each response beats the prompt's other ones, for losses that read it.
 
     The rewards stay as they are. The part ``win_probability`` of a response is the mean, over the prompt's other
@@ -31,7 +30,7 @@ class WinProbabilityReward(Reward):
     def __init__(self, reward: Reward, scale: float) -> None:
         if not 0 < scale < math.inf:
             raise ValueError(f"WinProbabilityReward.scale={scale} must be a number greater than 0")
-        self.reward = reward
+        super().__init__(reward)
         self.scale = scale
 
     @property
@@ -39,32 +38,9 @@ class WinProbabilityReward(Reward):
         """Whether the other reward gives one: its numbers stay."""
         return self.reward.gives_difficulty
 
-    def check(self) -> None:
-        """Check the other reward."""
-        self.reward.check()
-
-    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Check the prompts for the other reward."""
-        self.reward.check_prompts(prompts)
-
-    def memory(self, device: torch.device, tokens: int) -> RewardMemory:
-        """Return what the other reward takes."""
-        return self.reward.memory(device, tokens)
-
-    def smaller(self) -> Mapping[str, Reward]:
-        """Let the other reward take less."""
-        return {
-            f"init_args.reward.{setting}": WinProbabilityReward(other, self.scale)
-            for setting, other in self.reward.smaller().items()
-        }
-
-    def load(self, device: torch.device) -> None:
-        """Load the other reward."""
-        self.reward.load(device)
-
-    def unload(self) -> None:
-        """Unload the other reward."""
-        self.reward.unload()
+    def around(self, reward: Reward) -> Reward:
+        """Make the same of another reward."""
+        return WinProbabilityReward(reward, self.scale)
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
         """Score with the other reward, and compare the rewards of each prompt."""

@@ -17,7 +17,8 @@ from support.fakes import UNSAMPLED
 
 from sppo_lightning.generation import Generator, PolicySource, PromptResponses, SampleRequest
 from sppo_lightning.rewards import FunctionReward
-from sppo_lightning.rollouts.collector import Collector, RolloutRequests
+from sppo_lightning.rollouts.collector import Collector
+from sppo_lightning.rollouts.requests import RolloutRequests
 from sppo_lightning.rollouts.shard_size import prompts_per_shard
 from sppo_lightning.store.shards import ShardStore, read_rollouts
 from sppo_lightning.types import EncodedPrompt, Prompt, Response, T, UserError

@@ -17,7 +17,8 @@ from sppo_lightning.generation import (
     SampleRequest,
 )
 from sppo_lightning.rewards import Reward
-from sppo_lightning.rollouts.collector import Collector, RolloutRequest
+from sppo_lightning.rollouts.collector import Collector
+from sppo_lightning.rollouts.requests import RolloutRequest
 from sppo_lightning.store.shards import ShardStore
 from sppo_lightning.types import (
     EncodedPrompt,
