@@ -176,7 +176,8 @@ def test_a_context_that_is_too_small_is_named(server: VLLMServer, base: Path) ->
     generator = generator_of(server, AsServed(), max_new_tokens=LIMIT - 10)
     assert generator.total_limit() == LIMIT
     generator.load(plain(base))
-    with pytest.raises(UserError, match=rf"takes {LIMIT} tokens .* --max-model-len {LIMIT + 50}\)"):
+    needed = 20 + LIMIT - 10  # of the first prompt that is too long
+    with pytest.raises(UserError, match=rf"takes {LIMIT} tokens .* --max-model-len {needed}\)"):
         ordered(generator.generate(GREEDY))
     generator.unload()
 
