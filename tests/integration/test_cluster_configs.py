@@ -25,12 +25,14 @@ ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "configs/cluster"
 CONFIGS = sorted(CLUSTER.glob("*.yaml"))
 MULTI_NODE, VLLM = CLUSTER / "multi-node.sbatch", CLUSTER / "vllm-and-training.sh"
+VLLM_NODES = CLUSTER / "vllm-nodes.sbatch"
+SCRIPTS = [MULTI_NODE, VLLM, VLLM_NODES]
 SHARED = "lightning.pytorch.strategies.ModelParallelStrategy"
 
 NOTE = 'printf "%s\\n" "$CUDA_VISIBLE_DEVICES" "$@" > "$NOTES/${0##*/}.$$"\n'
 STAND_INS = {
-    "srun": NOTE + 'while [ "$1" != sppo-lightning ]; do shift; done\n"$@"\n',
-    "scontrol": NOTE,
+    "srun": NOTE + 'while [ "${1:0:2}" = -- ]; do shift; done\nexec "$@"\n',
+    "scontrol": '[ "$1" = show ] && printf "%s\\n" one two three && exit\n' + NOTE,
     "curl": 'ls "$NOTES"/vllm.* > /dev/null 2>&1\n',
     "vllm": NOTE
     + 'trap "touch $NOTES/ended; exit 0" TERM\n[ "$FAILS" ] && exit 3\nfor _ in {1..400}; do sleep 0.05; done\n',
@@ -62,6 +64,7 @@ class Place:
             "SLURM_JOB_NUM_NODES": "4",
             "SLURM_CPUS_PER_TASK": "8",
             "SLURM_NTASKS": "1",
+            "SLURM_JOB_NODELIST": "one,two,three",
         }
 
     def start(self, script: Path, *args: str, **environment: str) -> subprocess.Popen[bytes]:
@@ -127,18 +130,18 @@ def test_the_sizes_of_a_config_go_together(path: Path, capsys: pytest.CaptureFix
     check_sizes(parsed(["fit", "--config", str(path)], capsys))
 
 
-@pytest.mark.parametrize("path", [MULTI_NODE, VLLM, *CONFIGS], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*SCRIPTS, *CONFIGS], ids=lambda path: path.name)
 def test_a_file_says_that_it_has_not_been_run(path: Path) -> None:
     text = " ".join(line.removeprefix("# ") for line in path.read_text().splitlines() if line.startswith("#"))
     assert re.search(r"Not run on (hardware|a cluster) yet", text)
 
 
-@pytest.mark.parametrize("script", [MULTI_NODE, VLLM], ids=lambda path: path.name)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_a_script_is_shell(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
 
 
-@pytest.mark.parametrize("script", [MULTI_NODE, VLLM], ids=lambda path: path.name)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_a_job_is_told_of_its_end_in_time_and_may_be_queued_again(script: Path) -> None:
     options = directives(script)
     number, _, seconds = options["signal"].removeprefix("B:").partition("@")
@@ -195,24 +198,58 @@ def test_several_nodes_need_a_place_for_the_models(place: Place) -> None:
 # ------------------------------------------------------------- beside a vLLM server
 
 
+def check_served(config: dict[str, Any], verb: str, model: str, flags: list[str]) -> dict[str, str]:
+    """A server takes what the run sends it; returns its flags."""
+    said = dict(re.findall(r"--([\w-]+) ([^-]\S*)", " ".join(flags)))
+    policy, generator = config["model"]["policy"], config["data"]["generator"]["init_args"]
+    assert (verb, model) == ("serve", policy["pretrained"])
+    assert generator["weight_sync"]["class_path"].endswith("VLLMAdapter")
+    assert "--enable-lora" in flags
+    assert int(said["max-lora-rank"]) >= policy["lora"]["rank"]
+    assert int(said["max-model-len"]) >= config["data"]["max_prompt_tokens"] + generator["max_new_tokens"]
+    return said
+
+
 def test_the_server_and_the_run_go_together(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert place.run(VLLM, STATUS="0") == 0
     assert (place.notes / "ended").exists()
     ((server_gpus, verb, model, *flags),) = place.calls("vllm")
     ((gpus, *args),) = place.calls("sppo-lightning")
-    said = dict(re.findall(r"--([\w-]+) ([^-]\S*)", " ".join(flags)))
     config = parsed(args, capsys)
-    policy, generator = config["model"]["policy"], config["data"]["generator"]["init_args"]
-    assert (verb, model) == ("serve", policy["pretrained"])
+    said = check_served(config, verb, model, flags)
+    generator = config["data"]["generator"]["init_args"]
     assert generator["base_url"] == f"http://{said['host']}:{said['port']}/v1"
     assert said["host"] == "127.0.0.1"
-    assert generator["weight_sync"]["class_path"].endswith("VLLMAdapter")
-    assert "--enable-lora" in flags
-    assert int(said["max-lora-rank"]) >= policy["lora"]["rank"]
-    assert int(said["max-model-len"]) >= config["data"]["max_prompt_tokens"] + generator["max_new_tokens"]
     assert len(server_gpus.split(",")) == int(said["tensor-parallel-size"])
     assert len(gpus.split(",")) == processes(config)
     assert len(set(f"{server_gpus},{gpus}".split(","))) == int(directives(VLLM)["gpus-per-node"])
+    check_sizes(config)
+
+
+def test_servers_on_other_nodes_and_the_run_go_together(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stand-in of srun starts one process where the real one starts some; the nodes are called one, two, three."""
+    script = place.start(VLLM_NODES)
+    assert waited(lambda: bool(place.calls("sppo-lightning") and place.calls("vllm")))
+    time.sleep(0.2)  # for its traps
+    script.send_signal(signal.SIGUSR1)
+    assert script.wait(20) == 138
+    assert waited((place.notes / "ended").exists)
+    assert [call[1:] for call in place.calls("scontrol")] == [["requeue", "17"]]
+    ((_, verb, model, *flags),) = place.calls("vllm")
+    ((_, *args),) = place.calls("sppo-lightning")
+    config = parsed(args, capsys)
+    said = check_served(config, verb, model, flags)
+    generator = config["data"]["generator"]["init_args"]
+    assert generator["base_url"] == [f"http://{node}:{said['port']}/v1" for node in ("two", "three")]
+    assert generator["api_key_env"] == "VLLM_API_KEY"  # the script exports it, and vLLM reads it
+    assert said["api-server-count"] == "1"
+    options = directives(VLLM_NODES)
+    assert int(said["data-parallel-size"]) == int(options["gpus-per-node"]) == processes(config)
+    steps = [" ".join(call) for call in place.calls("srun")]
+    assert any("--nodes=2 --nodelist=two,three --ntasks-per-node=1" in step for step in steps)
+    assert any("--nodes=1 --nodelist=one --ntasks-per-node=8" in step for step in steps)
     check_sizes(config)
 
 
