@@ -2,6 +2,9 @@
 
 Both arms sample the same number of responses to the same prompts from the same weights. A gate comes first: the
 greedy answers of both must be the same tokens.
+
+``--server`` adds a server with OpenAI's API that was started by hand with the same model and ``--dtype``, e.g. vLLM.
+Its arm's CPU seconds are the client's.
 """
 
 from __future__ import annotations
@@ -16,7 +19,14 @@ import arms
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from sppo_lightning.generation import ContinuousBatchingGenerator, Generator, HFGenerator, SampleRequest
+from sppo_lightning.generation import (
+    ContinuousBatchingGenerator,
+    Generator,
+    HFGenerator,
+    OffPolicy,
+    OpenAIServerGenerator,
+    SampleRequest,
+)
 from sppo_lightning.policy.loading import keep_head_input_contiguous
 
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}
@@ -34,6 +44,7 @@ class Policy:
         self.model = model
         self.tokenizer = tokenizer
         self.end_token_ids = frozenset({model.config.eos_token_id})
+        self.embedding_rows = model.get_input_embeddings().num_embeddings
 
     def sampling_model(self) -> Any:
         """Return the model."""
@@ -111,19 +122,24 @@ def main() -> None:
     parser.add_argument(
         "--unrecorded", action="store_true", help="also time HFGenerator without its CUDA graphs"
     )
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--server", help="also time the server with this base_url, which serves --model")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     settings = parser.parse_args()
     device = torch.device(settings.device)
     if settings.arm:
-        policy = load(settings.model, torch.bfloat16, device)
+        policy = load(settings.model, getattr(torch, settings.dtype), device)
         batch = prompts(policy.tokenizer, settings.prompts, settings.prompt_tokens)
         n, new = settings.responses, settings.new_tokens
         if settings.arm == "generate":
             arms.serve(lambda: generate(policy, batch, n, new), device)
             return
         # one engine for all rounds, as a run has it
-        engine = ENGINES[settings.arm](max_new_tokens=new, **SAMPLING)
+        make = ENGINES.get(settings.arm) or partial(
+            OpenAIServerGenerator, settings.server, OffPolicy(), model=settings.model
+        )
+        engine = make(max_new_tokens=new, **SAMPLING)
         arms.serve(lambda: sample(engine, policy, batch, n), device)
         return
     gate = load(settings.model, torch.float32, device)
@@ -131,11 +147,11 @@ def main() -> None:
         raise SystemExit("the greedy answers differ: nothing is timed")
     del gate
     others = [name for name in ("unrecorded", "continuous") if getattr(settings, name)]
-    names = ["HFGenerator", *others, "generate"]
+    names = ["HFGenerator", *others, *(["server"] if settings.server else []), "generate"]
     results = arms.alternate(names, rounds=settings.rounds)
     title = (
         f"rollouts: P={settings.prompt_tokens} R={settings.new_tokens} n={settings.responses}, "
-        f"{settings.prompts} prompts, bfloat16, {device}"
+        f"{settings.prompts} prompts, {settings.dtype}, {device}"
     )
     arms.report(title, results, settings.json, vars(settings))
 

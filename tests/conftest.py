@@ -35,11 +35,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def _log_level() -> Iterator[None]:
-    """Put back how much our loggers say: the commands set it for their process, here for all tests after them."""
+    """Put back what our loggers say and where: the commands set it for their process, here for all tests after them."""
     logger = logging.getLogger("sppo_lightning")
-    level = logger.level
+    level, handlers = logger.level, logger.handlers[:]
     yield
     logger.setLevel(level)
+    logger.handlers[:] = handlers  # one of a test writes to a stream that is closed after it
 
 
 @pytest.fixture(scope="session")

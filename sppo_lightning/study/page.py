@@ -158,7 +158,7 @@ def _page(
     yield f"# {for_markdown(study.name)}\n"
     yield f"{for_markdown(study.question)}\n"
     yield (
-        f"{len(study.arms)} arms, {len(study.settings)} settings; {len(results.outcomes)} of {len(results.runs)} runs "
+        f"{len(study.arms)} arms, {len(study.settings)} setting{'s' * (len(study.settings) > 1)}; {len(results.outcomes)} of {len(results.runs)} runs "
         f"have ended{f', {len(problems)} without a result' if problems else ''}. Arms, claims, seeds and configs were "
         f"written down before the first run (`study.json`, digest `{results.digest}`). {_protocol(study)}\n"
     )
