@@ -135,7 +135,7 @@ def test_two_processes_that_share_the_weights_make_the_run_of_one(
     assert fingerprints(tmp_path / "whole") == fingerprints(tmp_path / "sharded")
 
 
-@pytest.mark.parametrize("carry", [False, True])
+@pytest.mark.parametrize("carry", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_killed_run_is_resumed_with_as_many_processes_or_fewer(
     arguments: Arguments, tmp_path: Path, carry: bool
 ) -> None:

@@ -45,6 +45,7 @@ def outcomes(out: Path) -> list[tuple[str, str]]:
     return [(name, status) for name, status, *_ in rows]
 
 
+@pytest.mark.slow
 def test_steps_may_be_run_one_by_one_and_again(check: Check, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert check("weights", KEEP=1).returncode == 0

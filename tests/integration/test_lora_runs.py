@@ -55,7 +55,9 @@ def first_run(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return fit(tiny_policy, folder / "prompts.jsonl", folder / "run", data__iterations=1, **LORA)
 
 
-@pytest.mark.parametrize("engine", ["HFGenerator", "ContinuousBatchingGenerator"])
+@pytest.mark.parametrize(
+    "engine", ["HFGenerator", pytest.param("ContinuousBatchingGenerator", marks=pytest.mark.slow)]
+)
 def test_an_adapter_on_the_embedding(
     tiny_policy: Path, write_prompts: WritePrompts, tmp_path: Path, engine: str
 ) -> None:

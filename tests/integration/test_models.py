@@ -76,7 +76,7 @@ def test_layers_of_other_kinds(kind: str, fit: Callable[..., Path]) -> None:
     assert AutoModelForCausalLM.from_pretrained(run / "export-hf").config.use_cache
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["qwen3_5", "gemma3_seeing", "mistral3_seeing"])
 def test_an_adapter_on_them(kind: str, quantization: str, fit: Callable[..., Path]) -> None:
     run = fit(kind, model__policy__quantization=quantization, **LORA)

@@ -29,8 +29,15 @@ def check() -> ParityCheck:
     return ParityCheck(40, torch.no_grad, bool)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("forward_class", [SharedForward, PlainForward])
+@pytest.mark.parametrize(
+    ("forward_class", "checkpointing"),
+    [
+        (SharedForward, False),
+        (SharedForward, True),
+        pytest.param(PlainForward, False, marks=pytest.mark.slow),
+        (PlainForward, True),
+    ],
+)
 def test_compiled_layers_give_the_same(forward_class: type[PairForward], checkpointing: bool) -> None:
     """For rows of any length, without compiling anew for each; recomputed in the backward pass or not."""
     model, pairs = new_model(), pairs_of(LENGTHS)
@@ -65,7 +72,7 @@ def test_compiled_layers_give_the_same(forward_class: type[PairForward], checkpo
     assert graphs[1] == graphs[-1] > 0
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_compiled_layers_with_an_adapter_give_the_same(
     tmp_path: Path, quantization: Any, checkpointing: bool
