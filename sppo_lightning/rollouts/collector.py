@@ -223,7 +223,7 @@ class Collector:
         """Report how far a phase has come."""
         self.report(PhaseProgress(phase, iteration, done, total, tokens))
 
-    def _check_shared(self, store: ShardStore, name: str, shards: list[Sequence[RolloutRequest]]) -> None:
+    def _check_shared(self, store: ShardStore, name: str, shards: Sequence[Sequence[RolloutRequest]]) -> None:
         for number in range(len(shards)):
             if not store.path(name, number).exists():
                 raise UserError(

@@ -183,7 +183,7 @@ def is_stored(
     store: ShardStore,
     name: str,
     number: int,
-    shards: list[Sequence[RolloutRequest]],
+    shards: Sequence[Sequence[RolloutRequest]],
     *,
     embedding_rows: int,
 ) -> bool:

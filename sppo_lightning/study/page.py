@@ -157,8 +157,9 @@ def _page(
     problems = results.problems
     yield f"# {for_markdown(study.name)}\n"
     yield f"{for_markdown(study.question)}\n"
+    settings = f"{len(study.settings)} setting{'s' * (len(study.settings) > 1)}"
     yield (
-        f"{len(study.arms)} arms, {len(study.settings)} setting{'s' * (len(study.settings) > 1)}; {len(results.outcomes)} of {len(results.runs)} runs "
+        f"{len(study.arms)} arms, {settings}; {len(results.outcomes)} of {len(results.runs)} runs "
         f"have ended{f', {len(problems)} without a result' if problems else ''}. Arms, claims, seeds and configs were "
         f"written down before the first run (`study.json`, digest `{results.digest}`). {_protocol(study)}\n"
     )
