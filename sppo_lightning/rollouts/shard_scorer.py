@@ -54,7 +54,7 @@ class ShardScorer:
     pending: list[int] = field(default_factory=list)  # stored shards that have no rewards
     _before: dict[int, list[Rollout]] = field(default_factory=dict)  # rows of shards in which rewards failed
     _writing: threading.Lock = field(default_factory=threading.Lock)
-    _given_up: bool = False
+    given_up: bool = False  # whether no more is written
 
     def __post_init__(self) -> None:
         self._watch = FailureWatch(
@@ -80,7 +80,7 @@ class ShardScorer:
         scored = score_rows(self.reward, rows, prompts, opponents=self.opponents)
         self._watch.add(scored)
         with self._writing:
-            if not self._given_up:
+            if not self.given_up:
                 if any(
                     new.drop_reason != old.drop_reason for new, old in zip(scored.rows, rows, strict=True)
                 ):
@@ -92,7 +92,7 @@ class ShardScorer:
     def give_up(self) -> None:
         """Write no more, and take back rewards of shards in which some failed: they are scored again once mended."""
         with self._writing:
-            self._given_up = True
+            self.given_up = True
             for number, rows in self._before.items():
                 self._write(number, rows, self.shards[number])
 
@@ -146,7 +146,7 @@ class ScoringThread:
     def _run(self) -> None:
         try:
             while (number := self._todo.get()) is not None:
-                if self._stopped:
+                if self._stopped or self._scorer.given_up:
                     return
                 self._done = self._done.plus(self._scorer.score(number))
         except BaseException as error:
