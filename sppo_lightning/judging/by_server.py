@@ -33,6 +33,7 @@ class ServerJudge(Annotator):
         max_concurrency: requests under way at once.
         timeout: seconds that one try may take.
         max_retries: tries after the first one.
+        startup_timeout: seconds to wait for a server that accepts no connections: it still loads its model.
     """
 
     name = "judge"
@@ -49,6 +50,7 @@ class ServerJudge(Annotator):
         max_concurrency: int = 32,
         timeout: float = 600.0,
         max_retries: int = 5,
+        startup_timeout: float = 600.0,
     ) -> None:
         if (prompt_price is None) != (completion_price is None):
             raise ValueError(
@@ -73,6 +75,7 @@ class ServerJudge(Annotator):
             max_concurrency=max_concurrency,
             timeout=timeout,
             max_retries=max_retries,
+            startup_timeout=startup_timeout,
         )
 
     def check(self) -> None:
