@@ -33,7 +33,7 @@ class ServerJudge(Annotator):
         max_concurrency: requests under way at once.
         timeout: seconds that one try may take.
         max_retries: tries after the first one.
-        startup_timeout: seconds to wait for a server that accepts no connections: it still loads its model.
+        startup_timeout: seconds to wait for a server that accepts no connections, as it still loads its model.
     """
 
     name = "judge"
@@ -50,7 +50,7 @@ class ServerJudge(Annotator):
         max_concurrency: int = 32,
         timeout: float = 600.0,
         max_retries: int = 5,
-        startup_timeout: float = 600.0,
+        startup_timeout: float = 0.0,
     ) -> None:
         if (prompt_price is None) != (completion_price is None):
             raise ValueError(
