@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from jsonargparse import ArgumentParser
 from support.models import byte_tokenizer, tiny_config
 from support.servers import Answer, LocalServer, Request, serving, unused_port
+from support.tiny import Source
 from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -37,9 +38,7 @@ from sppo_lightning.generation.weight_sync import (
     WeightSync,
     exported,
 )
-from sppo_lightning.policy.anatomy import embedding_rows
-from sppo_lightning.policy.fingerprint import fingerprint
-from sppo_lightning.types import Ranks, Response, UserError
+from sppo_lightning.types import Response, UserError
 
 BOS, END, PAD = 0, 1, 2
 LONGEST = 12
@@ -52,30 +51,11 @@ def ids_of(text: str) -> tuple[int, ...]:
 
 
 @dataclass
-class Policy:
+class Policy(Source):
     """What a run's policy offers to an engine."""
 
     model: LlamaForCausalLM
-    tokenizer: PreTrainedTokenizerBase = field(default_factory=byte_tokenizer)
-    end_token_ids: frozenset[int] = frozenset({END})
     exports: int = 0
-    quantized: bool = False
-
-    @property
-    def embedding_rows(self) -> int:
-        return embedding_rows(self.model)
-
-    def sync_sampling_weights(self, ranks: Ranks, *, needed: bool) -> None:
-        pass
-
-    def sampling_model(self) -> torch.nn.Module:
-        return self.model.eval()
-
-    def resident_model(self) -> torch.nn.Module:
-        return self.model.eval()
-
-    def fingerprint(self) -> str:
-        return fingerprint(self.model, "tiny")
 
     def export(self, folder: Path) -> None:
         self.exports += 1

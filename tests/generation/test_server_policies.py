@@ -13,19 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.model_server import ModelServer
-from support.models import byte_tokenizer
 from support.servers import Answer, Request, serving, unused_port
-from support.tiny import new_model, random_tokens
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from support.tiny import Source, new_model, random_tokens
+from transformers import PreTrainedModel
 
 from sppo_lightning.generation import HFGenerator, SampleRequest
 from sppo_lightning.generation.parity import ParityError
 from sppo_lightning.generation.server import OpenAIServerGenerator
 from sppo_lightning.generation.weight_sync import OffPolicy, VLLMAdapter
-from sppo_lightning.policy.anatomy import embedding_rows
-from sppo_lightning.policy.fingerprint import fingerprint
 from sppo_lightning.system import server_pool
-from sppo_lightning.types import Ranks, Response, UserError
+from sppo_lightning.types import Response, UserError
 
 LONGEST = 6
 GREEDY = [SampleRequest(prompt, ()) for prompt in random_tokens(3, 9, 20)]
@@ -33,30 +30,14 @@ SAMPLED = [SampleRequest(prompt, (7, 8, 9, 10)) for prompt in random_tokens(3, 9
 
 
 @dataclass
-class Policy:
+class Policy(Source):
     """A policy whose adapter is a whole model beside a note that makes it look like one."""
 
     model: PreTrainedModel = field(default_factory=new_model)
-    tokenizer: PreTrainedTokenizerBase = field(default_factory=byte_tokenizer)
-    end_token_ids: frozenset[int] = frozenset({1})
-    quantized: bool = False
     sharded: bool = False
 
-    @property
-    def embedding_rows(self) -> int:
-        return embedding_rows(self.model)
-
-    def sync_sampling_weights(self, ranks: Ranks, *, needed: bool) -> None:
-        pass
-
-    def sampling_model(self) -> torch.nn.Module:
-        return self.model.eval()
-
     def resident_model(self) -> torch.nn.Module | None:
-        return None if self.sharded else self.model.eval()
-
-    def fingerprint(self) -> str:
-        return fingerprint(self.model, "tiny")
+        return None if self.sharded else super().resident_model()
 
     def export(self, folder: Path) -> None:
         self.model.save_pretrained(folder)

@@ -44,6 +44,7 @@ from transformers import (
 
 from sppo_lightning.pair_forward.layouts import PairLayout
 from sppo_lightning.policy.anatomy import embedding_rows
+from sppo_lightning.policy.fingerprint import fingerprint
 from sppo_lightning.policy.pretrained import class_of
 from sppo_lightning.training.batching import PairBatch, StepSlot, collate
 from sppo_lightning.types import PreferencePair, Ranks
@@ -323,5 +324,8 @@ class Source:
     def sampling_model(self) -> torch.nn.Module:
         return self.model.eval()
 
-    def resident_model(self) -> torch.nn.Module:
+    def resident_model(self) -> torch.nn.Module | None:
         return self.model.eval()
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.model, "tiny")

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from support.models import byte_tokenizer, tiny_config
+from support.models import tiny_config
+from support.tiny import Source
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from sppo_lightning.policy.anatomy import embedding_rows
 from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
-from sppo_lightning.policy.fingerprint import fingerprint
 from sppo_lightning.policy.folder import write_folder
 from sppo_lightning.policy.loading import load_policy
-from sppo_lightning.types import Ranks
 
 RANK = 8
 LIMIT = 192  # tokens of prompt and response together, of the servers here
@@ -32,29 +30,10 @@ def save_base(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
 
 
 @dataclass
-class ServedPolicy:
+class ServedPolicy(Source):
     """A policy with an adapter, as a run hands it over."""
 
     model: PreTrainedModel | PeftModel
-    tokenizer: PreTrainedTokenizerBase = field(default_factory=byte_tokenizer)
-    end_token_ids: frozenset[int] = frozenset({1})
-    quantized: bool = False
-
-    @property
-    def embedding_rows(self) -> int:
-        return embedding_rows(self.model)
-
-    def sync_sampling_weights(self, ranks: Ranks, *, needed: bool) -> None:
-        pass
-
-    def sampling_model(self) -> torch.nn.Module:
-        return self.model.eval()
-
-    def resident_model(self) -> torch.nn.Module:
-        return self.model.eval()
-
-    def fingerprint(self) -> str:
-        return fingerprint(self.model, "tiny")
 
     def export(self, folder: Path) -> None:
         write_folder(self.model, self.tokenizer, folder)
