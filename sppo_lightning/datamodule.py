@@ -25,7 +25,7 @@ from sppo_lightning.pairing import BestWorst, Pairing
 from sppo_lightning.predictions import JSONLines, PredictionFormat
 from sppo_lightning.predictions.answering import write_predictions
 from sppo_lightning.preflight import encode_later, prepare_run, read_stage_prompts, shrink
-from sppo_lightning.prompts.encoding import set_template_clock
+from sppo_lightning.prompts.chat_template import set_template_clock
 from sppo_lightning.prompts.reading import check_columns
 from sppo_lightning.prompts.sets import PromptSets
 from sppo_lightning.prompts.table import EncodedPrompts

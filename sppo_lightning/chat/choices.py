@@ -14,7 +14,7 @@ from sppo_lightning.export.finished_run import ADAPTER_CONFIG, latest_iteration,
 from sppo_lightning.export.stored_run import StoredRun, read_run
 from sppo_lightning.policy.config import PolicyConfig
 from sppo_lightning.policy.pretrained import DTYPES, load_model_config, load_tokenizer
-from sppo_lightning.prompts.encoding import choose_chat_template
+from sppo_lightning.prompts.chat_template import choose_chat_template
 from sppo_lightning.training.precision import COMPUTE_DTYPES, fast_precision
 from sppo_lightning.types import UserError
 

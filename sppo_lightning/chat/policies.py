@@ -15,7 +15,8 @@ from torch import nn
 from sppo_lightning.chat.choices import Choice
 from sppo_lightning.policy.anatomy import unwrapped
 from sppo_lightning.policy.loading import disable_dropout, end_token_ids, load_base_model
-from sppo_lightning.prompts.encoding import asked, template_token_ids
+from sppo_lightning.prompts.chat_template import template_token_ids
+from sppo_lightning.prompts.encoding import asked
 from sppo_lightning.types import Message, Prompt, UserError, first_line
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from sppo_lightning.export.conversations import Conversation, ConversationFinder
 from sppo_lightning.export.exporter import DataExporter
 from sppo_lightning.export.stored_run import StoredRun
-from sppo_lightning.prompts.encoding import template_token_ids, turn_end
+from sppo_lightning.prompts.chat_template import template_token_ids, turn_end
 from sppo_lightning.system.durable import replacing
 from sppo_lightning.types import Message, PreferencePair, UserError
 

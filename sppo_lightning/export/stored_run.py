@@ -14,7 +14,7 @@ import yaml
 from sppo_lightning.limits import check_size
 from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
 from sppo_lightning.policy.pretrained import load_tokenizer
-from sppo_lightning.prompts.encoding import choose_chat_template, set_template_clock
+from sppo_lightning.prompts.chat_template import choose_chat_template, set_template_clock
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.training.precision import COMPUTE_DTYPES
 from sppo_lightning.types import UserError

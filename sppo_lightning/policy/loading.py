@@ -24,7 +24,7 @@ from sppo_lightning.policy.pretrained import (
 )
 from sppo_lightning.policy.quantized_layers import make_batch_invariant
 from sppo_lightning.policy.weights import read_model
-from sppo_lightning.prompts.encoding import turn_end
+from sppo_lightning.prompts.chat_template import turn_end
 from sppo_lightning.types import UserError, first_line
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from sppo_lightning.policy import loading, pretrained
 from sppo_lightning.policy.anatomy import unwrapped
 from sppo_lightning.policy.config import PolicyConfig
 from sppo_lightning.policy.pretrained import hub_location
-from sppo_lightning.prompts.encoding import choose_chat_template
+from sppo_lightning.prompts.chat_template import choose_chat_template
 from sppo_lightning.types import UserError
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from sppo_lightning.policy.pretrained import (
     quantization_options,
 )
 from sppo_lightning.policy.weights import read_model
-from sppo_lightning.prompts.encoding import template_owner, template_token_ids
+from sppo_lightning.prompts.chat_template import template_owner, template_token_ids
 from sppo_lightning.rewards.adapter import RewardAdapter, reward_adapter
 from sppo_lightning.rewards.classifier_forward import ACTIVATIONS, ClassifierForward
 from sppo_lightning.rewards.protocol import Reward, RewardMemory, Scores

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from sppo_lightning.policy.pretrained import load_tokenizer
-from sppo_lightning.prompts.encoding import template_owner, template_token_ids
+from sppo_lightning.prompts.chat_template import template_owner, template_token_ids
 from sppo_lightning.rewards.protocol import Reward, Scores
 from sppo_lightning.system.servers import Failure, ServerClient
 from sppo_lightning.types import SPEED_OR_PLACE, Message, Prompt, UserError

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from sppo_lightning.__main__ import main
 from sppo_lightning.export import HFModel, PreferenceData
 from sppo_lightning.export.command import export
-from sppo_lightning.prompts.encoding import template_token_ids
+from sppo_lightning.prompts.chat_template import template_token_ids
 from sppo_lightning.prompts.reading import read_prompts
 from sppo_lightning.store.iterations import IterationStore
 from sppo_lightning.store.pairs import PairTable

@@ -18,7 +18,7 @@ from support.models import byte_tokenizer
 from support.runs import cli_arguments
 
 from sppo_lightning.__main__ import main
-from sppo_lightning.prompts.encoding import template_token_ids
+from sppo_lightning.prompts.chat_template import template_token_ids
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.types import Message, Rollout
 

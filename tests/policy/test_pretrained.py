@@ -35,7 +35,7 @@ from sppo_lightning.policy.pretrained import (
     model_class,
     stored_dtype,
 )
-from sppo_lightning.prompts.encoding import turn_end
+from sppo_lightning.prompts.chat_template import turn_end
 from sppo_lightning.types import Message, UserError
 
 KEY = "model.policy.pretrained"
