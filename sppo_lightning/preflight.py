@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
 from sppo_lightning.generation import CachedGenerator, Generator
+from sppo_lightning.generation.context import check_context, check_engine_limit, longest_prompt
+from sppo_lightning.iteration.reward_checks import check_comparative, check_loss, check_win_probabilities
 from sppo_lightning.iteration.rule_checks import check_sizes, set_up_rules
 from sppo_lightning.iteration.rules import IterationRules
-from sppo_lightning.losses import PreferenceLoss
 from sppo_lightning.memory.check import check_memory
 from sppo_lightning.memory.workload import PromptLengths, TrainingSettings, Workload
 from sppo_lightning.predictions import PredictionFormat
@@ -23,11 +23,10 @@ from sppo_lightning.prompts.encoding import EncodingResult
 from sppo_lightning.prompts.reading import check_disjoint
 from sppo_lightning.prompts.sets import PromptSets
 from sppo_lightning.rewards import Reward
-from sppo_lightning.selection import EasyToHard, HardToEasy
 from sppo_lightning.training.batching import accumulation_steps
 from sppo_lightning.training.hardware import Hardware, hardware_of, is_dev_run
 from sppo_lightning.training.protocol import SelfPlayModule
-from sppo_lightning.types import WIN_PROBABILITY, Prompt, Ranks, UserError
+from sppo_lightning.types import Prompt, Ranks, UserError
 
 PROMPTS_OF = {"validate": "eval_prompts", "test": "test_prompts", "predict": "predict_prompts"}
 
@@ -150,125 +149,6 @@ def shrink(sets: PromptSets, rules: IterationRules) -> IterationRules:
     return rules
 
 
-def check_comparative(reward: Reward, rules: IterationRules) -> None:
-    """Refuse what a reward that compares a prompt's responses with each other cannot give.
-
-    Responses that are sampled in two steps would be compared apart; and where the rewards themselves are comparisons,
-    their mean over a prompt's responses is the same for every prompt, so that there is no difficulty.
-
-    Raises:
-        UserError: naming the key to change.
-    """
-    if not reward.comparative:
-        return
-    if rules.probe_samples < rules.samples_per_prompt:
-        raise UserError(
-            f"data.reward {type(reward).__name__} compares a prompt's responses with each other, so that all have to "
-            f"be there at once: set data.probe_samples={rules.samples_per_prompt}"
-        )
-    if reward.gives_difficulty:
-        return
-    name = f"data.reward {type(reward).__name__} compares a prompt's responses with each other"
-    for slot, rule in rules.keeping.items():
-        if {"difficulty", "mean_reward"} & set(rule.requires):
-            raise UserError(
-                f"{name}, so that every prompt has the same mean reward and data.{slot} {type(rule).__name__} has "
-                "nothing to choose by: use a rule that needs no difficulty"
-            )
-    if isinstance(rules.curriculum, EasyToHard | HardToEasy):
-        raise UserError(
-            f"{name}, so that every prompt has the same mean reward and data.curriculum "
-            f"{type(rules.curriculum).__name__} has nothing to order by: use RandomOrder"
-        )
-
-
-def check_win_probabilities(reward: Reward, rules: IterationRules) -> None:
-    """Refuse a rule that reads win probabilities where the reward gives none.
-
-    Raises:
-        UserError: naming the rule and the reward.
-    """
-    wanted = [name for name in rules.pair_selection.requires if name.endswith(WIN_PROBABILITY)]
-    if wanted and not reward.gives_win_probabilities:
-        raise UserError(
-            f"data.pair_selection: {type(rules.pair_selection).__name__} needs the column {wanted[0]!r}, but "
-            f"data.reward {type(reward).__name__} gives no win probabilities: use PairwiseReward, or another rule"
-        )
-
-
-def check_loss(loss: PreferenceLoss, rules: IterationRules, reward: Reward) -> None:
-    """Refuse a loss that reads what the reward does not give, and a rule that reads what the loss has not computed.
-
-    Raises:
-        UserError: naming the key to change.
-    """
-    if loss.needs_win_probabilities and not reward.gives_win_probabilities:
-        raise UserError(
-            f"model.loss {type(loss).__name__} needs win probabilities, but data.reward {type(reward).__name__} gives "
-            "none: use PairwiseReward, put the reward into WinProbabilityReward, or use another loss"
-        )
-    rule = rules.pair_selection
-    missing = [name for name in rule.requires if name.startswith("reference_")]
-    if missing and not loss.needs_reference:
-        raise UserError(
-            f"data.pair_selection {type(rule).__name__} needs {missing[0]!r}, but model.loss {type(loss).__name__} "
-            "reads no reference, so that none is computed: use another rule or loss"
-        )
-
-
-def check_context(longest: int, generator: Generator, model_config: Any, *, key: str) -> None:
-    """Refuse prompts that leave no room for a response in the policy's context.
-
-    Args:
-        longest: tokens of the longest of them.
-        generator: answers them.
-        model_config: the policy's own settings.
-        key: where the config names them.
-
-    Raises:
-        UserError: with the lengths, in tokens.
-    """
-    new = generator.longest_response(longest)
-    if new < 1:
-        raise UserError(
-            f"data.{key}: the longest prompt has {longest} tokens, which leaves no room for a response under the "
-            f"generator's max_total_tokens={generator.max_total_tokens}: lower data.max_prompt_tokens or raise it"
-        )
-    context = getattr(model_config, "max_position_embeddings", None)
-    if context is not None and longest + new > context:
-        raise UserError(
-            f"data.{key}: the longest prompt has {longest} tokens, with {new} new ones more than the policy's "
-            f"context of {context}: lower data.max_prompt_tokens or the generator's max_new_tokens"
-        )
-    switch = rope_switch(model_config)
-    if switch is not None and longest + new > switch:
-        raise UserError(
-            f"data.{key}: the longest prompt has {longest} tokens, with {new} new ones more than the {switch} at which "
-            "the policy's LongRoPE changes its factors, for all that share a batch with such a sequence: their samples "
-            "and log-probs would depend on it; lower data.max_prompt_tokens or the generator's max_new_tokens"
-        )
-
-
-def check_engine_limit(longest: int, generator: Generator) -> None:
-    """Refuse an engine that would cut responses short which the config gives more tokens.
-
-    Args:
-        longest: tokens of the longest prompt.
-        generator: answers it.
-
-    Raises:
-        UserError: with the lengths, in tokens.
-    """
-    limit, new = generator.total_limit(), generator.longest_response(longest)
-    if limit is not None and longest + new > limit:
-        raise UserError(
-            f"data.generator {type(generator).__name__} takes {limit} tokens of prompt and response together, but the "
-            f"longest prompt has {longest}, with {new} new ones {longest + new}: let it take more (a vLLM server: "
-            f"--max-model-len {longest + new}), or set max_total_tokens: {limit}, which shortens responses to long "
-            "prompts"
-        )
-
-
 def encode_later(
     sets: PromptSets, module: SelfPlayModule, generator: Generator
 ) -> Callable[[Sequence[Prompt]], EncodingResult]:
@@ -280,45 +160,6 @@ def encode_later(
         arguments=spec.config.chat_template_kwargs,
         max_tokens=longest_prompt(generator, spec.model_config),
     )
-
-
-def longest_prompt(generator: Generator, model_config: Any) -> int:
-    """Return the most tokens of a prompt that leave the policy room for a response.
-
-    Args:
-        generator: answers.
-        model_config: the policy's own settings.
-    """
-    most = generator.max_total_tokens
-    bounds = [
-        getattr(model_config, "max_position_embeddings", None),
-        rope_switch(model_config),
-        generator.total_limit(),
-    ]
-    limits = [
-        bound - generator.max_new_tokens
-        for bound in bounds
-        if bound is not None and (most is None or most > bound)
-    ]
-    return min([*limits, *([] if most is None else [most - 1])], default=sys.maxsize)
-
-
-def rope_switch(model_config: Any) -> int | None:
-    """Return the positions past which LongRoPE (arXiv 2402.13753) takes other factors; ``None``: it never does.
-
-    Phi-3-128k, Phi-3.5 and Phi-4-mini have it. transformers takes one set of factors for a whole batch, by the longest
-    sequence in it.
-
-    Args:
-        model_config: a model's own settings.
-    """
-    text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-    given = getattr(text, "rope_parameters", None) or {}
-    for rope in (given, *given.values()):
-        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
-            switch = rope.get("original_max_position_embeddings")
-            return switch or getattr(text, "original_max_position_embeddings", None)
-    return None
 
 
 def workload_of(
