@@ -222,7 +222,7 @@ def test_callbacks_refuse_another_name() -> None:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-@pytest.mark.parametrize("command", ["report", "study"])
+@pytest.mark.parametrize("command", ["report", "study", "watch"])
 def test_a_command_that_reads_starts_without_what_trains(command: str) -> None:
     """Lightning, transformers and torchmetrics take most of the seconds that ``fit`` takes to start."""
     code = f"import sys, sppo_lightning.{command}.command; print(*sys.modules)"

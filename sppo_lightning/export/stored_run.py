@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
-from sppo_lightning.limits import check_size
 from sppo_lightning.policy.config import LoRAConfig, PolicyConfig
 from sppo_lightning.policy.pretrained import load_tokenizer
 from sppo_lightning.prompts.chat_template import choose_chat_template, set_template_clock
 from sppo_lightning.store.run_folder import RunFolder
+from sppo_lightning.store.run_settings import read_settings, reading_settings
 from sppo_lightning.training.precision import COMPUTE_DTYPES
-from sppo_lightning.types import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,24 +78,11 @@ def read_run(root: Path) -> StoredRun:
         UserError: if this is no run.
     """
     folder = RunFolder(root)
-    path = folder.config
-    if not path.is_file():
-        raise UserError(
-            f"{str(root)!r} is no run: it has no config.yaml; give a folder that was a fit's trainer.default_root_dir"
-        )
-    try:
-        config = yaml.safe_load(path.read_bytes())
-        check_size(config)
+    config = read_settings(folder)
+    with reading_settings(folder):
         settings = dict(config["model"]["policy"])
         if settings.get("lora") is not None:
             settings["lora"] = LoRAConfig(**settings["lora"])
         policy = PolicyConfig(**settings)
         compute_dtype(config)
-    except UserError:
-        raise
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read as a run's config ({' '.join(str(error).split())}): restore it, or export with "
-            "the version of sppo-lightning that wrote it"
-        ) from error
     return StoredRun(folder, config, policy)

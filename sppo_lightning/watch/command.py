@@ -12,7 +12,6 @@ from typing import NoReturn
 from rich.console import Console
 from rich.text import Text
 
-from sppo_lightning.export.stored_run import read_run
 from sppo_lightning.text import for_terminal
 from sppo_lightning.types import UserError
 from sppo_lightning.watch.reading import RunReader, RunView
@@ -44,7 +43,7 @@ def main(args: Sequence[str]) -> None:
     """
     parser = _Parser(prog="sppo-lightning watch", description=SUMMARY)
     parser.add_argument("run", help="folder of the run")
-    reader = RunReader(read_run(Path(parser.parse_args(args).run)))
+    reader = RunReader(Path(parser.parse_args(args).run))
     logging.getLogger("sppo_lightning").setLevel(logging.ERROR)  # what is damaged is said on the screen
     if not (sys.stdout.isatty() and sys.stdin.isatty()):
         print_report(reader.read(), Console(highlight=False, width=160))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sppo_lightning.export.stored_run import StoredRun
 from sppo_lightning.store.iterations import IterationStore
 from sppo_lightning.store.run_folder import RunFolder
+from sppo_lightning.store.run_settings import read_settings, reading_settings
 from sppo_lightning.store.shards import ShardStore
 from sppo_lightning.store.tables import row_count
 from sppo_lightning.training.iteration_length import iteration_length
@@ -29,11 +30,18 @@ class Schedule:
     """What the settings say of how long a run is.
 
     Args:
-        run: its settings.
+        folder: of the run.
+
+    Raises:
+        UserError: if this is no run, or its settings cannot be read.
     """
 
-    def __init__(self, run: StoredRun) -> None:
-        data = run.config["data"]
+    def __init__(self, folder: RunFolder) -> None:
+        config = read_settings(folder)
+        with reading_settings(folder):
+            self._read(config["data"])
+
+    def _read(self, data: Mapping[str, Any]) -> None:
         self.iterations = int(data["iterations"])
         self.epochs = int(data.get("epochs_per_iteration") or 1)
         self.fixed_steps = None if (given := data.get("steps_per_iteration")) is None else int(given)

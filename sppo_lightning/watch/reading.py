@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from sppo_lightning.evaluation.gate import Decision, read_decisions
 from sppo_lightning.evaluation.results import HeldOutResult, held_out_results
-from sppo_lightning.export.stored_run import StoredRun
+from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.types import UserError
 from sppo_lightning.watch.metrics import MetricsTail
 from sppo_lightning.watch.progress import Progress, Schedule, age, progress, seconds_left
@@ -46,13 +47,15 @@ class RunReader:
     """Looks at a run again and again; what has not changed is not read again.
 
     Args:
-        run: its settings.
+        root: the run's folder.
+
+    Raises:
+        UserError: if this is no run, or its settings cannot be read.
     """
 
-    def __init__(self, run: StoredRun) -> None:
-        self.run = run
-        self.folder = run.folder
-        self.schedule = Schedule(run)
+    def __init__(self, root: Path) -> None:
+        self.folder = RunFolder(root)
+        self.schedule = Schedule(self.folder)
         self._metrics = MetricsTail(self.folder.metrics)
         self._iterations: dict[int, IterationView] = {}
         self._results: list[HeldOutResult] = []

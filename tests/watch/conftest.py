@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from sppo_lightning.export.stored_run import read_run
-from sppo_lightning.watch.reading import RunReader
-
 RECORDED = Path(__file__).parents[1] / "support" / "old_run"
 
 
@@ -23,7 +20,3 @@ def finished(tmp_path: Path) -> Path:
 def killed(tmp_path: Path) -> Path:
     """A run that was killed in training of its second iteration."""
     return Path(shutil.copytree(RECORDED / "killed", tmp_path / "killed"))
-
-
-def reader_of(root: Path) -> RunReader:
-    return RunReader(read_run(root))

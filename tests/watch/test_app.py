@@ -16,18 +16,18 @@ import pytest
 from rich.text import Text
 from textual.pilot import Pilot
 from textual.widgets import DataTable, Sparkline, Static, TabbedContent
-from watch.conftest import reader_of
 
 from sppo_lightning.__main__ import main
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.store.shards import write_rollouts
 from sppo_lightning.watch.app import Responses, WatchApp
+from sppo_lightning.watch.reading import RunReader
 
 HOSTILE = "a\x1b]0;owned\x07 [red]b[/red] \u202ec"
 
 
 def drive(root: Path, steps: Callable[[Pilot[None]], Awaitable[None]]) -> WatchApp:
-    app = WatchApp(reader_of(root))
+    app = WatchApp(RunReader(root))
 
     async def run() -> None:
         async with app.run_test(size=(120, 50)) as pilot:
@@ -198,6 +198,29 @@ def test_arguments_that_are_wrong(
     assert exit.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("model: {}\n", "'data'"),
+        ("data: []\n", "must be integers or slices"),
+        ("data: {iterations: many}\n", "invalid literal for int"),
+        ("- data\n", "it holds no settings"),
+        ("data: [\n", "while parsing a flow"),
+        ("", "it holds no settings"),
+    ],
+)
+def test_settings_that_cannot_be_read(
+    text: str, reason: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (finished / "config.yaml").write_text(text)
+    with pytest.raises(SystemExit) as exit:
+        main(["watch", str(finished)])
+    assert exit.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "config.yaml cannot be read as a run's config (" in line
+    assert reason in line
 
 
 def test_without_textual_it_says_how_to_install_it(

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from watch.conftest import reader_of
 
 from sppo_lightning.evaluation.gate import Decision, write_decisions
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.watch import reading
 from sppo_lightning.watch.progress import age
+from sppo_lightning.watch.reading import RunReader
 from sppo_lightning.watch.words import decisions_text, duration, sparkline, status
 
 
@@ -25,7 +25,7 @@ def age_by(root: Path, seconds: float) -> None:
 
 
 def test_a_finished_run(finished: Path) -> None:
-    view = reader_of(finished).read()
+    view = RunReader(finished).read()
     assert status(view) == "finished: 3 of 3 iterations"
     assert [row.number for row in view.iterations] == [0, 1, 2]
     assert [result.finished for result in view.results] == [0, 1, 2, 3]
@@ -36,13 +36,13 @@ def test_a_finished_run(finished: Path) -> None:
 def test_a_run_in_training(killed: Path) -> None:
     for path in (killed, *killed.rglob("*")):
         os.utime(path)
-    view = reader_of(killed).read()
+    view = RunReader(killed).read()
     assert view.progress is not None
     assert view.progress[:4] == (1, "training", 3, 4)
     assert "iteration 1 of 3 · training · " in status(view)
     assert " 3/4 optimizer steps · about " in status(view)
     age_by(killed, 3 * 3600.0)
-    assert status(reader_of(killed).read()).endswith("nothing new for 3 h 0 min: it may have stopped")
+    assert status(RunReader(killed).read()).endswith("nothing new for 3 h 0 min: it may have stopped")
 
 
 def test_a_run_of_fixed_steps(killed: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_run_of_fixed_steps(killed: Path) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    now = reader_of(killed).read().progress
+    now = RunReader(killed).read().progress
     assert now is not None
     assert now[:4] == (1, "training", 3, 6)
 
@@ -103,7 +103,7 @@ def test_phases_are_told_by_files(
     killed: Path, change: Callable[[Path], object], expected: tuple[int, str, int]
 ) -> None:
     change(killed)
-    now = reader_of(killed).read().progress
+    now = RunReader(killed).read().progress
     assert now is not None
     assert now[:3] == expected
 
@@ -120,13 +120,13 @@ def test_a_policy_that_is_being_evaluated(finished: Path) -> None:
         writer.writeheader()
         writer.writerows(row for row in rows if not row["time/other"])
     (finished / "evaluations/003/rollouts.parquet").rename(parts / "greedy-00000.parquet")
-    now = reader_of(finished).read().progress
+    now = RunReader(finished).read().progress
     assert now is not None
     assert now[:4] == (2, "evaluating", 4, 4)
 
 
 def test_what_has_not_changed_is_not_read_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = reader_of(finished)
+    reader = RunReader(finished)
     first = reader.read()
     monkeypatch.setattr(reading, "held_out_results", None)
     monkeypatch.setattr(RunFolder, "iteration", lambda *_: pytest.fail("an iteration was read again"))
@@ -141,7 +141,7 @@ def test_what_is_damaged_is_said_and_the_rest_is_shown(finished: Path) -> None:
     (finished / "iterations/001/manifest.json").write_text("{")
     (finished / "evaluations/002/rollouts.parquet").write_text("no table")
     (finished / "gate.json").write_text("[]")
-    view = reader_of(finished).read()
+    view = RunReader(finished).read()
     assert [row.number for row in view.iterations] == [0, 2]
     assert [result.finished for result in view.results] == [0, 1, 3]
     assert [next(name for name in ("manifest", "gate") if name in line) for line in view.troubles] == [
@@ -152,7 +152,7 @@ def test_what_is_damaged_is_said_and_the_rest_is_shown(finished: Path) -> None:
 
 def test_where_a_run_stands_may_not_be_known(killed: Path) -> None:
     (killed / "iterations/001/manifest.json").write_text("{")
-    view = reader_of(killed).read()
+    view = RunReader(killed).read()
     assert status(view) == "where it stands cannot be read, see below"
     assert len(view.troubles) == 1
 
@@ -163,7 +163,7 @@ def test_decisions_of_the_gate(finished: Path) -> None:
         Decision(2, "revert", ("its reward fell", "val/kl is 9"), 1, -0.1, 0.1, 0.5, "b"),
     ]
     write_decisions(RunFolder(finished), decisions)
-    view = reader_of(finished).read()
+    view = RunReader(finished).read()
     assert list(decisions_text(view.decisions)) == [
         "gate after 2 iteration(s): revert: its reward fell; val/kl is 9 (best: 1)"
     ]
