@@ -86,15 +86,19 @@ class Parser(LightningArgumentParser):
 class SelfPlayCLI(LightningCLI):
     """``fit``, ``validate``, ``test``, ``predict`` and ``estimate`` of the self-play trainer."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, args: list[str], **kwargs: Any) -> None:
         self.start: Path | None = None  # checkpoint of the run folder that fit resumes from
+        self._asked = args[:1]
         with ExitStack() as self._held, tracker_errors():
-            super().__init__(*args, **kwargs)
+            super().__init__(PreferenceModule, SelfPlayDataModule, args=args, **kwargs)
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Return the commands, and which of their arguments the command line does not take."""
-        return {**LightningCLI.subcommands(), "estimate": {"model", "datamodule", "planned"}}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning's is static, and called on self
+        """Return the command that is asked for, and which of its arguments the command line does not take.
+
+        All commands, where the first argument is none: a command's parser takes as long to make as a config to read.
+        """
+        known = {**LightningCLI.subcommands(), "estimate": {"model", "datamodule", "planned"}}
+        return {name: known[name] for name in self._asked if name in known} or known
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Set the loop's defaults."""
@@ -295,9 +299,7 @@ def run(args: list[str], other_commands: Sequence[str] = ()) -> None:
     hide_unactionable()
     show_messages()
     SelfPlayCLI(
-        PreferenceModule,
-        SelfPlayDataModule,
-        args=args,
+        args,
         trainer_class=SelfPlayTrainer,
         parser_class=Parser,
         save_config_callback=None,

@@ -17,12 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from lightning.pytorch.cli import LightningCLI
 from support.models import byte_tokenizer, tiny_config
 from support.runs import cli_arguments, letter_reward
 
 from sppo_lightning.__main__ import main
-from sppo_lightning.cli.main import SelfPlayCLI
 
 Arguments = Callable[..., list[str]]
 Refused = Callable[[list[str]], str]
@@ -51,16 +49,11 @@ def weightless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def arguments(weightless: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Arguments:
-    """Arguments of a good run, with changes; reading its policy's weights is a test's failure.
-
-    The parser gets the sub-command ``fit`` alone, which halves the time of each test.
-    """
+    """Arguments of a good run, with changes; reading its policy's weights is a test's failure."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise WeightsReadError
 
-    fit = {"fit": LightningCLI.subcommands()["fit"]}
-    monkeypatch.setattr(SelfPlayCLI, "subcommands", staticmethod(lambda: fit))
     monkeypatch.setattr("sppo_lightning.policy.loading.load_policy", refuse)
     prompts = write(tmp_path / "good.jsonl", RECORDS)
     return lambda **changes: ["fit", *cli_arguments(weightless, prompts, tmp_path / "run", **changes)]
@@ -952,10 +945,7 @@ def test_commands(args: list[str], line: str, refused: Refused) -> None:
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
-def test_other_commands_need_their_prompts(
-    command: str, arguments: Arguments, refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(SelfPlayCLI, "subcommands", staticmethod(LightningCLI.subcommands))
+def test_other_commands_need_their_prompts(command: str, arguments: Arguments, refused: Refused) -> None:
     key = {"validate": "eval", "test": "test", "predict": "predict"}[command]
     assert refused([command, *arguments()[1:]]) == f"data.{key}_prompts is not set: name a prompt file"
 
