@@ -131,6 +131,7 @@ def test_a_reverted_policy_is_validated_as_what_it_is(
     assert f"{initial:.4f}"[:6] in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_other_settings_of_the_gate_are_another_run(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     fit(NEVER, data__iterations=1)
     with pytest.raises(SystemExit):
@@ -141,6 +142,7 @@ def test_other_settings_of_the_gate_are_another_run(fit: Fit, capsys: pytest.Cap
     )
 
 
+@pytest.mark.slow
 def test_without_kept_weights_there_is_a_warning_only(fit: Fit) -> None:
     """The run was begun by a gate that stops, so that the initial policy's weights were not kept."""
     fit({**ALWAYS, "action": "stop"})
@@ -150,6 +152,7 @@ def test_without_kept_weights_there_is_a_warning_only(fit: Fit) -> None:
     assert decisions[1].learning_rate_factor == 1.0
 
 
+@pytest.mark.slow
 def test_what_the_gate_refuses_is_not_exported_whatever_the_order(
     fit: Fit, tiny_policy: Path, counting_prompts: Path, tmp_path: Path
 ) -> None:
@@ -183,6 +186,7 @@ def test_callbacks_that_do_not_go_together(
         made[1].setup(trainer, trainer, "fit")
 
 
+@pytest.mark.slow
 def test_a_decision_about_the_same_policy_stands(
     fit: Fit, monkeypatch: pytest.MonkeyPatch, tiny_policy: Path, counting_prompts: Path
 ) -> None:

@@ -177,6 +177,7 @@ def test_no_server_is_asked(tiny_policy: Path, tmp_path: Path, capsys: pytest.Ca
     assert "reward model" not in found
 
 
+@pytest.mark.slow
 def test_scaled_gradients_that_are_clipped_take_more(
     tiny_policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -290,6 +291,7 @@ class TwoRanks(Ranks):
         return self.said
 
 
+@pytest.mark.slow
 def test_all_processes_decide_alike(tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the least memory that one of them has."""
     load = workload(

@@ -21,6 +21,7 @@ from support.runs import cli_arguments
 
 from sppo_lightning import losses, selection
 from sppo_lightning.__main__ import main
+from sppo_lightning.cli.main import SelfPlayCLI
 from sppo_lightning.datamodule import SelfPlayDataModule
 from sppo_lightning.module import PreferenceModule
 from sppo_lightning.rewards import FunctionReward, TorchmetricsReward
@@ -89,6 +90,28 @@ def printed(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(["--help"], capsys)
     assert [name for name in COMMANDS if not re.search(rf"^ +{name}  +\w", text, re.MULTILINE)] == []
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [(["predict", "--help"], ["predict"]), (["--help"], ["fit", "validate", "test", "predict", "estimate"])],
+)
+def test_only_the_parser_that_is_needed_is_made(
+    args: list[str],
+    expected: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+    make = SelfPlayCLI._prepare_subcommand_parser
+
+    def noted(self: SelfPlayCLI, trainer: type, command: str, **settings: Any) -> Any:
+        made.append(command)
+        return make(self, trainer, command, **settings)
+
+    monkeypatch.setattr(SelfPlayCLI, "_prepare_subcommand_parser", noted)
+    printed(args, capsys)
+    assert made == expected
 
 
 def test_help_of_a_command_explains_every_key_after_a_short_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,7 +154,7 @@ def test_an_earlier_iteration_that_was_kept(run_of: Run, tmp_path: Path) -> None
     assert "| iterations | 1 of 2 |" in card_of(folder)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "nf4"])
+@pytest.mark.parametrize("kind", ["lora", "nf4", pytest.param("dora", marks=pytest.mark.slow)])
 def test_merged_weights_give_what_the_adapter_gives_on_the_plain_base(
     run_of: Run, base: Path, tmp_path: Path, kind: str
 ) -> None:

@@ -74,8 +74,11 @@ def manifest(root: Path, iteration: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "name",
     [
-        *("SkipTied", "AdaptiveTarget"),
-        *(pytest.param(each, marks=pytest.mark.slow) for each in ("DifficultyPools", "CategoryBandit")),
+        "AdaptiveTarget",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("SkipTied", "DifficultyPools", "CategoryBandit")
+        ),
     ],
 )
 def test_a_killed_run_learns_the_same(

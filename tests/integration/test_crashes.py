@@ -58,9 +58,9 @@ KILLS: dict[str, Point] = {
     "probing": ("reach probing/3", 1),
     "training": ("reach training/4", 1),  # in the middle of an optimizer step
     "checkpoint": ("rename checkpoints/last.ckpt", 3),
-    "export": ("rename policy", 1),  # the old folder moved away, the new one not yet in its place
 }
 MORE_KILLS: dict[str, Point] = {
+    "export": ("rename policy", 1),  # the old folder moved away, the new one not yet in its place
     "first evaluation": ("reach evaluating/3", 0),
     "generating": ("reach generating/8", 1),
     "generated": ("rename iterations/001/rollouts/topup-00001.parquet", 0),
@@ -98,20 +98,21 @@ def test_killed_and_gone_on_is_uninterrupted(crashes: Crashes, point: Point) -> 
 COMBINED = "adapter with dropout, two epochs, initial reference"
 
 
+@slow
 @pytest.mark.parametrize(
     ("variant", "point"),
     [
         (COMBINED, ("reach training/4", 0)),  # the second epoch of the first iteration
-        pytest.param("adapter with dropout", ("reach training/4", 1), marks=slow),
-        pytest.param("two epochs", ("reach training/8", 1), marks=slow),
-        pytest.param("two epochs", ("rename checkpoints/last.ckpt", 2), marks=slow),
-        pytest.param("initial reference", ("reach training/5", 0), marks=slow),
-        pytest.param("initial reference", ("reach reference/6", 1), marks=slow),
-        pytest.param("optimizer carried on", ("reach training/4", 1), marks=slow),
-        pytest.param("nothing held out", ("rename checkpoints/last.ckpt", 2), marks=slow),
-        pytest.param("old iterations pruned", ("rename iterations/000/manifest.json", 2), marks=slow),
-        pytest.param("old iterations pruned", ("remove iterations/000/rollouts/.*", 2), marks=slow),
-        pytest.param("old iterations pruned", ("remove iterations/001/rollouts/.*", 4), marks=slow),
+        ("adapter with dropout", ("reach training/4", 1)),
+        ("two epochs", ("reach training/8", 1)),
+        ("two epochs", ("rename checkpoints/last.ckpt", 2)),
+        ("initial reference", ("reach training/5", 0)),
+        ("initial reference", ("reach reference/6", 1)),
+        ("optimizer carried on", ("reach training/4", 1)),
+        ("nothing held out", ("rename checkpoints/last.ckpt", 2)),
+        ("old iterations pruned", ("rename iterations/000/manifest.json", 2)),
+        ("old iterations pruned", ("remove iterations/000/rollouts/.*", 2)),
+        ("old iterations pruned", ("remove iterations/001/rollouts/.*", 4)),
     ],
 )
 def test_killed_with_other_settings(crashes: Crashes, variant: str, point: Point) -> None:

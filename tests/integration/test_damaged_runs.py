@@ -167,19 +167,19 @@ def delete(path: Path) -> None:
 
 # -------------------------------------------------------------------- repairs
 
-REPAIRED: list[tuple[str, str, Harm]] = [
+REPAIRED: list[Any] = [  # stage, file, harm
     ("sampled", "iterations/001/pairs.parquet", cut),
     ("sampled", "iterations/001/pairs.parquet", delete),
-    ("sampled", "iterations/001/pairs.parquet", poison),
+    pytest.param("sampled", "iterations/001/pairs.parquet", poison, marks=pytest.mark.slow),
     ("sampled", "iterations/001/rollouts/probe-00001.parquet", poison),
     ("sampled", "iterations/001/difficulty.parquet", flip),
-    ("sampled", "iterations/001/rollouts/probe-00001.parquet", flip),
+    pytest.param("sampled", "iterations/001/rollouts/probe-00001.parquet", flip, marks=pytest.mark.slow),
     ("sampled", "iterations/001/rollouts/topup-00000.parquet", delete),
     ("sampled", "evaluations/000/manifest.json", flip),
-    ("sampled", "evaluations/000/rollouts.parquet", delete),
+    pytest.param("sampled", "evaluations/000/rollouts.parquet", delete, marks=pytest.mark.slow),
     ("scoring", "iterations/001/rollouts/probe-00000.parquet", flip),
-    ("scoring", "iterations/001/rollouts/probe-00000.parquet", poison),
-    ("scoring", "iterations/001/rollouts/probe-00002.parquet", flip),
+    pytest.param("scoring", "iterations/001/rollouts/probe-00000.parquet", poison, marks=pytest.mark.slow),
+    pytest.param("scoring", "iterations/001/rollouts/probe-00002.parquet", flip, marks=pytest.mark.slow),
     ("scoring", "iterations/001/rollouts/probe-00001.parquet", delete),
 ]
 
@@ -392,7 +392,10 @@ def test_never_and_must(
 
 
 @pytest.mark.filterwarnings("ignore:.*report.html could not be written")  # it is larger than the files here
-@pytest.mark.parametrize("name", ["evaluations/000/rollouts.parquet", "checkpoints/last.ckpt"])
+@pytest.mark.parametrize(
+    "name",
+    ["evaluations/000/rollouts.parquet", pytest.param("checkpoints/last.ckpt", marks=pytest.mark.slow)],
+)
 def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(
     name: str,
     whole: Path,

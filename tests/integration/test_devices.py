@@ -136,7 +136,7 @@ def test_micro_batches_can_be_pinned(layout: PairLayout) -> None:
     assert torch.equal(pinned.position_ids, rows.position_ids)
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("quantization", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_quantised_run(
     device: torch.device,
     models: tuple[Path, Path],

@@ -124,7 +124,13 @@ def fingerprints(run: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, INITIAL, LORA, REVERTED], ids=["full", "initial", "lora", "reverted"]
+    "settings",
+    [
+        pytest.param({}, id="full"),
+        pytest.param(INITIAL, id="initial", marks=pytest.mark.slow),
+        pytest.param(LORA, id="lora", marks=pytest.mark.slow),
+        pytest.param(REVERTED, id="reverted", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_that_share_the_weights_make_the_run_of_one(
     arguments: Arguments, tmp_path: Path, settings: dict[str, Any]
@@ -135,7 +141,8 @@ def test_two_processes_that_share_the_weights_make_the_run_of_one(
     assert fingerprints(tmp_path / "whole") == fingerprints(tmp_path / "sharded")
 
 
-@pytest.mark.parametrize("carry", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("carry", [False, True])
 def test_a_killed_run_is_resumed_with_as_many_processes_or_fewer(
     arguments: Arguments, tmp_path: Path, carry: bool
 ) -> None:

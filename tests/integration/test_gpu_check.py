@@ -70,6 +70,7 @@ def test_unknown_steps(check: Check) -> None:
     assert "STEPS: no step is named qlra, but: tests quickstart weights" in found.stderr
 
 
+@pytest.mark.slow
 def test_what_a_step_has_started_ends_with_the_script(tmp_path: Path) -> None:
     child, python = tmp_path / "child", tmp_path / "python"
     python.write_text(f"#!/bin/sh\ntrap '' TERM\nsleep 300 &\necho $! >{child}\nwait\n")

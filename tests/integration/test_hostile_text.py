@@ -64,6 +64,7 @@ def test_a_run_shows_text_and_obeys_none(tiny_policy: Path, folder: Path) -> Non
     assert not re.findall("<(?:img|a|script)", page)
 
 
+@pytest.mark.slow
 def test_an_error_shows_text_and_obeys_none(tiny_policy: Path, folder: Path) -> None:
     twice = folder / "twice.jsonl"
     records = [{"id": "a", "prompt": "x"}, {"id": "a", f"{PASTE}": "y"}]
@@ -80,12 +81,14 @@ def test_an_error_shows_text_and_obeys_none(tiny_policy: Path, folder: Path) -> 
     assert not COMMANDS.findall(done.stdout + done.stderr)
 
 
+@pytest.mark.slow
 def test_a_terminal_of_ascii(tiny_policy: Path, folder: Path) -> None:
     done = command(["fit", *arguments(tiny_policy, folder)], folder, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr[-2000:]
     assert r"\xb1" in done.stdout  # mean ± standard error of the held-out rewards
 
 
+@pytest.mark.slow
 def test_a_reader_that_closes_the_pipe(tiny_policy: Path, folder: Path) -> None:
     """As ``head -1`` does; no traceback, and the status that a shell knows."""
     program = [sys.executable, "-m", "sppo_lightning", "fit", *arguments(tiny_policy, folder)]

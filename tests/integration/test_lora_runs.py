@@ -146,8 +146,8 @@ def test_the_adapter_that_a_run_is_held_to_must_stay_what_it_was(
     ("quantization", "precision", "tolerance"),
     [
         ("none", "32-true", 1e-5),
-        ("nf4", "32-true", 1e-5),
-        ("nf4", "bf16-mixed", 0.02),
+        pytest.param("nf4", "32-true", 1e-5, marks=pytest.mark.slow),
+        pytest.param("nf4", "bf16-mixed", 0.02, marks=pytest.mark.slow),
         ("int8", "bf16-mixed", 0.02),
     ],
 )
@@ -177,6 +177,7 @@ def test_log_ratios_are_zero_at_an_iterations_start(
         assert abs(float(first[f"train/logratios/{side}"])) < tolerance
 
 
+@pytest.mark.slow
 def test_probing_the_reference_leaves_the_run_as_it_is(
     tiny_policy: Path, write_prompts: WritePrompts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,7 +65,14 @@ def check_pairs(run: Path, model: Any) -> None:
         assert pair["reference_chosen_logp"] == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_5", "lfm2", "granite_hybrid", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "qwen3_5",
+        "gpt_oss",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("lfm2", "granite_hybrid", "deepseek_v3")),
+    ],
+)
 def test_layers_of_other_kinds(kind: str, fit: Callable[..., Path]) -> None:
     run = fit(kind)
     check_pairs(run, new_model(kind).eval())
@@ -77,7 +84,14 @@ def test_layers_of_other_kinds(kind: str, fit: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["qwen3_5", "gemma3_seeing", "mistral3_seeing"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "qwen3_5",
+        pytest.param("gemma3_seeing", marks=pytest.mark.slow),
+        pytest.param("mistral3_seeing", marks=pytest.mark.slow),
+    ],
+)
 def test_an_adapter_on_them(kind: str, quantization: str, fit: Callable[..., Path]) -> None:
     run = fit(kind, model__policy__quantization=quantization, **LORA)
     weights = load_file(run / "policy/adapter_model.safetensors")
@@ -94,7 +108,14 @@ def test_an_adapter_on_them(kind: str, quantization: str, fit: Callable[..., Pat
     assert loaded_by_peft == ("AutoPeftModelForCausalLM" in (run / "policy/README.md").read_text())
 
 
-@pytest.mark.parametrize("kind", ["gemma3_seeing", "gemma4_seeing", "mistral3_seeing"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "gemma3_seeing",
+        pytest.param("gemma4_seeing", marks=pytest.mark.slow),
+        pytest.param("mistral3_seeing", marks=pytest.mark.slow),
+    ],
+)
 def test_eyes_stay_as_they_were(kind: str, fit: Callable[..., Path], tmp_path: Path) -> None:
     run = fit(kind)
     check_pairs(run, new_model(kind).eval())

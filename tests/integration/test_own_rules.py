@@ -248,9 +248,13 @@ def kill_at(name: str) -> Callable[[OwnRules, pytest.MonkeyPatch], None]:
 @pytest.mark.parametrize(
     "arrange",
     [
-        pytest.param(lambda runs, patch: kill_at_step(runs, patch, 0), id="between two iterations"),
+        pytest.param(
+            lambda runs, patch: kill_at_step(runs, patch, 0),
+            id="between two iterations",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(lambda runs, patch: kill_at_step(runs, patch, 0.7), id="in an iteration's second epoch"),
-        pytest.param(kill_at("write_difficulty"), id="once the rule has selected"),
+        pytest.param(kill_at("write_difficulty"), id="once the rule has selected", marks=pytest.mark.slow),
         pytest.param(kill_at("write_pairs"), id="once all is sampled and paired"),
     ],
 )

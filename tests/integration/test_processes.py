@@ -132,6 +132,7 @@ def whole(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Pat
 TWO = {"trainer__devices": 2, "trainer__strategy": "ddp"}
 
 
+@pytest.mark.slow
 def test_nobody_waits_in_a_collective_for_another_to_generate(
     whole: Path, arguments: Arguments, tmp_path: Path
 ) -> None:
@@ -153,6 +154,7 @@ def test_a_process_that_fails_ends_the_others_and_says_why(arguments: Arguments,
     assert time.monotonic() - begun < 120
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_another_number_of_processes(
     whole: Path, arguments: Arguments, tmp_path: Path
 ) -> None:
@@ -174,6 +176,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(
     assert_same_up_to_rounding(whole, root)
 
 
+@pytest.mark.slow
 def test_ctrl_c_reaches_all_processes_of_a_terminal_and_saves(arguments: Arguments, tmp_path: Path) -> None:
     """Each worker gets it twice: from the terminal, and from the first process."""
     root = tmp_path / "run"

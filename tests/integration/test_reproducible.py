@@ -106,7 +106,7 @@ def test_batch_sizes_change_no_response(
     assert files(whole, pattern) == files(tmp_path / "run", pattern)
 
 
-@pytest.mark.parametrize("step", [0, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 2)), 3])
+@pytest.mark.parametrize("step", [0, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 2, 3))])
 def test_interrupted_and_resumed_equals_uninterrupted(
     whole: Path, arguments: Callable[..., list[str]], tmp_path: Path, step: int, monkeypatch: Any
 ) -> None:
@@ -134,7 +134,8 @@ def tensor_types(value: Any) -> list[str]:
     return [dtype for item in inside for dtype in tensor_types(item)]
 
 
-@pytest.mark.parametrize("carry", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("carry", [False, True])
 def test_a_qlora_run_with_an_8_bit_optimizer_resumes(
     arguments: Callable[..., list[str]], tmp_path: Path, carry: bool, monkeypatch: Any
 ) -> None:

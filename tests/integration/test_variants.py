@@ -74,6 +74,7 @@ def test_lora_trains_an_adapter_only(
             assert pair["reference_rejected_logp"] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_adapter_dropout_disturbs_neither_reference_nor_resuming(
     tiny_policy: Path, write_prompts: WritePrompts, tmp_path: Path
 ) -> None:
@@ -90,7 +91,7 @@ def test_adapter_dropout_disturbs_neither_reference_nor_resuming(
     assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
 
 
-@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+@pytest.mark.parametrize("quantization", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_qlora_runs_on_the_cpu(write_prompts: WritePrompts, tmp_path: Path, quantization: str) -> None:
     torch.manual_seed(0)
     LlamaForCausalLM(tiny_config(hidden_size=64, intermediate_size=128)).save_pretrained(tmp_path / "policy")

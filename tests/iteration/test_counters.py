@@ -39,7 +39,7 @@ def counters_of(*groups: list[Rollout]) -> ResponseCounters:
     return counters
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(rollouts(), max_size=4), max_size=4))
 def test_in_is_out_and_dropped(groups: list[list[Rollout]]) -> None:
     rows = [row for group in groups for row in group]

@@ -702,6 +702,7 @@ def test_the_rank_keeps_its_scale() -> None:
     assert not list(smaller_ranks(workload(policy=PolicyConfig("x", lora=LORA))))
 
 
+@pytest.mark.slow
 def test_settings_that_do_not_suffice_alone_are_put_together() -> None:
     run: dict[str, Any] = {"policy": PolicyConfig("x", lora=LORA), "pairs_per_step": 6, "batch_size": 6}
     least = PolicyConfig("x", lora=LORA, gradient_checkpointing=True)

@@ -33,9 +33,9 @@ def check() -> ParityCheck:
     ("forward_class", "checkpointing"),
     [
         (SharedForward, False),
-        (SharedForward, True),
-        pytest.param(PlainForward, False, marks=pytest.mark.slow),
         (PlainForward, True),
+        pytest.param(SharedForward, True, marks=pytest.mark.slow),
+        pytest.param(PlainForward, False, marks=pytest.mark.slow),
     ],
 )
 def test_compiled_layers_give_the_same(forward_class: type[PairForward], checkpointing: bool) -> None:
@@ -72,8 +72,9 @@ def test_compiled_layers_give_the_same(forward_class: type[PairForward], checkpo
     assert graphs[1] == graphs[-1] > 0
 
 
-@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_compiled_layers_with_an_adapter_give_the_same(
     tmp_path: Path, quantization: Any, checkpointing: bool
 ) -> None:

@@ -57,7 +57,7 @@ class Name(str):
 # ----------------------------------------------------------------------- prompts
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(PROMPTS)
 def test_what_goes_in_comes_out(expected: list[Prompt]) -> None:
     table = PromptTable(expected)

@@ -72,7 +72,7 @@ def same(left: object, right: object) -> bool:
 # ------------------------------------------------------------------ as a sequence
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(PAIRS)
 def test_what_goes_in_comes_out(expected: list[PreferencePair]) -> None:
     table = PairTable.collect(expected)
@@ -235,6 +235,7 @@ def fresh(count: int) -> list[PreferencePair]:
     return [pair(0, **dict(zip(names, map(tuple, row), strict=True))) for row in tokens]
 
 
+@pytest.mark.slow
 def test_a_table_takes_less_than_a_third_of_its_objects() -> None:
     """Python's own allocations and Arrow's, of 2,000 pairs of 300 tokens."""
     PairTable.collect(pairs(1))  # what Arrow imports at its first use is not the table's
