@@ -74,6 +74,11 @@ class CachedGenerator(Generator):
         self._found = 0  # responses that did not have to be sampled
 
     @property
+    def streams(self) -> bool:
+        """Whether the engine does; all requests are read first, for what is known of them."""
+        return self.generator.streams
+
+    @property
     def reproducible(self) -> bool:
         """Whether the engine is."""
         return self.generator.reproducible

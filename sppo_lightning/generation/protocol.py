@@ -96,10 +96,6 @@ class Generator(ABC):
     free_settings: ClassVar[frozenset[str]] = SPEED_OR_PLACE
     """Arguments of the constructor that decide speed or place, never a response: a run that resumes may change them."""
 
-    streams: ClassVar[bool] = False
-    """Whether requests are read one by one as the engine comes to them, so that it is asked for all shards at once and
-    need not wait for the last response of one shard before it begins the next."""
-
     on_batch_progress: Callable[[float, int], None] | None = None
     """Told, by engines that can, how much of the batch that is being sampled is done: in prompts, and in tokens."""
 
@@ -133,6 +129,15 @@ class Generator(ABC):
         self.top_k = top_k
         self.stop = stop
         self.max_total_tokens = max_total_tokens
+
+    @property
+    def streams(self) -> bool:
+        """Whether requests are read as the engine comes to them.
+
+        It is then asked for all shards at once, and need not wait for the last response of one shard before it begins
+        the next.
+        """
+        return False
 
     @property
     def reproducible(self) -> bool:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.fakes import Echo
+from support.fakes import Echo, with_settings
 
-from sppo_lightning.generation import CachedGenerator, PromptResponses, SampleRequest
+from sppo_lightning.generation import CachedGenerator, OpenAIServerGenerator, PromptResponses, SampleRequest
+from sppo_lightning.generation.weight_sync import OffPolicy
 from sppo_lightning.store.identity import identity
 from sppo_lightning.types import Response
 
@@ -26,12 +27,8 @@ class Policy:
 REQUESTS = [SampleRequest((1, 2), (11, 12)), SampleRequest((3,), ()), SampleRequest((4,), (7,))]
 
 
-def echo(**settings: Any) -> Echo:
-    found = Echo(**settings)
-    settings = {"max_new_tokens": 8, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "stop": None}
-    for name, value in {**settings, "max_total_tokens": None}.items():
-        setattr(found, name, value)
-    return found
+def echo(**fields: Any) -> Echo:
+    return with_settings(Echo(**fields))
 
 
 def answered(
@@ -105,3 +102,8 @@ def test_it_says_what_its_engine_is(tmp_path: Path) -> None:
     engine = CachedGenerator(echo(), str(tmp_path))
     assert (engine.max_new_tokens, engine.reproducible, engine.longest_response(3)) == (8, True, 8)
     assert identity(engine)["init_args"].keys() == {"generator"}
+    assert not engine.streams
+    server = OpenAIServerGenerator(
+        "http://localhost:1/v1", OffPolicy(), model="a", max_new_tokens=8, temperature=1.0
+    )
+    assert CachedGenerator(server, str(tmp_path)).streams

@@ -26,11 +26,13 @@ from support.fakes import (
     same,
     together,
     wanted_of,
+    with_settings,
 )
 from support.models import byte_tokenizer
 from support.tiny import Source, random_tokens, tiny_model
 
 from sppo_lightning.generation import (
+    CachedGenerator,
     HFGenerator,
     PolicySource,
     PromptResponses,
@@ -745,6 +747,18 @@ def test_an_engine_that_streams_is_asked_for_all_shards_at_once(tmp_path: Path) 
     # a shard is on disk as soon as it is complete, while later ones are asked for
     assert written[-1] == (5, ["probe-00000.parquet", "probe-00001.parquet"])
     assert (3, ["probe-00000.parquet"]) in written
+
+
+def test_a_stream_behind_kept_responses_is_asked_for_what_is_missing_of_all_shards(tmp_path: Path) -> None:
+    """Of the second run, some prompts of each shard are known."""
+    plain = collect(ShardStore(tmp_path / "plain"), wanted_of(5), prompts_per_shard=2)
+    engines = [with_settings(Streaming()) for _ in range(2)]
+    kept = [CachedGenerator(engine, str(tmp_path / "kept")) for engine in engines]
+    collect(ShardStore(tmp_path / "a"), wanted_of(5)[::2], generator=kept[0], prompts_per_shard=2)
+    assert same(
+        collect(ShardStore(tmp_path / "b"), wanted_of(5), generator=kept[1], prompts_per_shard=2), plain
+    )
+    assert [(engine.calls, len(engine.asked)) for engine in engines] == [(1, 3), (1, 2)]
 
 
 def test_finished_shards_of_a_stream_that_breaks_off_are_kept(store: ShardStore) -> None:

@@ -95,6 +95,14 @@ class Echo(Generator):
         self.events.append("unload")
 
 
+def with_settings(engine: Echo, **settings: Any) -> Echo:
+    """Give an engine what each has, and it makes no use of."""
+    known = {"max_new_tokens": 8, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "stop": None}
+    for name, value in {**known, "max_total_tokens": None, **settings}.items():
+        setattr(engine, name, value)
+    return engine
+
+
 @dataclass
 class Digits(Reward):
     """Rewards the last digit; shares its record of events with the engine."""
@@ -134,6 +142,9 @@ class Unsampled:
     """A policy that the engines of these tests do not ask."""
 
     embedding_rows = 2**31
+
+    def fingerprint(self) -> str:
+        return "unsampled"
 
     def sync_sampling_weights(self, ranks: Ranks, *, needed: bool) -> None:
         pass
