@@ -11,6 +11,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import lightning.pytorch  # noqa: F401  before any test: its log handler keeps the standard error that it finds
 import pytest
 import torch
 from support.crash import CrashError

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 PLAIN = "plain"  # said in place of a chat template
 LONGEST_SECONDS = 30.0  # that a template may take for a conversation; they take milliseconds
 LONGEST_TEXT = 2**26  # characters of a templated conversation
-# three names of one field; transformers fills in the others
-REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # three names of one field
 DIRECTIVES = "aAbBcdeFDhHIjmMpSTRuUVwWxXyYCG"  # of strftime
 
 _clock: date | None = None
@@ -118,7 +117,7 @@ def template_token_ids(
     try:
         with bounded(LONGEST_SECONDS):
             rendered = tokenizer.apply_chat_template(
-                cast(Any, [dict(message) for message in messages]),
+                cast(Any, [_by_all_names(message) for message in messages]),
                 tools=list(tools) if tools else None,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
@@ -151,6 +150,13 @@ def template_token_ids(
     if not ids:
         raise UserError(f"{owner.name} makes not a single token of a conversation: {owner.remedy}")
     return ids
+
+
+def _by_all_names(message: Message) -> dict[str, Any]:
+    """Return a message with its reasoning under each of its names: transformers fills in two of them, once not any."""
+    fields: dict[str, Any] = {**message}
+    said = next((fields[name] for name in REASONING if fields.get(name) is not None), None)
+    return fields if said is None else {**dict.fromkeys(REASONING, said), **fields}
 
 
 def _broken_template(error: Exception, owner: TemplateOwner) -> UserError:
