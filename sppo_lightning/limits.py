@@ -49,8 +49,9 @@ class _AlarmError(BaseException):
 def bounded(seconds: float, *, memory: int = MEMORY) -> Iterator[None]:
     """Let the context last for some time at most, and take some memory at most.
 
-    Python's own loops, patterns and powers of integers are interrupted by the alarm clock. Time is bounded in the main
-    thread only, and not while another alarm runs; memory is bounded on Linux only.
+    Python's own loops, patterns and powers of integers are interrupted by the alarm clock. In threads other than the
+    main one nothing is bounded: alarms ring there, and a limit of memory is the process's. Time is not bounded while
+    another alarm runs; memory is bounded on Linux only.
 
     Args:
         seconds: that the context may last.
@@ -60,14 +61,16 @@ def bounded(seconds: float, *, memory: int = MEMORY) -> Iterator[None]:
         OutOfTimeError: after ``seconds``.
         MemoryError: where more memory is asked for.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     with _bounded_memory(memory), _bounded_time(seconds):
         yield
 
 
 @contextlib.contextmanager
 def _bounded_time(seconds: float) -> Iterator[None]:
-    main = threading.current_thread() is threading.main_thread()
-    if not main or not hasattr(signal, "setitimer") or signal.getitimer(signal.ITIMER_REAL)[0]:
+    if not hasattr(signal, "setitimer") or signal.getitimer(signal.ITIMER_REAL)[0]:
         yield
         return
 

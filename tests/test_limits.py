@@ -61,13 +61,14 @@ def test_everything_is_as_it_was_afterwards() -> None:
     assert state() == before
 
 
-def test_another_thread_has_no_alarm() -> None:
+def test_another_thread_has_no_alarm_and_bounds_nobodys_memory() -> None:
     ended: list[bool] = []
+    before = resource.getrlimit(resource.RLIMIT_AS)
 
     def work() -> None:
-        with bounded(0.01):
+        with bounded(0.01, memory=2**20):
             time.sleep(0.05)
-        ended.append(True)
+            ended.append(resource.getrlimit(resource.RLIMIT_AS) == before)
 
     thread = threading.Thread(target=work)
     thread.start()

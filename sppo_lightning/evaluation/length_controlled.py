@@ -176,9 +176,10 @@ def length_controlled_win_rate(
     rates = _refitted_rates(fitted, equal_lengths, known, strength=strength, seed=seed, resamples=resamples)
     low, high = np.quantile(rates, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2]).tolist()
     stderr = float(predicted.std(ddof=1) / math.sqrt(len(predicted)))
-    return LengthControlledWinRate(
-        name, float(predicted.mean()), low, high, stderr, -float(model.coef_[0][0])
-    )
+    rate = float(predicted.mean())
+    # of very few prompts the refits may all lie on one side of it
+    low, high = min(low, rate), max(high, rate)
+    return LengthControlledWinRate(name, rate, low, high, stderr, -float(model.coef_[0][0]))
 
 
 def _design(lengths: Floats, difficulties: Floats | None, baseline: Floats) -> Floats:

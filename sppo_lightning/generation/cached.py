@@ -36,6 +36,7 @@ SCHEMA = pa.schema(
     ]
 )
 GREEDY = "greedy"
+KEPT_AT_ONCE = 1024  # responses of one file, at most about
 
 
 class CachedGenerator(Generator):
@@ -132,30 +133,41 @@ class CachedGenerator(Generator):
             self.generator.load(self._policy)
             self._loaded = True
         self.generator.on_batch_progress = self._progress
-        for answer in self.generator.generate(missing):
-            number, keys = partly[answer.request]
-            made = dict(zip(_keys(missing[answer.request]), answer.responses, strict=True))
-            kept = {key: response for key, response in made.items() if response.drop_reason is None}
-            if self._place.name == self._first:
-                self._fresh |= kept
-            yield PromptResponses(number, [made[key] if key in made else self._known[key] for key in keys])
+        try:
+            for answer in self.generator.generate(missing):
+                number, keys = partly[answer.request]
+                made = dict(zip(_keys(missing[answer.request]), answer.responses, strict=True))
+                kept = {key: response for key, response in made.items() if response.drop_reason is None}
+                if self._place.name == self._first:
+                    self._fresh |= kept
+                if len(self._fresh) >= KEPT_AT_ONCE:
+                    self._keep()
+                yield PromptResponses(
+                    number, [made[key] if key in made else self._known[key] for key in keys]
+                )
+        finally:
+            self._keep()
+
+    def _keep(self) -> None:
+        """Write what was sampled: a run that is stopped here does not ask for it again."""
+        if self._fresh:
+            self._place.mkdir(parents=True, exist_ok=True)
+            write_table(self._place / f"{uuid4().hex}.parquet", _table(self._fresh))
+            self._fresh = {}
 
     def _progress(self, prompts: float, tokens: int) -> None:
         if self.on_batch_progress is not None:
             self.on_batch_progress(prompts, tokens)
 
     def unload(self) -> None:
-        """Keep what was sampled, and free what was loaded."""
+        """Free what was loaded."""
         assert self._policy is not None
-        if self._fresh:
-            self._place.mkdir(parents=True, exist_ok=True)
-            write_table(self._place / f"{uuid4().hex}.parquet", _table(self._fresh))
         if self._loaded:
             self.generator.unload()
         if self._found:
             LOGGER.info("%d responses were found in %s", self._found, self.folder)
         self._loaded, self._policy, self._found = False, None, 0
-        self._known, self._fresh = {}, {}
+        self._known = {}
 
 
 def _keys(request: SampleRequest) -> list[str]:

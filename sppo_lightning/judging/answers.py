@@ -8,15 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from sppo_lightning.evaluation.gate import best_finished, read_decisions
 from sppo_lightning.evaluation.stored import load_evaluation
 from sppo_lightning.judging.contract import Answer, AnswerSet
-from sppo_lightning.limits import check_size
 from sppo_lightning.prompts.formats import file_records
+from sppo_lightning.prompts.reading import check_encodable
 from sppo_lightning.prompts.shapes import names_of
 from sppo_lightning.store.run_folder import RunFolder
+from sppo_lightning.store.run_settings import read_settings
 from sppo_lightning.types import Message, Prompt, UserError
 
 Iteration = int | Literal["initial", "last", "best"]
@@ -65,15 +64,7 @@ def _run_answers(root: Path, source: str, iteration: Iteration) -> AnswerSet:
             f"{source!r} is no run: it has no config.yaml; give a folder that was a fit's trainer.default_root_dir, or "
             "a file of answers"
         )
-    try:
-        settings = yaml.safe_load(folder.config.read_bytes())
-        check_size(settings)
-        if not isinstance(settings, Mapping):
-            raise ValueError("it is no mapping")
-    except (OSError, yaml.YAMLError, ValueError) as error:
-        raise UserError(
-            f"{folder.config} cannot be read as a run's config ({' '.join(str(error).split())}): restore it"
-        ) from error
+    settings = read_settings(folder)
     evaluated = sorted(
         int(path.parent.name)
         for path in folder.evaluations.glob("*/rollouts.parquet")
@@ -151,6 +142,8 @@ def _answer(fields: Mapping[str, Any], where: str) -> Answer:
             f"with {', '.join(ANSWERS[:-1])} or {ANSWERS[-1]}, or messages that end with the assistant's"
         )
     turns, text = found
+    for said in (text, *(turn["content"] for turn in turns)):
+        check_encodable(said, where)
     said = "\n".join(turn["content"] for turn in turns if turn["role"] == "user")
     own_id = next((str(fields[name]) for name in IDS if isinstance(fields.get(name), str | int)), said)
     dataset = {"dataset": fields["dataset"]} if isinstance(fields.get("dataset"), str) else {}

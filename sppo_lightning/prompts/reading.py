@@ -222,10 +222,10 @@ def _check_turns(turns: Sequence[Message], where: str) -> None:
     if not turns[-1]["content"].strip():
         raise UserError(f"{where}: the last message is empty: there is nothing to answer")
     for turn in turns:
-        _check_encodable(turn["content"], where)
-        _check_encodable(turn["role"], f"{where}: a role")
+        check_encodable(turn["content"], where)
+        check_encodable(turn["role"], f"{where}: a role")
         for more in _more(turn):
-            _check_encodable(
+            check_encodable(
                 json.dumps(more, ensure_ascii=False, default=str), f"{where}: what comes with a message"
             )
 
@@ -242,11 +242,11 @@ def _parse_scalar(name: str, value: object, where: str) -> str:
         raise UserError(f"{where}: '{name}' must be a text that is not empty, or a number, got {value!r}")
     text = str(value)
     if name == "id":
-        _check_encodable(text, f"{where}: 'id'")
+        check_encodable(text, f"{where}: 'id'")
     return text
 
 
-def _check_encodable(text: str, where: str) -> None:
+def check_encodable(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -137,7 +137,8 @@ class PairwiseReward(Reward):
             for other in others:
                 if responses[row] != responses[other]:
                     shown = presented(prompts[row].id, responses[row], responses[other])
-                    comparisons[(prompts[row].id, *shown)] = Comparison(prompts[row], *shown)
+                    key = (prompts[row].id, *shown)
+                    comparisons[key] = Comparison(prompts[row], *shown)
         judged = dict(zip(comparisons, self._judged(list(comparisons.values())), strict=True))
         rewards, unjudged = [], []
         reasons: dict[int, str] = {}

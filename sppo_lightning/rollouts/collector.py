@@ -199,11 +199,17 @@ class Collector:
             return
         total = sum(len(scorer.shards[number]) for number in pending)
 
+        told = -1
+
         def notify(done: Scored) -> None:
+            nonlocal told
             self.ranks.check()
-            self.notify("scoring", iteration, done.prompts, total, done.tokens)
+            if done.prompts > told:  # a phase is told once that it begins
+                told = done.prompts
+                self.notify("scoring", iteration, done.prompts, total, done.tokens)
 
         done = Scored(0, 0)
+        notify(done)
         if meanwhile is not None:
             try:
                 meanwhile.finish(notify)
@@ -211,7 +217,6 @@ class Collector:
                 meanwhile.stop()
                 raise
         else:
-            notify(done)
             self.reward.load(self.device)
             for number in pending:
                 self.ranks.check()

@@ -71,7 +71,7 @@ def study(
         raise UserError("--values, --seeds and --output belong to --sweep: a study file names its own")
     else:
         named = read_study(path)
-    with holding(named.folder / ".registration.lock", wait_s=60):
+    with holding(named.folder / ".registration.lock", wait_s=1800):
         before = read_registration(named)
         if before is None and action != "run":
             raise UserError(f"{named.folder} holds no study yet: run it first")

@@ -141,7 +141,9 @@ def read_outcome(run: PlannedRun) -> Outcome:
             raise UserError(f"{folder.evaluation(f'{finished:03d}')} is missing or damaged")
         if finished > 0:
             store = folder.iteration(finished - 1)
-            manifest = store.read_manifest() or {}
+            manifest = store.read_manifest()
+            if manifest is None:
+                raise UserError(f"{store.manifest_path} is missing")
             here = _responses(run, manifest, store.shards)
             initial = here if finished == 1 else initial
             tokens += int(here.tokens.sum())

@@ -94,7 +94,10 @@ def run_all(study: Study, runs: Sequence[PlannedRun], *, ended: Callable[[], obj
         else:
             _say(f"  ended after {_duration(state.seconds)}")
             _remove_weights(RunFolder(run.folder))
-            ended()
+            try:
+                ended()
+            except UserError as error:  # the other runs do not need it, and it is called again
+                _say(f"  {error}")
     if seconds:
         own = time.monotonic() - began - seconds
         _say(f"the runs took {_duration(seconds)}, the study itself {_duration(own)} ({own / seconds:.1%})")

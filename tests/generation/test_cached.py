@@ -98,6 +98,17 @@ def test_failures_are_not_kept(tmp_path: Path) -> None:
     assert list(tmp_path.glob("*/*/*.parquet")) == []
 
 
+def test_what_a_stopped_run_has_sampled_is_kept(tmp_path: Path) -> None:
+    stopped = CachedGenerator(echo(), str(tmp_path))
+    stopped.load(Policy())  # type: ignore[arg-type]
+    answers = stopped.generate(REQUESTS)
+    first = next(answers).request
+    answers.close()  # type: ignore[attr-defined]
+    inner = echo()
+    answered(CachedGenerator(inner, str(tmp_path)), REQUESTS)
+    assert inner.asked == [request for number, request in enumerate(REQUESTS) if number != first]
+
+
 def test_it_says_what_its_engine_is(tmp_path: Path) -> None:
     engine = CachedGenerator(echo(), str(tmp_path))
     assert (engine.max_new_tokens, engine.reproducible, engine.longest_response(3)) == (8, True, 8)

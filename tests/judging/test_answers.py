@@ -130,6 +130,19 @@ def test_records_that_are_no_answers(record: dict[str, Any], tmp_path: Path) -> 
         read(file)
 
 
+@pytest.mark.parametrize(
+    "half", [{"prompt": "Why \ud83d?", "output": "So."}, {"prompt": "Why?", "output": "\ud83d"}]
+)
+def test_half_a_surrogate_pair(half: dict[str, str], tmp_path: Path) -> None:
+    """No server takes it, and no file."""
+    file = tmp_path / "answers.jsonl"
+    file.write_text(json.dumps(half))
+    with pytest.raises(
+        UserError, match=r"answers\.jsonl:1: half of a surrogate pair at character \d+, which"
+    ):
+        read(file)
+
+
 def test_files_without_answers(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such folder or file"):
         read(tmp_path / "none.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from support.fakes import UNSAMPLED, Digits, Echo, collector, files, wanted_of
 
 from sppo_lightning.generation import PromptResponses, SampleRequest
+from sppo_lightning.rollouts.shard_scorer import LOOK_EVERY
 from sppo_lightning.store.shards import ShardStore
 from sppo_lightning.types import PhaseProgress, Prompt, Rollout, UserError
 
@@ -73,6 +75,25 @@ def test_a_shard_is_scored_while_the_next_is_sampled(store: ShardStore, tmp_path
     assert (seen[-1].done, seen[-1].total) == (6, 6)
     assert reward.events[0] == "load reward on cpu"
     assert reward.events[-1] == "unload reward"
+
+
+def test_a_phase_that_waits_for_its_first_reward_is_told_once_that_it_begins(store: ShardStore) -> None:
+    """And one whose first shard was scored before is told so too: bars and times begin there."""
+
+    class Late(Remote):
+        def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+            time.sleep(5 * LOOK_EVERY)
+            return super().score(prompts, responses)
+
+    seen = list[PhaseProgress]()
+    collect(store, 2, generator=Echo(), reward=Late(), report=seen)
+    assert [one.done for one in seen if one.phase == "scoring"] == [0, 2]
+    early = Remote()
+    seen.clear()
+    collect(
+        ShardStore(store.folder / "other"), generator=Waiting(scored=early.done), reward=early, report=seen
+    )
+    assert next(one.done for one in seen if one.phase == "scoring") == 0
 
 
 def test_a_run_that_goes_on_scores_what_it_finds_and_no_more(store: ShardStore, tmp_path: Path) -> None:
