@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sppo_lightning.evaluation.gate import Decision
 from sppo_lightning.store.iterations import IterationStore
 from sppo_lightning.store.run_folder import RunFolder
 from sppo_lightning.store.run_settings import read_settings, reading_settings
@@ -66,13 +67,17 @@ def finished_iterations(folder: RunFolder, metrics: MetricsTail) -> int:
     return max(evaluated, len(metrics.column("time/other")))
 
 
-def progress(folder: RunFolder, schedule: Schedule, metrics: MetricsTail) -> Progress:
+def progress(
+    folder: RunFolder, schedule: Schedule, metrics: MetricsTail, decisions: Sequence[Decision]
+) -> Progress:
     """Return where a run stands.
 
     Raises:
         UserError: if what says it is damaged.
     """
     finished = finished_iterations(folder, metrics)
+    if decisions and decisions[-1].action == "stop" and decisions[-1].finished == finished:
+        return Progress(finished, "stopped by the gate", finished, schedule.iterations, "iterations")
     if finished >= schedule.iterations:
         return Progress(finished, "finished", finished, schedule.iterations, "iterations")
     store = folder.iteration(finished)

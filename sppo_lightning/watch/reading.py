@@ -65,7 +65,8 @@ class RunReader:
         """Return the run as it is now."""
         self._metrics.update()
         troubles: list[str] = []
-        now = _tried(lambda: progress(self.folder, self.schedule, self._metrics), troubles)
+        decisions = _tried(lambda: read_decisions(self.folder), troubles) or []
+        now = _tried(lambda: progress(self.folder, self.schedule, self._metrics, decisions), troubles)
         for number in self.folder.iteration_numbers():
             if number not in self._iterations:
                 view = _tried(partial(self._iteration, number), troubles)
@@ -79,7 +80,7 @@ class RunReader:
             seconds_left=seconds_left(self.folder, self.schedule, self._metrics),
             iterations=[self._iterations[number] for number in sorted(self._iterations)],
             results=_tried(self._held_out, troubles) or [],
-            decisions=_tried(lambda: read_decisions(self.folder), troubles) or [],
+            decisions=decisions,
             losses=self._metrics.column("train/loss"),
             troubles=troubles,
         )

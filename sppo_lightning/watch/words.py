@@ -25,8 +25,8 @@ def status(view: RunView) -> str:
     now = view.progress
     if now is None:
         return "where it stands cannot be read, see below"
-    if now.phase == "finished":
-        return f"finished: {now.done} of {view.planned} iterations"
+    if now.phase in ("finished", "stopped by the gate"):
+        return f"{now.phase}: {now.done} of {view.planned} iterations"
     parts = [f"iteration {now.iteration} of {view.planned}", now.phase]
     if now.total is None:
         parts.append(f"{now.done} {now.unit}" if now.done else "")

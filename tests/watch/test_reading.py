@@ -33,6 +33,12 @@ def test_a_finished_run(finished: Path) -> None:
     assert (view.troubles, view.decisions, view.name) == ([], [], "finished")
 
 
+def test_a_run_that_the_gate_has_stopped(killed: Path) -> None:
+    write_decisions(RunFolder(killed), [Decision(1, "stop", ("its reward fell",), 0, -0.1, 0.1, 1.0, "a")])
+    (killed / "iterations/001/manifest.json").unlink()
+    assert status(RunReader(killed).read()) == "stopped by the gate: 1 of 3 iterations"
+
+
 def test_a_run_in_training(killed: Path) -> None:
     for path in (killed, *killed.rglob("*")):
         os.utime(path)
@@ -144,9 +150,9 @@ def test_what_is_damaged_is_said_and_the_rest_is_shown(finished: Path) -> None:
     view = RunReader(finished).read()
     assert [row.number for row in view.iterations] == [0, 2]
     assert [result.finished for result in view.results] == [0, 1, 3]
-    assert [next(name for name in ("manifest", "gate") if name in line) for line in view.troubles] == [
-        "manifest",
+    assert sorted(next(name for name in ("manifest", "gate") if name in line) for line in view.troubles) == [
         "gate",
+        "manifest",
     ]
 
 
