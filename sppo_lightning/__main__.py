@@ -6,6 +6,7 @@ import io
 import os
 import pkgutil
 import select
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -68,6 +69,11 @@ def _run(given: list[str]) -> None:
             file=sys.stderr,
         )
         sys.exit(128 + stop.signal)
+    except (
+        KeyboardInterrupt
+    ):  # where nobody listens to signals: before a run begins, or between two runs of a study
+        print("sppo-lightning: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except OSError as error:
         message = disk_error(error, Path(error.filename or Path.cwd()))
         if message is None:

@@ -87,6 +87,17 @@ def printed(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 # ---------------------------------------------------------------------- help
 
 
+def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(args: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sppo_lightning.report.command.main", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["report", "runs/a"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "sppo-lightning: stopped by Ctrl-C\n"
+
+
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(["--help"], capsys)
     assert [name for name in COMMANDS if not re.search(rf"^ +{name}  +\w", text, re.MULTILINE)] == []
