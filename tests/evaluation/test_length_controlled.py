@@ -78,6 +78,15 @@ def test_a_penalty_that_leaves_nothing_does_not_hide_how_few_the_prompts_are() -
     assert (tied.low, tied.rate, tied.high) == pytest.approx((0.5, 0.5, 0.5))
 
 
+def test_an_interval_holds_its_rate_however_few_the_prompts() -> None:
+    """Here the fit leaves nothing, and each refit of the five wins more."""
+    lengths, other_lengths = [19, 8, 39, 163, 131], [182, 103, 123, 194, 147]
+    found = length_controlled_win_rate(
+        [1.0, 0.0, 1.0, 1.0, 1.0], lengths, other_lengths, seed=0, resamples=30
+    )
+    assert found.low <= found.rate <= found.high
+
+
 def test_too_few_prompts_have_none() -> None:
     found = length_controlled_win_rate([1.0, 0.0, 1.0, 0.0, math.nan], [1] * 5, [2] * 5, seed=0)
     assert math.isnan(found.rate)

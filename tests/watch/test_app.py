@@ -208,6 +208,7 @@ def test_arguments_that_are_wrong(
         ("data: {iterations: many}\n", "invalid literal for int"),
         ("- data\n", "it holds no settings"),
         ("data: [\n", "while parsing a flow"),
+        ("[" * 5000, "recursion depth exceeded"),
         ("", "it holds no settings"),
     ],
 )
