@@ -69,9 +69,8 @@ def _run(given: list[str]) -> None:
             file=sys.stderr,
         )
         sys.exit(128 + stop.signal)
-    except (
-        KeyboardInterrupt
-    ):  # where nobody listens to signals: before a run begins, or between two runs of a study
+    except KeyboardInterrupt:
+        # where nobody listens to signals: before a run begins, or between two runs of a study
         print("sppo-lightning: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except OSError as error:

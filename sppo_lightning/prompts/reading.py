@@ -247,6 +247,15 @@ def _parse_scalar(name: str, value: object, where: str) -> str:
 
 
 def check_encodable(text: str, where: str) -> None:
+    """Refuse half of a surrogate pair, which no file and no server takes.
+
+    Args:
+        text: of a user's file.
+        where: its place, for the error.
+
+    Raises:
+        UserError: naming ``where``.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -43,7 +43,15 @@ def reading_settings(folder: RunFolder) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (
+        OSError,
+        yaml.YAMLError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:
         raise UserError(
             f"{folder.config} cannot be read as a run's config ({' '.join(str(error).split())}): restore it, or use "
             "the version of sppo-lightning that wrote it"
