@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sppo_lightning.study import runner
 from sppo_lightning.study.command import paced
 from sppo_lightning.study.definition import Arm, Claim, Study
-from sppo_lightning.study.outcomes import Evaluated, InitialResponses, Outcome, prompt_table, shared_tokens
+from sppo_lightning.study.outcomes import (
+    Evaluated,
+    InitialResponses,
+    Outcome,
+    prompt_table,
+    read_outcome,
+    shared_tokens,
+)
 from sppo_lightning.study.page import Results, write_results
 from sppo_lightning.study.plan import PlannedRun
 from sppo_lightning.study.runner import RunState
 from sppo_lightning.study.verdicts import verdicts
+from sppo_lightning.types import UserError
 
 PROMPTS = 40
 
@@ -167,6 +177,26 @@ def test_tokens_that_were_shared(tmp_path: Path) -> None:
         "have 400 tokens, of which 92 (23%) were shared"
         in write_results(study(tmp_path), results).read_text()
     )
+
+
+def test_a_run_whose_iterations_were_deleted_is_named(tmp_path: Path) -> None:
+    shutil.copytree(Path(__file__).parents[1] / "support/old_run/finished", tmp_path / "run")
+    run = PlannedRun("base", 1, "a", {"data": {"iterations": 3}}, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/iterations")
+    with pytest.raises(UserError, match=r"iterations/000/manifest\.json is missing$"):
+        read_outcome(run)
+
+
+def test_a_page_that_cannot_be_written_stops_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ended() -> None:
+        raise UserError("the results are in use")
+
+    monkeypatch.setattr(runner, "_run", lambda *given: RunState("ended", 1.0, ""))
+    runs = [PlannedRun("base", seed, "a", {}, tmp_path / f"run-{seed}") for seed in (1, 2)]
+    assert runner.run_all(study(tmp_path), runs, ended=ended) == 0
+    assert capsys.readouterr().err.count("the results are in use") == 2
 
 
 def test_a_page_takes_a_share_of_the_time() -> None:
