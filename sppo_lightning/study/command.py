@@ -8,15 +8,16 @@ import sys
 import time
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from jsonargparse import ArgumentParser
 
+from sppo_lightning.study.comparable import comparable
 from sppo_lightning.study.definition import Study, read_study
-from sppo_lightning.study.outcomes import Outcome, read_outcome
+from sppo_lightning.study.outcomes import read_outcome
 from sppo_lightning.study.page import Results, Section, write_results
 from sppo_lightning.study.plan import PlannedRun, of_arms, of_job, pinned_settings, plan
 from sppo_lightning.study.registration import check_registered, read_registration, register
@@ -121,11 +122,10 @@ def _write(study: Study, runs: Sequence[PlannedRun], digest: str, sweep: str | N
                 outcomes.append(read_outcome(run))
             except UserError as error:
                 unreadable[run.name] = str(error)
-        unlike = _unlike(outcomes)
-        kept = [item for item in outcomes if item.run.name not in unlike]
-        results = Results(runs, states, kept, {**unreadable, **unlike}, digest)
+        found = comparable(outcomes)
+        results = Results(runs, states, found.kept, {**unreadable, **found.left_out}, digest)
         section = Section() if sweep is None else sweep_section(study, results, baseline_of(study, sweep))
-        return write_results(study, results, section)
+        return write_results(study, results, replace(section, limits=(*section.limits, *found.notes)))
 
 
 def paced(write: Callable[[], object], *, share: float = PAGE_SHARE) -> Callable[[], None]:
@@ -146,21 +146,6 @@ def paced(write: Callable[[], object], *, share: float = PAGE_SHARE) -> Callable
             not_before = ended + (ended - began) / share
 
     return write_if_due
-
-
-def _unlike(outcomes: Sequence[Outcome]) -> dict[str, str]:
-    """Return the runs that were measured otherwise than the first one of their setting, and how."""
-    found, first = {}, dict[str, Outcome]()
-    for item in outcomes:
-        other = first.setdefault(item.run.setting, item)
-        ours, theirs = item.evaluations[0].rewards, other.evaluations[0].rewards
-        if item.prompt_ids != other.prompt_ids:
-            found[item.run.name] = f"was measured on other held-out prompts than {other.run.name}"
-        elif not np.array_equal(ours, theirs, equal_nan=True):
-            found[item.run.name] = (
-                f"gives the initial policy's answers other rewards than {other.run.name} does"
-            )
-    return found
 
 
 def _print_status(study: Study, runs: Sequence[PlannedRun]) -> None:
