@@ -229,9 +229,12 @@ class PreferenceModule(SelfPlayModule):
         assert self.policy is not None
         if batch.slot.step == 0 and self.loss.needs_reference:
             self.reference.check_start(self.policy, batch, iteration_is_first=self.trainer.current_epoch == 0)
-        tokens = self.pair_forward.logps_by_token(self.policy, batch.rows)
+        tokens, entropy = self.pair_forward.read_pairs(
+            self.policy, batch.rows, with_entropy=self.loss.needs_collision_entropy
+        )
         policy = summed(tokens)
-        terms = self.loss.terms(batch.loss_inputs(policy, tokens if self.loss.needs_token_logps else None))
+        read = tokens if self.loss.needs_token_logps else None
+        terms = self.loss.terms(batch.loss_inputs(policy, read, entropy))
         self.step_metrics.update(policy, batch.reference, terms, batch.weights)
         if batch.slot.last_in_step:
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]

@@ -64,11 +64,11 @@ WITHOUT_LIGHTNING = [
 PUBLIC = {
     "sppo_lightning": "PreferenceModule SelfPlayDataModule UserError",
     "sppo_lightning.losses": """
-        APODownLoss APOZeroLoss AlphaDivergence ChosenNLL CombinedLoss DPOLoss DPOPLoss DiscoPOPLoss Divergence
-        EXOPairLoss FDivergenceDPOLoss ForwardKL HingeLoss IPOLoss JensenShannon KTOPairLoss LDDPOLoss
-        LengthNormalizedDPOLoss LengthRegularization LossInputs NCAPairLoss ORPOLoss PairLogps PairValues
-        PolicyConfidence PreferenceLoss PreferenceTerms REBELLoss RewardGap RobustDPOLoss SPPOLoss SPPOSoftLoss
-        SimPOLoss SummedIPOLoss WeightedLoss Weighting
+        APODownLoss APOZeroLoss AlignedPolicyConfidence AlphaDivergence ChosenNLL CombinedLoss DPOLoss DPOPLoss
+        DiscoPOPLoss Divergence EXOPairLoss FDivergenceDPOLoss ForwardKL HingeLoss IPOLoss JensenShannon
+        KTOPairLoss LDDPOLoss LengthNormalizedDPOLoss LengthRegularization LossInputs NCAPairLoss ORPOLoss
+        PairLogps PairValues PolicyConfidence PreferenceLoss PreferenceTerms REBELLoss RewardGap RobustDPOLoss
+        SPPOLoss SPPOSoftLoss SimPOLoss SummedIPOLoss WeightedLoss Weighting
     """,
     "sppo_lightning.schedules": "Constant Cosine LearningRateSchedule Linear",
     "sppo_lightning.selection": """

@@ -31,11 +31,18 @@ from sppo_lightning.losses.protocol import (
     PreferenceLoss,
     PreferenceTerms,
 )
-from sppo_lightning.losses.weighted import PolicyConfidence, RewardGap, WeightedLoss, Weighting
+from sppo_lightning.losses.weighted import (
+    AlignedPolicyConfidence,
+    PolicyConfidence,
+    RewardGap,
+    WeightedLoss,
+    Weighting,
+)
 
 __all__ = [
     "APODownLoss",
     "APOZeroLoss",
+    "AlignedPolicyConfidence",
     "AlphaDivergence",
     "ChosenNLL",
     "CombinedLoss",

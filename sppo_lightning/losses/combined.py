@@ -38,6 +38,7 @@ class CombinedLoss(PreferenceLoss):
         preferring = [name for name in counting if losses[name].has_implicit_rewards]
         self.needs_reference = any(loss.needs_reference for loss in found)
         self.needs_token_logps = any(loss.needs_token_logps for loss in found)
+        self.needs_collision_entropy = any(loss.needs_collision_entropy for loss in found)
         self.needs_win_probabilities = any(loss.needs_win_probabilities for loss in found)
         self.has_implicit_rewards = bool(preferring)
         self.averages_over_tokens = all(losses[name].averages_over_tokens for name in counting)
@@ -119,6 +120,7 @@ class LengthRegularization(PreferenceLoss):
         self.loss = loss
         self.alpha = alpha
         self.needs_token_logps = loss.needs_token_logps
+        self.needs_collision_entropy = loss.needs_collision_entropy
         self.needs_win_probabilities = loss.needs_win_probabilities
         self.has_implicit_rewards = loss.has_implicit_rewards
         self.parts = loss.parts

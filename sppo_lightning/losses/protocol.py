@@ -54,6 +54,8 @@ class LossInputs(NamedTuple):
     reference_tokens: PairLogps | None = (
         None  # [B, T] each, float64; only if the loss needs them and a reference
     )
+    collision_entropy: PairValues | None = None  # [B] each, float64, no gradient; only if the loss needs it
+    """-log of the sum of squared probabilities (Rényi's entropy of order 2), summed over a response's tokens, nats."""
 
     @property
     def log_ratios(self) -> PairValues:
@@ -98,6 +100,8 @@ class PreferenceLoss:
     """Whether it reads the reference's log-probs; without, no reference pass is made."""
     needs_token_logps: bool = False
     """Whether it reads the log-probs of single tokens; with a reference, the reference's are stored too."""
+    needs_collision_entropy: bool = False
+    """Whether it reads the policy's collision entropy; that costs another pass over the logits."""
     needs_win_probabilities: bool = False
     """Whether it reads win probabilities; a reward that gives none is refused."""
     has_implicit_rewards: bool = True

@@ -18,6 +18,8 @@ class Weighting(ABC):
 
     needs_win_probabilities: bool = False
     """Whether it reads win probabilities; a reward that gives none is refused."""
+    needs_collision_entropy: bool = False
+    """Whether it reads the policy's collision entropy."""
 
     @abstractmethod
     def weights(self, inputs: LossInputs) -> Tensor:
@@ -31,16 +33,33 @@ class PolicyConfidence(Weighting):
 
     .. math:: w = \exp(l_w/|y_w| + l_l/|y_l|)
 
-    This is the paper's weight before alignment. With "sampled alignment", as in the authors' code and TRL's
-    ``use_weighting``, each token's log-prob is taken less the log of the sum of squares of all probabilities at its
-    place, which no forward here gives: weights are lower here where the policy is unsure of itself, and the learning
-    rate has to make up for their mean, which is logged as ``train/weight``.
+    This is the paper's weight before alignment: lower than :class:`AlignedPolicyConfidence` where the policy is unsure
+    of itself, so that the learning rate has to make up for its mean, which is logged as ``train/weight``.
     """
 
     def weights(self, inputs: LossInputs) -> Tensor:
         """Return the product of both mean probabilities, in (0, 1]."""
         means = inputs.mean_logps
         return (means.chosen + means.rejected).exp()
+
+
+class AlignedPolicyConfidence(Weighting):
+    r"""WPO as it is used: confidence beside that of the policy's own responses, whose weights are near 1.
+
+    Zhou et al., arXiv 2406.11827, "sampled alignment", as in the authors' code and TRL's ``use_weighting``. H is the
+    collision entropy at each token, :math:`-\log\sum_v p(v)^2`, the log of what a sampled token's probability is on
+    average, summed over the response:
+
+    .. math:: w = \exp((l_w + H_w)/|y_w| + (l_l + H_l)/|y_l|)
+    """
+
+    needs_collision_entropy = True
+
+    def weights(self, inputs: LossInputs) -> Tensor:
+        """Return the product of both, greater than 0; above 1 for responses that are likelier than sampled ones."""
+        assert inputs.collision_entropy is not None, "needs_collision_entropy"
+        means, entropies = inputs.mean_logps, inputs.collision_entropy.over(inputs.lengths)
+        return (means.chosen + entropies.chosen + means.rejected + entropies.rejected).exp()
 
 
 class RewardGap(Weighting):
@@ -79,6 +98,7 @@ class WeightedLoss(PreferenceLoss):
         self.weighting = weighting
         self.needs_reference = loss.needs_reference
         self.needs_token_logps = loss.needs_token_logps
+        self.needs_collision_entropy = loss.needs_collision_entropy or weighting.needs_collision_entropy
         self.needs_win_probabilities = loss.needs_win_probabilities or weighting.needs_win_probabilities
         self.has_implicit_rewards = loss.has_implicit_rewards
         self.averages_over_tokens = loss.averages_over_tokens

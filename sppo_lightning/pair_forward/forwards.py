@@ -6,13 +6,13 @@ Shapes: B pairs, S rows of T tokens, N response tokens, H hidden width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from sppo_lightning.losses import PairLogps
+from sppo_lightning.losses import PairLogps, PairValues
 from sppo_lightning.pair_forward.compiled import compile_layers, run_plain
-from sppo_lightning.pair_forward.head import response_logps
+from sppo_lightning.pair_forward.head import TokenReadings, read_tokens
 from sppo_lightning.pair_forward.layouts import PairLayout, PairRows, PlainLayout, SharedLayout
 from sppo_lightning.pair_forward.logprobs import by_response, summed
 from sppo_lightning.pair_forward.parity import ParityCheck, parity_failure
@@ -32,6 +32,13 @@ NO_OTHER = "no forward matches this model's own log-probs"
 ELSEWHERE = "it differs on another process"
 SHARED = "a prompt is read once for both of its responses"
 PLAIN = "each response is read with its prompt, unshared"
+
+
+class PairReadings(NamedTuple):
+    """What is read of a micro-batch of pairs, float64, nats."""
+
+    tokens: PairLogps  # [B, T] each, log-probs, 0 after a response's end
+    collision_entropy: PairValues | None = None  # [B] each, summed over tokens; None: not asked for
 
 
 class PairForward(ABC):
@@ -70,16 +77,30 @@ class PairForward(ABC):
         """Return the layout that batches must have."""
 
     @abstractmethod
+    def read(self, model: nn.Module, rows: PairRows, *, with_entropy: bool = False) -> TokenReadings:
+        """Return the log-prob of each response token, ``[N]``, and the collision entropy there if asked for."""
+
     def token_logps(self, model: nn.Module, rows: PairRows) -> Tensor:
         """Return the log-prob of each response token, ``[N]``, nats."""
+        return self.read(model, rows).logps
+
+    def read_pairs(self, model: nn.Module, rows: PairRows, *, with_entropy: bool = False) -> PairReadings:
+        """Return the log-prob of each response token, and if asked for the collision entropy of each response."""
+        if self.compiled:
+            compile_layers(model)
+        logps, entropy = self.read(model, rows, with_entropy=with_entropy)
+        tokens = PairLogps(*self._padded(logps, rows))
+        if entropy is None:
+            return PairReadings(tokens)
+        return PairReadings(tokens, PairValues(*(side.sum(-1) for side in self._padded(entropy, rows))))
+
+    @staticmethod
+    def _padded(values: Tensor, rows: PairRows) -> tuple[Tensor, ...]:
+        return by_response(values, rows.places, rows.responses, rows.longest_response).chunk(2)
 
     def logps_by_token(self, model: nn.Module, rows: PairRows) -> PairLogps:
         """Return the log-prob of each response token, ``[B, T]`` each, 0 after a response's end, float64, nats."""
-        if self.compiled:
-            compile_layers(model)
-        logps = self.token_logps(model, rows)
-        padded = by_response(logps, rows.places, rows.responses, rows.longest_response)
-        return PairLogps(*padded.chunk(2))
+        return self.read_pairs(model, rows).tokens
 
     def logps(self, model: nn.Module, rows: PairRows) -> PairLogps:
         """Return the log-prob of each response given its prompt, ``[B]`` each, float64, nats."""
@@ -103,9 +124,9 @@ class PlainForward(PairForward):
         """Return rows padded on the right."""
         return PlainLayout(pad_token_id)
 
-    def token_logps(self, model: nn.Module, rows: PairRows) -> Tensor:
-        """Return the log-prob of each response token, ``[N]``, nats."""
-        return _token_logps(model, rows, self.chunk, {"attention_mask": None})
+    def read(self, model: nn.Module, rows: PairRows, *, with_entropy: bool = False) -> TokenReadings:
+        """Return the log-prob of each response token, ``[N]``, and the collision entropy there if asked for."""
+        return _read(model, rows, self.chunk, {"attention_mask": None}, with_entropy)
 
 
 class SharedForward(PairForward):
@@ -115,9 +136,9 @@ class SharedForward(PairForward):
         """Return one row without padding."""
         return SharedLayout()
 
-    def token_logps(self, model: nn.Module, rows: PairRows) -> Tensor:
-        """Return the log-prob of each response token, ``[N]``, nats."""
-        return _shared_token_logps(model, rows, self.chunk, MaskedAttention)
+    def read(self, model: nn.Module, rows: PairRows, *, with_entropy: bool = False) -> TokenReadings:
+        """Return the log-prob of each response token, ``[N]``, and the collision entropy there if asked for."""
+        return _read_shared(model, rows, self.chunk, MaskedAttention, with_entropy)
 
 
 class VarlenForward(PairForward):
@@ -129,9 +150,9 @@ class VarlenForward(PairForward):
         """Return one row without padding."""
         return SharedLayout()
 
-    def token_logps(self, model: nn.Module, rows: PairRows) -> Tensor:
-        """Return the log-prob of each response token, ``[N]``, nats."""
-        return _shared_token_logps(model, rows, self.chunk, VarlenAttention)
+    def read(self, model: nn.Module, rows: PairRows, *, with_entropy: bool = False) -> TokenReadings:
+        """Return the log-prob of each response token, ``[N]``, and the collision entropy there if asked for."""
+        return _read_shared(model, rows, self.chunk, VarlenAttention, with_entropy)
 
 
 class AutoForward(PairForward):
@@ -169,34 +190,39 @@ class AutoForward(PairForward):
         """Return the layout of the forward that serves."""
         return self.chosen.layout(pad_token_id)
 
-    def token_logps(self, model: nn.Module, rows: PairRows) -> Tensor:
-        """Return the log-prob of each response token, ``[N]``, nats."""
-        return self.chosen.token_logps(model, rows)
+    def read(self, model: nn.Module, rows: PairRows, *, with_entropy: bool = False) -> TokenReadings:
+        """Return the log-prob of each response token, ``[N]``, and the collision entropy there if asked for."""
+        return self.chosen.read(model, rows, with_entropy=with_entropy)
 
 
-def _token_logps(model: nn.Module, rows: PairRows, chunk: int | None, attention: dict[str, Any]) -> Tensor:
+def _read(
+    model: nn.Module, rows: PairRows, chunk: int | None, attention: dict[str, Any], with_entropy: bool
+) -> TokenReadings:
     """Run the decoder, and its head where response tokens are predicted."""
 
-    def read() -> Tensor:
+    def read() -> TokenReadings:
         output = decoders(model)[0](
             input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False, **attention
         )
         hidden: Tensor = output.last_hidden_state
-        return response_logps(
-            model, hidden.flatten(0, 1).index_select(0, rows.predicting), rows.targets, chunk=chunk
-        )
+        predicting = hidden.flatten(0, 1).index_select(0, rows.predicting)
+        return read_tokens(model, predicting, rows.targets, chunk=chunk, with_entropy=with_entropy)
 
     return as_forward(model, read)
 
 
-def _shared_token_logps(
-    model: nn.Module, rows: PairRows, chunk: int | None, attention: type[SharedAttention]
-) -> Tensor:
+def _read_shared(
+    model: nn.Module,
+    rows: PairRows,
+    chunk: int | None,
+    attention: type[SharedAttention],
+    with_entropy: bool,
+) -> TokenReadings:
     assert rows.shared is not None
     attach(model)
     mask = whole_mask(rows.input_ids.device)
     segments = attention(rows.shared)
-    logps = _token_logps(model, rows, chunk, {"attention_mask": mask, "shared_attention": segments})
+    found = _read(model, rows, chunk, {"attention_mask": mask, "shared_attention": segments}, with_entropy)
     window = window_of(model)
     if (
         window is not None
@@ -204,4 +230,4 @@ def _shared_token_logps(
         and window < rows.shared.prompts[1] + rows.shared.responses[1]
     ):
         raise CannotAttendError(f"it does not tell its attention of its window of {window} tokens")
-    return logps
+    return found

@@ -1,4 +1,4 @@
-"""Log-probs of response tokens from hidden states, through the model's own head.
+"""Log-probs of response tokens, and entropies, from hidden states, through the model's own head.
 
 Shapes: N response tokens, H hidden width, V vocabulary.
 """
@@ -8,20 +8,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sppo_lightning.pair_forward.logprobs import token_logps
+from sppo_lightning.pair_forward.logprobs import collision_entropy, token_logps
 from sppo_lightning.policy.anatomy import decoders, unwrapped
 
 CHUNK_LOGITS = {"cuda": 1 << 29, "cpu": 1 << 26}  # logits held at once, unless chunk says otherwise
 
 
-def response_logps(model: nn.Module, hidden: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
-    """Return the log-prob of each target, ``[N]`` float32 (float64 for a float64 model), nats.
+class TokenReadings(NamedTuple):
+    """What is read at response tokens; float32, float64 for a float64 model."""
+
+    logps: Tensor  # [N], nats
+    collision_entropy: Tensor | None = None  # [N], nats, no gradient; None: not asked for
+
+
+def read_tokens(
+    model: nn.Module, hidden: Tensor, targets: Tensor, *, chunk: int | None = None, with_entropy: bool = False
+) -> TokenReadings:
+    """Return the log-prob of each target.
 
     The vocabulary is met a chunk of positions at a time. The logits of all chunks but the last are computed again in
     the backward pass, so that no more of them ever exist than a chunk's.
@@ -31,17 +40,20 @@ def response_logps(model: nn.Module, hidden: Tensor, targets: Tensor, *, chunk: 
         hidden: ``[N, H]``, states after the model's last norm that predict the targets.
         targets: ``[N]`` token ids.
         chunk: positions at once; ``None``: as many as 2^26 logits are (2^29 on CUDA).
+        with_entropy: return the collision entropy where each target is predicted too.
     """
     if chunk is None:
         logits_at_once = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cpu"])
         chunk = max(1, logits_at_once // unwrapped(model).config.get_text_config().vocab_size)
 
-    def logps(states: Tensor, ids: Tensor) -> Tensor:
-        return token_logps(_logits(model, states), ids)
+    def read(states: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        logits = _logits(model, states)
+        logps = token_logps(logits, ids)
+        return (logps, collision_entropy(logits)) if with_entropy else (logps,)
 
     parts = list(zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True))
-    recomputed = [checkpoint(logps, *part, use_reentrant=False) for part in parts[:-1]]
-    return torch.cat([*recomputed, logps(*parts[-1])])
+    found = [checkpoint(read, *part, use_reentrant=False) for part in parts[:-1]] + [read(*parts[-1])]
+    return TokenReadings(*(torch.cat(each) for each in zip(*found, strict=True)))
 
 
 def _logits(model: nn.Module, hidden: Tensor) -> Tensor:

@@ -55,12 +55,32 @@ def token_logps(logits: Tensor, targets: Tensor, *, chunk: int | None = None) ->
         targets: ``[N]`` token ids.
         chunk: positions whose logits are held in float32 at once; ``None``: what 128 MiB hold.
     """
+    logps: Tensor = cast(Any, _TokenLogps).apply(logits, targets, _chunk_of(logits, chunk))
+    return logps
+
+
+def collision_entropy(logits: Tensor, *, chunk: int | None = None) -> Tensor:
+    """Return -log Σ p² at each position, ``[N]``, nats, in float32 (float64 for float64 logits); no gradient.
+
+    Rényi's entropy of order 2: two tokens sampled at a position are the same with probability Σ p².
+
+    Args:
+        logits: ``[N, V]``, any floating dtype.
+        chunk: positions whose logits are held in float32 at once; ``None``: what 128 MiB hold.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    with torch.no_grad():
+        parts = (part.to(dtype) for part in torch.split(logits, _chunk_of(logits, chunk)))
+        found = [2 * part.logsumexp(-1) - (2 * part).logsumexp(-1) for part in parts]
+    return torch.cat(found)
+
+
+def _chunk_of(logits: Tensor, chunk: int | None) -> int:
     if chunk is None:
-        chunk = max(1, CHUNK_ELEMENTS // logits.shape[-1])
+        return max(1, CHUNK_ELEMENTS // logits.shape[-1])
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1")
-    logps: Tensor = cast(Any, _TokenLogps).apply(logits, targets, chunk)
-    return logps
+    return chunk
 
 
 def by_response(logps: Tensor, places: Tensor, responses: int, longest: int) -> Tensor:

@@ -27,8 +27,10 @@ class PairBatch(NamedTuple):
     weights: Tensor  # [B] float32, 1 for a real pair, 0 for a padding pair
     slot: StepSlot
 
-    def loss_inputs(self, policy: PairLogps, policy_tokens: PairLogps | None) -> LossInputs:
-        """Return what the loss reads, given the policy's log-probs of the pairs."""
+    def loss_inputs(
+        self, policy: PairLogps, policy_tokens: PairLogps | None, collision_entropy: PairValues | None
+    ) -> LossInputs:
+        """Return what the loss reads, given what was read of the pairs under the policy."""
         return LossInputs(
             policy,
             self.reference,
@@ -37,6 +39,7 @@ class PairBatch(NamedTuple):
             self.win_probabilities,
             policy_tokens,
             self.reference_tokens,
+            collision_entropy,
         )
 
 

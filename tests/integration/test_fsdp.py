@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.losses import CONFIGS, config
 from support.processes import run_command
 from support.runs import cli_arguments
 from support.same_run import rows
@@ -30,6 +31,18 @@ INITIAL = {
     "trainer__gradient_clip_val": 0.5,
 }
 
+MIXED = {
+    "wpo_aligned": 1.0,
+    "ld_dpo": 0.5,
+    "simpo": 0.5,
+    "nll": 0.25,
+}  # all that a loss may ask a forward for
+MIXED_LOSS = {
+    "model__loss": json.dumps(
+        config("CombinedLoss", losses={name: CONFIGS[name] for name in MIXED}, weights=MIXED)
+    ),
+    "model__loss__beta": None,
+}
 REVERTED = {
     "trainer__callbacks": json.dumps(
         [
@@ -126,7 +139,7 @@ def fingerprints(run: Path) -> list[str]:
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({}, id="full"),
+        pytest.param(MIXED_LOSS, id="full"),
         pytest.param(INITIAL, id="initial", marks=pytest.mark.slow),
         pytest.param(LORA, id="lora", marks=pytest.mark.slow),
         pytest.param(REVERTED, id="reverted", marks=pytest.mark.slow),

@@ -38,6 +38,7 @@ NAMES = {  # ours by TRL's
     "js_divergence": "jensen_shannon",
     "alpha_divergence": "alpha",
     "wpo": "wpo",
+    "wpo_aligned": "wpo_aligned",
     "rpo": "rpo",
     "kto": "kto",
     "simpo": "simpo",

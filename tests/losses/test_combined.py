@@ -70,6 +70,11 @@ def test_needs_what_its_losses_need() -> None:
         assert wrapped.needs_reference
     assert not WeightedLoss(simpo, PolicyConfidence()).needs_reference
     assert WeightedLoss(LOSSES["ld_dpo"], PolicyConfidence()).needs_token_logps
+    aligned = LOSSES["wpo_aligned"]
+    assert CombinedLoss({"a": nll, "b": aligned}, {"a": 1.0, "b": 1.0}).needs_collision_entropy
+    assert LengthRegularization(aligned, 0.1).needs_collision_entropy
+    assert WeightedLoss(aligned, RewardGap(1.0)).needs_collision_entropy
+    assert not both.needs_collision_entropy
 
 
 def test_a_loss_of_weight_0_is_logged_only() -> None:

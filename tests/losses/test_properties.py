@@ -32,8 +32,8 @@ PAIRS = st.lists(
 )
 ALL = pytest.mark.parametrize("name", LOSSES)
 WITH_REFERENCE = [name for name, loss in LOSSES.items() if loss.needs_reference]
-OF_THE_POLICY_ALONE = {"rpo", "wpo"}  # a part or a weight of them is
-DETACHED = {"kto", "wpo"}  # in a reference point or weight; test_against_trl has their gradients
+OF_THE_POLICY_ALONE = {"rpo", "wpo", "wpo_aligned"}  # a part or a weight of them is
+DETACHED = {"kto", "wpo", "wpo_aligned"}  # in part; test_against_trl has their gradients
 NOT_FALLING = {  # the chosen response has a likelihood to reach, or to stay at
     *(
         "conservative_dpo",
@@ -113,6 +113,7 @@ def test_reads_no_more_than_it_says(name: str) -> None:
         ),
         policy_tokens=full.policy_tokens if loss.needs_token_logps else None,
         reference_tokens=full.reference_tokens if loss.needs_token_logps else None,
+        collision_entropy=full.collision_entropy if loss.needs_collision_entropy else None,
     )
     assert loss.terms(given_less).loss.tolist() == loss.terms(full).loss.tolist()
 
@@ -123,6 +124,7 @@ def test_what_each_needs() -> None:
 
     assert set(LOSSES) - those("needs_reference") == {"simpo", "orpo", "nll"}
     assert those("needs_token_logps") == {"ld_dpo"}
+    assert those("needs_collision_entropy") == {"wpo_aligned"}
     assert those("needs_win_probabilities") == {"sppo_soft"}
     assert set(LOSSES) - those("has_implicit_rewards") == {"nll"}
 

@@ -112,6 +112,26 @@ def test_models_whose_decoder_stands_elsewhere_or_returns_more(
     close(read(forward, model, pairs_of()), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("forward_class", FORWARDS)
+def test_entropy_of_responses_is_the_same_however_a_prompt_is_read(forward_class: type[PairForward]) -> None:
+    model, forward, pairs = new_model("llama", torch.float64).eval(), forward_class(chunk=3), pairs_of()
+    forward.prepare(model, check())
+    rows = batch_of(pairs, forward.layout(PAD)).rows
+    found, plain = (forward.read_pairs(model, rows, with_entropy=asked) for asked in (True, False))
+    forward.release(model)
+    assert plain.collision_entropy is None
+    assert torch.equal(plain.tokens.chosen, found.tokens.chosen)
+    assert found.collision_entropy is not None
+    for place, pair in enumerate(pairs):
+        for side, response in zip(
+            found.collision_entropy, (pair.chosen_token_ids, pair.rejected_token_ids), strict=True
+        ):
+            ids = torch.tensor([[*pair.prompt_token_ids, *response]])
+            logits = model(input_ids=ids).logits[0, -len(response) - 1 : -1]
+            expected = -logits.softmax(-1).square().sum(-1).log().sum()
+            assert side[place].item() == pytest.approx(expected.item(), abs=1e-9)
+
+
 SHAPES = {
     "alike": [(5, 4, 4), (5, 4, 4), (5, 4, 4)],
     "one pair": [(9, 8, 3)],

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from sppo_lightning.pair_forward import AutoForward, PairForward, PlainForward, SharedForward, VarlenForward
 from sppo_lightning.pair_forward import head as response_head
-from sppo_lightning.pair_forward.head import response_logps
+from sppo_lightning.pair_forward.head import read_tokens
 
 # scaled or capped logits, more in a decoder's output, a decoder inside the decoder or under another name
 HEADS = [
@@ -24,6 +24,10 @@ HEADS = [
 ]
 TOKENS = 7
 TARGETS = torch.tensor(random_tokens(TOKENS, seed=5)[0])
+
+
+def response_logps(model: Any, hidden: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
+    return read_tokens(model, hidden, targets, chunk=chunk).logps
 
 
 def states_of(model: Any) -> tuple[Tensor, Tensor]:
@@ -65,6 +69,29 @@ def test_the_models_own_transform_of_logits_is_applied(kind: str) -> None:
     found = response_logps(model, hidden, TARGETS)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), naive(logits, TARGETS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("kind", HEADS)
+def test_entropy_is_that_of_the_models_own_logits(kind: str, chunk: int | None) -> None:
+    model = new_model(kind)
+    hidden, logits = states_of(model)
+    leaf = hidden.clone().requires_grad_()
+    found = read_tokens(model, leaf, TARGETS, chunk=chunk, with_entropy=True)
+    assert found.collision_entropy is not None
+    assert not found.collision_entropy.requires_grad
+    expected = -logits.double().softmax(-1).square().sum(-1).log()
+    torch.testing.assert_close(found.collision_entropy.double(), expected, rtol=0, atol=1e-5)
+    (found.logps.sum() + found.collision_entropy.sum()).backward()
+    without, expected_gradient = (
+        response_logps(model, hidden.requires_grad_(), TARGETS, chunk=chunk),
+        leaf.grad,
+    )
+    without.sum().backward()
+    assert torch.equal(found.logps, without)
+    assert hidden.grad is not None
+    assert expected_gradient is not None
+    assert torch.equal(hidden.grad, expected_gradient)
 
 
 @pytest.mark.parametrize("kind", ["gemma3_capped", "granite", "cohere"])

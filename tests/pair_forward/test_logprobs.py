@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sppo_lightning.pair_forward.logprobs import by_response, token_logps
+from sppo_lightning.pair_forward.logprobs import by_response, collision_entropy, token_logps
 
 QUICK = settings(max_examples=50, deadline=None)
 
@@ -36,6 +36,28 @@ def test_token_logps_golden() -> None:
     logits = torch.tensor([[1.0, 2, 5], [1, 2, 5], [10, 20, 50]]).log()
     expected = torch.tensor([1 / 8, 5 / 8, 1 / 4]).log()
     torch.testing.assert_close(token_logps(logits, torch.tensor([0, 2, 1])), expected)
+
+
+def test_collision_entropy_golden() -> None:
+    """Probabilities 1/8, 1/4, 5/8, whose squares sum to 30/64; one sure token; three that are alike."""
+    logits = torch.tensor([[1.0, 2, 5], [0, 1, 0], [7, 7, 7]]).log()
+    found = collision_entropy(logits.requires_grad_())
+    torch.testing.assert_close(found, -torch.tensor([30 / 64, 1, 1 / 3]).log())
+    assert not found.requires_grad
+
+
+@QUICK
+@given(
+    rows=st.integers(0, 9), vocabulary=st.integers(1, 12), chunk=st.integers(1, 11), seed=st.integers(0, 99)
+)
+def test_collision_entropy_is_that_of_the_softmax(rows: int, vocabulary: int, chunk: int, seed: int) -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        logits, _ = draw(rows, vocabulary, dtype, seed)
+        found = collision_entropy(logits, chunk=chunk)
+        assert found.dtype == torch.promote_types(dtype, torch.float32)
+        expected = -logits.double().softmax(-1).square().sum(-1).log()
+        torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+        assert bool((found >= -1e-5).all())
 
 
 @QUICK

@@ -47,6 +47,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "rpo": config("CombinedLoss", losses={"dpo": DPO, "nll": NLL}, weights={"dpo": 1.0, "nll": 0.5}),
     "r_dpo": config("LengthRegularization", loss=DPO, alpha=0.25),
     "wpo": config("WeightedLoss", loss=DPO, weighting=config("PolicyConfidence")),
+    "wpo_aligned": config("WeightedLoss", loss=DPO, weighting=config("AlignedPolicyConfidence")),
     "by_gap": config("WeightedLoss", loss=DPO, weighting=config("RewardGap", scale=2.0)),
 }
 
@@ -71,6 +72,7 @@ class Pair(NamedTuple):
     reference_rejected: Sequence[float]
     rewards: tuple[float, float] = (1.5, -0.5)
     win_probabilities: tuple[float, float] = (0.75, 0.25)
+    collision_entropy: tuple[float, float] = (1.0, 0.5)
 
     def swapped(self) -> Pair:
         """The pair with chosen and rejected in each other's place."""
@@ -81,6 +83,7 @@ class Pair(NamedTuple):
             self.reference_chosen,
             self.rewards[::-1],
             self.win_probabilities[::-1],
+            self.collision_entropy[::-1],
         )
 
 
@@ -112,4 +115,5 @@ def inputs(pairs: Sequence[Pair], tokens: PairLogps | None = None) -> LossInputs
         values([pair.win_probabilities for pair in pairs]),
         tokens,
         reference,
+        values([pair.collision_entropy for pair in pairs]),
     )

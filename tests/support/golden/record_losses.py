@@ -14,7 +14,8 @@ What is not taken as it is:
 - ``kto``: the reference point of a response is its pair's other response, by ``KL_`` fields of the batch; a pair's
   loss is the mean over its responses. TRL draws the reference point from other prompts of the batch.
 - ``orpo``: without the likelihood term, which TRL takes over the prompt's tokens too.
-- ``wpo``: the log of the sum of squared probabilities, that TRL takes off each log-prob, is 0.
+- ``wpo``: the log of the sum of squared probabilities, that TRL takes off each log-prob, is 0. ``wpo_aligned``: it is
+  half the log-prob less 0.25; its negative, summed over a response, is recorded with the pairs.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ DPO: dict[str, dict[str, Any]] = {
     "js_divergence": {"loss_types": ["sigmoid"], "f_divergence_type": "js_divergence"},
     "alpha_divergence": {"loss_types": ["sigmoid"], "f_divergence_type": "alpha_divergence"},
     "wpo": {"loss_types": ["sigmoid"], "use_weighting": True},
+    "wpo_aligned": {"loss_types": ["sigmoid"], "use_weighting": True},
     "rpo": {"loss_types": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
 }
 SETTINGS = {
@@ -93,6 +95,16 @@ SETTINGS = {
     "use_weighting": False,
 }
 SIMPO_GAMMA = 0.75
+
+
+def log_sum_sq_probs(log_probs: Tensor) -> Tensor:
+    """Something else for each token, as if its distribution had it."""
+    return 0.5 * log_probs.detach() - 0.25
+
+
+def recorded_pair(pair: Pair) -> dict[str, Any]:
+    entropies = [-float(log_sum_sq_probs(torch.tensor(side, dtype=torch.float64)).sum()) for side in pair[:2]]
+    return {**pair._asdict(), "collision_entropy": entropies}
 
 
 def padded(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
@@ -114,15 +126,16 @@ class Model(nn.Module):
 
     is_gradient_checkpointing = False
 
-    def __init__(self, log_probs: Tensor) -> None:
+    def __init__(self, log_probs: Tensor, log_sum_sq_probs: Tensor | None = None) -> None:
         super().__init__()
         self.log_probs = log_probs
+        self.log_sum_sq_probs = torch.zeros_like(log_probs) if log_sum_sq_probs is None else log_sum_sq_probs
 
     def forward(self, **_: Any) -> Any:
         zeros = torch.zeros_like(self.log_probs)
         return SimpleNamespace(
             log_probs=self.log_probs,
-            log_sum_sq_probs=zeros,
+            log_sum_sq_probs=self.log_sum_sq_probs,
             entropy=zeros,
             mean_logits=zeros,
             is_top1=zeros.bool(),
@@ -156,7 +169,8 @@ def dpo(name: str) -> Callable[[Pair, Tensor], Tensor]:
     settings = {**SETTINGS, **DPO[name]}
 
     def loss(pair: Pair, tokens: Tensor) -> Tensor:
-        model, reference = Model(tokens), Model(padded(pair[2:], tokens.dtype))
+        aligned = log_sum_sq_probs(tokens) if name == "wpo_aligned" else None
+        model, reference = Model(tokens, aligned), Model(padded(pair[2:], tokens.dtype))
         made = trainer(model, reference, **settings)
         return DPOTrainer._compute_loss(made, model, inputs(pair[:2]), False)
 
@@ -238,7 +252,7 @@ def main() -> None:
         "versions": {name: version(name) for name in ("trl", "torch", "transformers")},
         "settings": {**SETTINGS, "simpo_gamma": SIMPO_GAMMA},
         "changes": changes,
-        "pairs": [pair._asdict() for pair in PAIRS],
+        "pairs": [recorded_pair(pair) for pair in PAIRS],
         **recorded,
     }
     OUT.write_text(
